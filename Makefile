@@ -1,0 +1,65 @@
+# `make` lists what there is. Everything is installed into $(VENV); stamp files there make a second run immediate.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# The PyTorch to check against. It is installed first and on its own, so that a CPU-only build is kept where one is
+# chosen here (a requirement or a wheel file): a range would take the newest build with its gigabytes of CUDA packages.
+TORCH  ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := $(shell find tvm_attn targets schedules models/demo -type f -not -name '*.pyc')
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean system
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: dist/demo/manifest.json ## build the bundled demo model for this CPU, check it, generate text
+	$(BIN)/python -m tvm_attn.generate dist/demo --prompt "Return the" --max-new-tokens 60 \
+		--temperature 0.8 --top-k 40 --seed 0
+
+test: $(VENV)/.installed-test ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: dist/gpt2/manifest.json ## measure GPT-2 124M on this CPU
+	$(BIN)/python -m tvm_attn.bench dist/gpt2
+
+clean: ## remove what was built and every cache, but not $(VENV)
+	rm -rf dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+dist/demo/manifest.json: $(VENV)/.installed-verify $(SOURCES)
+	$(BIN)/python -m tvm_attn.build --model models/demo --target cpu --out dist/demo
+
+dist/gpt2/manifest.json: $(VENV)/.installed-verify $(SOURCES)
+	$(BIN)/python -m tvm_attn.build --model gpt2 --target cpu --out dist/gpt2
+
+# $(VENV)/.installed-EXTRA: this checkout, editable, with one extra of pyproject.toml.
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.installed-torch
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+$(VENV)/.installed-torch: | $(BIN)/pip
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(BIN)/pip: | system
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than Python 3.10: name a newer one with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Debian packages: each line names one where what it brings is missing. Root installs them, others are told how.
+system:
+	@missing=; \
+	for cxx in "$$CXX" g++ clang++; do command -v "$$cxx" && break; done >/dev/null || missing="$$missing g++"; \
+	[ -x $(BIN)/pip ] || $(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" -ne 0 ]; then echo "missing:$$missing; the way out: apt-get install$$missing" >&2; exit 1; fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing

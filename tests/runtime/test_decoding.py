@@ -1,0 +1,508 @@
+"""The decoding loop, against transformers' `generate` on a real model and against scripted sequences."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import GPT2Config as HuggingFaceConfig
+from transformers import GPT2LMHeadModel
+
+from tvm_attn.config import GPT2Config
+from tvm_attn.errors import GenerationError, TokenizerError
+from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats, StopScanner
+from tvm_attn.runtime.sampling import distribution
+from tvm_attn.runtime.tokenizer import Tokenizer
+
+VOCAB, CONTEXT = 257, 40
+EOS = 256
+
+
+class HostLogits:
+    """Logits that remember what was asked of them."""
+
+    def __init__(self, rows: np.ndarray, asked: list[str]) -> None:
+        self.rows = rows.astype(np.float32)
+        self.asked = asked
+
+    def numpy(self) -> np.ndarray:
+        self.asked.append("numpy")
+        return self.rows
+
+    def argmax(self) -> np.ndarray:
+        self.asked.append("argmax")
+        found = self.rows.argmax(-1).astype(np.int32)
+        return np.where(np.isnan(self.rows).any(-1), np.int32(-1), found)
+
+
+class FakeEngine:
+    """The bookkeeping of an engine: checks every call against the cache's rules and writes it down."""
+
+    def __init__(self, config: GPT2Config, max_batch: int) -> None:
+        self.config = config
+        self.max_batch = max_batch
+        self.cache: dict[int, list[int]] = {}
+        self.calls: list[tuple[str, list[int]]] = []
+        self.asked: list[str] = []
+
+    def prefill(self, prompts: Sequence[np.ndarray], slots: Sequence[int]) -> HostLogits:
+        for prompt, slot in zip(prompts, slots, strict=True):
+            assert prompt.dtype == np.int32 and 1 <= len(prompt) <= self.config.n_positions
+            self.cache[slot] = prompt.tolist()
+        return self._logits("prefill", list(slots))
+
+    def decode(self, token_ids: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> HostLogits:
+        assert token_ids.dtype == slots.dtype == positions.dtype == np.int32
+        for token_id, slot, position in zip(token_ids, slots, positions, strict=True):
+            assert position == len(self.cache[slot]) < self.config.n_positions
+            self.cache[slot].append(int(token_id))
+        return self._logits("decode", slots.tolist())
+
+    def _logits(self, name: str, slots: list[int]) -> HostLogits:
+        assert len(set(slots)) == len(slots) <= self.max_batch
+        assert all(0 <= slot < self.max_batch for slot in slots)
+        self.calls.append((name, slots))
+        return HostLogits(np.stack([self.next_logits(self.cache[slot]) for slot in slots]), self.asked)
+
+    def next_logits(self, token_ids: list[int]) -> np.ndarray:
+        raise NotImplementedError
+
+
+class TorchEngine(FakeEngine):
+    """A GPT-2 in PyTorch that computes every sequence anew at every step."""
+
+    def __init__(self, model: GPT2LMHeadModel, max_batch: int = 4, **changes: Any) -> None:
+        super().__init__(GPT2Config.from_dict(model.config.to_dict() | changes), max_batch)
+        self.model = model
+
+    @torch.inference_mode()
+    def next_logits(self, token_ids: list[int]) -> np.ndarray:
+        return self.model(torch.tensor([token_ids]), use_cache=False).logits[0, -1].numpy()
+
+
+class ScriptedEngine(FakeEngine):
+    """Answers a prompt that starts with id i by the tokens of script i, then by EOS for ever."""
+
+    def __init__(self, scripts: list[list[int]], max_batch: int = 4, **config: Any) -> None:
+        super().__init__(
+            GPT2Config(**{"vocab_size": VOCAB, "n_positions": CONTEXT, "eos_token_id": EOS} | config), max_batch
+        )
+        self.scripts = scripts
+        self.prompt_length = 1
+
+    def next_logits(self, token_ids: list[int]) -> np.ndarray:
+        script = self.scripts[token_ids[0]]
+        step = len(token_ids) - self.prompt_length
+        logits = np.zeros(self.config.vocab_size)
+        logits[script[step] if step < len(script) else EOS] = 1
+        return logits
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[GPT2LMHeadModel]:
+    torch.manual_seed(5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model only waits for further threads
+    config = HuggingFaceConfig(
+        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    yield GPT2LMHeadModel(config).eval()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """Byte-level without merges: one token a byte, so that every stop string and most characters span tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = LibraryTokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(["<|endoftext|>"])
+    return Tokenizer(library.to_str())
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, VOCAB, length).tolist() for length in (5, 1, 17, 2, 9, 30, 3)]
+
+
+def reference(model: GPT2LMHeadModel, prompt: list[int], **options: Any) -> tuple[int, ...]:
+    ids = torch.tensor([prompt])
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+    return tuple(found[0, len(prompt) :].tolist())
+
+
+def scripted(tokenizer: Tokenizer, *texts: str, **config: Any) -> ScriptedEngine:
+    return ScriptedEngine([tokenizer.encode(text) for text in texts], **config)
+
+
+# --- against transformers ---
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+@pytest.mark.parametrize("max_batch", [1, 3, 8])
+def test_greedy_decoding_equals_transformers(model, prompts, penalty, max_batch):
+    options = GenerationOptions(max_new_tokens=8, repetition_penalty=penalty)
+    completions = DecodingLoop(TorchEngine(model, max_batch)).generate(prompts, options)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        expected = reference(model, prompt, max_new_tokens=8, repetition_penalty=penalty)
+        assert completion == Completion("", expected, "length")
+
+
+def test_eos_stops_as_in_transformers(model, prompts):
+    free = [reference(model, prompt, max_new_tokens=8) for prompt in prompts]
+    eos = free[0][3]
+    completions = DecodingLoop(TorchEngine(model, 3, eos_token_id=eos)).generate(
+        prompts, GenerationOptions(max_new_tokens=8)
+    )
+    for prompt, completion in zip(prompts, completions, strict=True):
+        expected = reference(model, prompt, max_new_tokens=8, eos_token_id=eos)
+        assert completion.token_ids == expected
+        assert completion.finish_reason == ("stop" if eos in expected else "length")
+    assert completions[0].finish_reason == "stop" and len(completions[0].token_ids) <= 4
+
+
+def test_sampling_draws_from_the_distribution_at_each_step(model, prompts):
+    """Each token is the inverse of the cumulative distribution at the sequence's own random numbers."""
+    options = GenerationOptions(max_new_tokens=6, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=3)
+    engine = TorchEngine(model, 2)
+    completions = DecodingLoop(engine).generate(prompts, options)
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        rng = np.random.default_rng(np.random.SeedSequence(3).spawn(len(prompts))[index])
+        ids = list(prompt)
+        for token_id in completion.token_ids:
+            cumulative = distribution(engine.next_logits(ids).astype(np.float32), ids, options).cumsum()
+            assert token_id == np.searchsorted(cumulative, rng.random(), side="right")
+            ids.append(token_id)
+
+
+def test_samples_do_not_depend_on_the_batch(model, prompts):
+    options = GenerationOptions(max_new_tokens=6, temperature=1.5, seed=11)
+    batches = [DecodingLoop(TorchEngine(model, slots)).generate(prompts, options) for slots in (1, 3, 7)]
+    assert batches[0] == batches[1] == batches[2]
+    alone = DecodingLoop(TorchEngine(model)).generate(prompts[0], options)
+    assert alone == batches[0][0]
+    reseeded = DecodingLoop(TorchEngine(model)).generate(
+        prompts[0], GenerationOptions(max_new_tokens=6, temperature=1.5, seed=12)
+    )
+    assert reseeded != alone
+    twice = DecodingLoop(TorchEngine(model)).generate([prompts[0]] * 2, options)
+    assert twice[0] != twice[1], "the same prompt twice in a request must draw differently"
+
+
+def test_without_a_seed_runs_differ(model, prompts):
+    loop = DecodingLoop(TorchEngine(model))
+    options = GenerationOptions(max_new_tokens=20, temperature=5.0)
+    assert loop.generate(prompts[0], options) != loop.generate(prompts[0], options)
+
+
+# --- batching ---
+
+
+def test_freed_slots_are_refilled_and_finished_rows_leave():
+    # Lengths with EOS: 1, 4, 2, 3, 1.
+    engine = ScriptedEngine([[], [1, 2, 3], [4], [5, 6], []], max_batch=2)
+    stats = GenerationStats()
+    completions = DecodingLoop(engine).generate([[0], [1], [2], [3], [4]], stats=stats)
+    assert [len(completion.token_ids) for completion in completions] == [1, 4, 2, 3, 1]
+    assert engine.calls == [
+        ("prefill", [0, 1]),  # the first ends at once
+        ("prefill", [0]),
+        ("decode", [1, 0]),  # the third ends
+        ("prefill", [0]),
+        ("decode", [1, 0]),
+        ("decode", [1, 0]),  # the second and the fourth end
+        ("prefill", [1]),
+    ]
+    assert (stats.prompt_tokens, stats.decode_tokens) == (5, 11 - 5)
+    assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
+    assert 0 < stats.first_token_seconds < stats.prefill_seconds + stats.decode_seconds + 1
+    assert stats.decode_tokens_per_second == 6 / stats.decode_seconds
+    assert stats.prefill_tokens_per_second == 5 / stats.prefill_seconds
+
+
+def test_greedy_decoding_leaves_the_logits_on_the_device(model, prompts):
+    for options, asked in [
+        (GenerationOptions(max_new_tokens=3), "argmax"),
+        (GenerationOptions(max_new_tokens=3, temperature=0, top_k=3), "argmax"),
+        (GenerationOptions(max_new_tokens=3, repetition_penalty=1.1), "numpy"),
+        (GenerationOptions(max_new_tokens=3, top_k=3), "numpy"),
+    ]:
+        engine = TorchEngine(model)
+        DecodingLoop(engine).generate(prompts[:2], options)
+        assert engine.asked == [asked] * 3
+
+
+def test_one_prompt_gives_one_completion_and_a_list_gives_a_list(tokenizer):
+    loop = DecodingLoop(scripted(tokenizer, "", "x", vocab_size=VOCAB), tokenizer)
+    ids = [0]
+    single = loop.generate(ids)
+    assert single == Completion("", (EOS,), "stop")
+    assert loop.generate(np.array(ids)) == loop.generate(torch.tensor(ids)) == single
+    assert loop.generate([ids]) == loop.generate(np.array([ids])) == loop.generate([np.array(ids)]) == [single]
+    assert loop.generate([]) == []
+    assert loop.engine.calls == [("prefill", [0])] * 6
+
+
+# --- the end of a sequence ---
+
+
+@pytest.mark.parametrize("prompt_length, new_tokens", [(CONTEXT, 1), (CONTEXT - 1, 2), (CONTEXT - 5, 6)])
+def test_the_context_ends_a_sequence(model, prompt_length, new_tokens):
+    completion = DecodingLoop(TorchEngine(model)).generate([7] * prompt_length, GenerationOptions(max_new_tokens=100))
+    assert len(completion.token_ids) == new_tokens
+    assert completion.finish_reason == "length"
+
+
+def test_the_stop_token_is_in_the_ids_and_not_in_the_text(tokenizer):
+    (letter,) = tokenizer.encode("c")
+    loop = DecodingLoop(scripted(tokenizer, "abcd", "x"), tokenizer)
+    for stop_token_ids in (letter, [letter], {np.int64(letter), 3}):
+        completion = loop.generate([0], GenerationOptions(stop_token_ids=stop_token_ids))
+        assert completion == Completion("ab", tuple(tokenizer.encode("abc")), "stop")
+
+
+def test_the_default_stop_token_is_eos_and_can_be_switched_off(tokenizer):
+    engine = scripted(tokenizer, "ab")
+    loop = DecodingLoop(engine, tokenizer)
+    assert loop.generate([0]) == Completion("ab", (*tokenizer.encode("ab"), EOS), "stop")
+    unstopped = loop.generate([0], GenerationOptions(stop_token_ids=(), max_new_tokens=5))
+    assert unstopped == Completion("ab", (*tokenizer.encode("ab"), EOS, EOS, EOS), "length")
+    no_eos = DecodingLoop(scripted(tokenizer, "ab", eos_token_id=None), tokenizer)
+    assert no_eos.generate([0], GenerationOptions(max_new_tokens=5)) == unstopped
+
+
+@pytest.mark.parametrize(
+    "text, stop, expected, consumed",
+    [
+        ("one. two. three", "two", "one. ", "one. two"),
+        ("one. two. three", ["zebra", ". t"], "one", "one. t"),
+        ("aaab", "aab", "a", "aaab"),
+        ("abcd", ["abcd", "bc"], "a", "abc"),  # the first to be complete
+        ("xabc", ["bc", "abc"], "x", "xabc"),  # complete at once: the longer
+        ("größe", "ö", "gr", "grö"),
+        ("a🙂b", "🙂", "a", "a🙂"),
+        ("stop", "stop", "", "stop"),
+    ],
+)
+def test_stop_strings_cut_the_text(tokenizer, text, stop, expected, consumed):
+    loop = DecodingLoop(scripted(tokenizer, text), tokenizer)
+    options = GenerationOptions(stop=stop)
+    completion = loop.generate([0], options)
+    assert completion == Completion(expected, tuple(tokenizer.encode(consumed)), "stop")
+    assert "".join(loop.stream([0], options)) == expected
+
+
+def test_text_held_back_for_a_stop_string_comes_when_it_does_not_follow(tokenizer):
+    loop = DecodingLoop(scripted(tokenizer, "a\n\nUs: b\n\nUse"), tokenizer)
+    options = GenerationOptions(stop="\n\nUser:")
+    assert list(loop.stream([0], options)) == ["a", "\n\nUs:", " ", "b", "\n\nUse"]
+    assert loop.generate([0], options) == Completion("a\n\nUs: b\n\nUse", (*loop.engine.scripts[0], EOS), "stop")
+
+
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 30)),
+)
+def test_stop_strings_do_not_depend_on_the_pieces(text, stops, cuts):
+    scanner = StopScanner(stops)
+    edges = sorted({0, len(text), *[cut for cut in cuts if cut <= len(text)]})
+    out = [scanner.push(text[a:b]) for a, b in pairwise(edges)]
+    found = "".join(out) + scanner.flush()
+    # By definition: the shortest beginning of the text that ends in a stop string, less the longest such string.
+    for end in range(len(text) + 1):
+        if complete := [stop for stop in stops if text[:end].endswith(stop)]:
+            assert scanner.hit and found == text[: end - max(map(len, complete))]
+            return
+    assert not scanner.hit and found == text
+
+
+# --- streaming ---
+
+
+def drain(stream: Any) -> tuple[list[Any], Completion]:
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+@given(script=st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=30), stop=st.sampled_from([(), "e", "ab"]))
+def test_stream_adds_up_to_generate(tokenizer, script, stop):
+    loop = DecodingLoop(ScriptedEngine([script]), tokenizer)
+    options = GenerationOptions(stop=stop, max_new_tokens=25)
+    completion = loop.generate([0], options)
+    pieces, streamed = drain(loop.stream([0], options))
+    assert streamed == completion
+    assert "".join(pieces) == completion.text and "" not in pieces
+    if not stop:
+        assert completion.text == tokenizer.decode(completion.token_ids)
+    assert drain(loop.stream_ids([0], options)) == (list(completion.token_ids), completion)
+
+
+def test_a_character_is_streamed_whole(tokenizer):
+    loop = DecodingLoop(scripted(tokenizer, "a🙂ö"), tokenizer)
+    assert list(loop.stream([0])) == ["a", "🙂", "ö"]
+    pieces, completion = drain(loop.stream([0], GenerationOptions(max_new_tokens=3)))
+    assert pieces == ["a", "�"] and completion.text == "a�"
+
+
+def test_tokens_are_streamed_as_they_come(tokenizer):
+    engine = scripted(tokenizer, "abc")
+    stream = DecodingLoop(engine, tokenizer).stream([0])
+    assert engine.calls == []
+    for count, letter in enumerate("abc", start=1):
+        assert next(stream) == letter
+        assert len(engine.calls) == count
+
+
+def test_a_closed_stream_frees_its_slot(tokenizer):
+    loop = DecodingLoop(scripted(tokenizer, "abc", max_batch=1), tokenizer)
+    for start in (loop.stream, loop.stream_ids):
+        stream = start([0])
+        next(stream)
+        with pytest.raises(GenerationError, match="every KV-cache slot is taken"):
+            loop.generate([0])
+        stream.close()
+        assert loop.generate([0]).text == "abc"
+
+
+def test_a_stream_holds_no_slot_before_it_starts_and_after_it_ends(tokenizer):
+    loop = DecodingLoop(scripted(tokenizer, "abc", max_batch=1), tokenizer)
+    waiting, ended = loop.stream([0]), loop.stream([0])
+    assert "".join(ended) == "abc"
+    assert "".join(waiting) == "abc"
+
+
+def test_open_streams_and_batches_do_not_share_slots(tokenizer):
+    loop = DecodingLoop(scripted(tokenizer, "abcdef", "ghijkl", "mn", max_batch=3), tokenizer)
+    first, second = loop.stream([0]), loop.stream([1])
+    text = [next(first) + next(second) for _ in range(3)]
+    assert [completion.text for completion in loop.generate([[2], [0], [2]])] == ["mn", "abcdef", "mn"]
+    text += [next(first) + next(second) for _ in range(3)]
+    assert "".join(text) == "agbhcidjekfl"
+
+
+def test_a_failing_engine_frees_the_slots(tokenizer):
+    engine = scripted(tokenizer, "abc", max_batch=2)
+    loop = DecodingLoop(engine, tokenizer)
+
+    class Broken(RuntimeError):
+        pass
+
+    def fail(*_args: Any) -> None:
+        raise Broken
+
+    engine.decode, decode = fail, engine.decode
+    with pytest.raises(Broken):
+        loop.generate([[0], [0]])
+    engine.decode = decode
+    assert [completion.text for completion in loop.generate([[0], [0]])] == ["abc", "abc"]
+    assert engine.calls[-1] == ("decode", [0, 1])
+
+
+# --- prompts ---
+
+
+def test_text_prompts_are_encoded(tokenizer):
+    engine = scripted(tokenizer, "x")
+    engine.scripts = [[]] * VOCAB
+    DecodingLoop(engine, tokenizer).generate("größe", GenerationOptions(max_new_tokens=1))
+    assert engine.cache[0] == tokenizer.encode("größe")
+
+
+@pytest.mark.parametrize("ids, start", [({"bos_token_id": 5}, 5), ({"bos_token_id": None}, EOS)])
+def test_the_empty_text_starts_with_bos_or_eos(tokenizer, ids, start):
+    engine = ScriptedEngine([[]] * VOCAB, **ids)
+    DecodingLoop(engine, tokenizer).generate(["", ""])
+    assert engine.cache == {0: [start], 1: [start]}
+
+
+def test_the_empty_text_without_bos_and_eos(tokenizer):
+    engine = ScriptedEngine([[]], bos_token_id=None, eos_token_id=None)
+    with pytest.raises(GenerationError, match="has no tokens"):
+        DecodingLoop(engine, tokenizer).generate("")
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ([[1], []], "^prompt 2 of 2 has no tokens"),
+        (np.array([], np.int64), "^the prompt has no tokens"),
+        ([1, VOCAB], rf"token id {VOCAB}; the model's vocabulary is 0\.\.{VOCAB - 1}"),
+        ([3, -1], "token id -1"),
+        ([1] * (CONTEXT + 1), f"has {CONTEXT + 1} tokens, the model's context is {CONTEXT}"),
+        (np.array([1.0, 2.0]), "no token ids"),
+        ([1, "a"], "no token ids"),
+        ([None], "no token ids"),
+        ([[[1, 2], [3]]], "no token ids"),
+        ([2**70, 1], "no token ids"),
+    ],
+)
+def test_prompts_that_cannot_be_used(prompt, message):
+    engine = ScriptedEngine([[1]])
+    with pytest.raises(GenerationError, match=message):
+        DecodingLoop(engine).generate(prompt)
+    assert engine.calls == []
+
+
+def test_streams_refuse_prompts_when_asked_for(tokenizer):
+    loop = DecodingLoop(ScriptedEngine([[1]]), tokenizer)
+    for start in (loop.stream, loop.stream_ids):
+        with pytest.raises(GenerationError, match="has no tokens"):
+            start([])
+
+
+def test_text_needs_a_tokenizer():
+    loop = DecodingLoop(ScriptedEngine([[1]]))
+    for prompt in ("text", ["text"], ""):
+        with pytest.raises(TokenizerError, match="pass token ids"):
+            loop.generate(prompt)
+    with pytest.raises(TokenizerError, match="use stream_ids"):
+        loop.stream([0])
+    with pytest.raises(TokenizerError, match="use stop_token_ids"):
+        loop.generate([0], GenerationOptions(stop="x"))
+    assert list(loop.stream_ids([0])) == [1, EOS]
+
+
+@pytest.mark.parametrize("options", [GenerationOptions(), GenerationOptions(temperature=1.0)])
+def test_nan_logits_are_refused(options):
+    engine = ScriptedEngine([[1]])
+    engine.next_logits = lambda _ids: np.full(VOCAB, np.nan)
+    loop = DecodingLoop(engine)
+    with pytest.raises(GenerationError, match="next-token logits"):
+        loop.generate([0], options)
+    assert loop.slots.free == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 1.5),
+        ("seed", -1),
+        ("seed", 0.5),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", [b"a"]),
+        ("stop", 7),
+        ("stop_token_ids", -1),
+        ("stop_token_ids", [1, "a"]),
+        ("top_p", 0),
+    ],
+)
+def test_options_out_of_range(name, value):
+    with pytest.raises(GenerationError, match=r"; (it|a stop string) must be ") as caught:
+        GenerationOptions(**{name: value})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,290 @@
+"""The generate command: what it passes on, what it prints, and how it and every command ends."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tvm_attn
+from tvm_attn import cli, generate
+from tvm_attn.errors import ArtifactError, GenerationError
+from tvm_attn.runtime.decoding import Completion, GenerationStats
+
+
+class ByteTokenizer:
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode()
+
+
+class FakeModel:
+    """Answers every prompt with " wörld" in two pieces, and remembers the options."""
+
+    def __init__(self, tokenizer: ByteTokenizer | None) -> None:
+        self.tokenizer = tokenizer
+        self.options: dict[str, Any] = {}
+        self.prompts: list[Any] = []
+        self.fail: Callable[[], None] = lambda: None
+
+    def _note(self, prompts: list[Any], stats: GenerationStats, options: dict[str, Any]) -> None:
+        self.prompts += prompts
+        self.options = options
+        stats.prompt_tokens, stats.prefill_seconds = 10, 0.25
+        stats.decode_tokens, stats.decode_seconds = 1, 0.5
+        stats.first_token_seconds = 0.125
+
+    def stream(self, prompt: Any, *, stats: GenerationStats, **options: Any) -> Iterator[str]:
+        assert self.tokenizer is not None
+        self._note([prompt], stats, options)
+        return self._pieces([" wö", "rld"])
+
+    def stream_ids(self, prompt: Any, *, stats: GenerationStats, **options: Any) -> Iterator[int]:
+        self._note([prompt], stats, options)
+        return self._pieces([7, 8])
+
+    def _pieces(self, pieces: list[Any]) -> Iterator[Any]:
+        yield pieces[0]
+        self.fail()
+        yield pieces[1]
+
+    def generate(self, prompts: list[Any], *, stats: GenerationStats, **options: Any) -> list[Completion]:
+        self._note(prompts, stats, options)
+        text = " wörld" if self.tokenizer else ""
+        return [Completion(text, (7, 8), "length") for _ in prompts]
+
+
+@pytest.fixture
+def model(monkeypatch) -> FakeModel:
+    """What tvm_attn.load gives; `loaded` holds its arguments."""
+    model = FakeModel(ByteTokenizer())
+    model.loaded = []
+
+    def load(*args: Any, **options: Any) -> FakeModel:
+        assert os.environ["TVM_USE_RUNTIME_LIB"] == "1"
+        model.loaded.append((args, options))
+        return model
+
+    monkeypatch.setenv("TVM_USE_RUNTIME_LIB", "1")  # so that it is gone after the test
+    monkeypatch.delenv("TVM_USE_RUNTIME_LIB")
+    monkeypatch.setattr(tvm_attn, "load", load, raising=False)
+    return model
+
+
+def give_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+# --- the arguments ---
+
+
+def test_defaults(model):
+    assert generate.main(["dist/x", "--prompt", "Hello"]) == 0
+    assert model.loaded == [(("dist/x",), {"device": "auto", "threads": None})]
+    assert model.prompts == ["Hello"]
+    assert model.options == {
+        "max_new_tokens": 128,
+        "temperature": None,
+        "top_k": None,
+        "top_p": None,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "stop": [],
+        "stop_token_ids": None,
+        "seed": None,
+    }
+
+
+def test_every_option_is_passed_on(model):
+    command = (
+        "dist/x --prompt Hello --max-new-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 "
+        "--repetition-penalty 1.2 --stop a --stop b --stop-token-id 5 --stop-token-id 6 --seed 7 "
+        "--device cpu --threads 2"
+    )
+    assert generate.main(command.split()) == 0
+    assert model.loaded == [(("dist/x",), {"device": "cpu", "threads": 2})]
+    assert model.options == {
+        "max_new_tokens": 3,
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "stop": ["a", "b"],
+        "stop_token_ids": [5, 6],
+        "seed": 7,
+    }
+
+
+@pytest.mark.parametrize("data, prompt", [(b"one\n", "one"), ("größe\n\n".encode(), "größe\n"), (b"", "")])
+def test_a_dash_reads_stdin_less_one_newline(model, monkeypatch, data, prompt):
+    give_stdin(monkeypatch, data)
+    assert generate.main(["dist/x", "--prompt", "-"]) == 0
+    assert model.prompts == [prompt]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dist/x"],
+        ["dist/x", "--prompt", "a", "--prompt-ids", "1"],
+        ["dist/x", "--prompt-ids", "1,two"],
+        ["dist/x", "--prompt", "a", "--top-k", "many"],
+    ],
+)
+def test_wrong_usage(model, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        generate.main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+# --- what is printed ---
+
+
+def test_prints_the_prompt_and_what_follows(model, capsys):
+    assert generate.main(["dist/x", "--prompt", "Hello"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello wörld\n"
+    assert err.splitlines() == [
+        "prefill: 10 tokens in 0.250 s, 40.0 tokens/s",
+        "first token: after 0.125 s",
+        "decode: 1 token in 0.500 s, 2.0 tokens/s",
+    ]
+
+
+def test_prints_each_piece_as_it_comes(model, capsys):
+    seen = []
+    model.fail = lambda: seen.append(capsys.readouterr().out)
+    assert generate.main(["dist/x", "--prompt", "Hello"]) == 0
+    assert seen == ["Hello wö"]
+    assert capsys.readouterr().out == "rld\n"
+
+
+def test_ids_are_shown_as_text_where_there_is_a_tokenizer(model, capsys):
+    assert generate.main(["dist/x", "--prompt-ids", "72,105"]) == 0
+    assert model.prompts == [[72, 105]]
+    assert capsys.readouterr().out == "Hi wörld\n"
+
+
+def test_without_a_tokenizer_ids_are_printed(model, capsys):
+    model.tokenizer = None
+    assert generate.main(["dist/x", "--prompt-ids", "1,2,3"]) == 0
+    assert capsys.readouterr().out == "1,2,3,7,8\n"
+    assert generate.main(["dist/x", "--prompt-ids", "1,2,3", "--prompt-ids", "4"]) == 0
+    assert capsys.readouterr().out == "1,2,3,7,8\n\n4,7,8\n"
+
+
+def test_several_prompts_are_one_batch(model, capsys):
+    assert generate.main(["dist/x", "--prompt", "Hello", "--prompt", "Bye"]) == 0
+    assert model.prompts == ["Hello", "Bye"]
+    out, err = capsys.readouterr()
+    assert out == "Hello wörld\n\nBye wörld\n"
+    assert "40.0 tokens/s" in err
+
+
+def test_json(model, capsys):
+    timings = {
+        "prompt_tokens": 10,
+        "prefill_seconds": 0.25,
+        "decode_tokens": 1,
+        "decode_seconds": 0.5,
+        "first_token_seconds": 0.125,
+        "prefill_tokens_per_second": 40.0,
+        "decode_tokens_per_second": 2.0,
+    }
+    completion = {"text": " wörld", "token_ids": [7, 8], "finish_reason": "length"}
+    assert generate.main(["dist/x", "--prompt", "Hello", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {**completion, "timings": timings}
+    assert err == ""
+    assert generate.main(["dist/x", "--prompt", "Hello", "--prompt", "Bye", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"completions": [completion] * 2, "timings": timings}
+
+
+# --- errors ---
+
+
+def test_a_wrong_option_is_refused_before_the_model_is_loaded(model, capsys):
+    assert generate.main(["dist/x", "--prompt", "Hello", "--top-p", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: top_p is 2.0; it must be a number in (0, 1]\n")
+    assert model.loaded == []
+
+
+def test_stdin_that_is_no_text(model, monkeypatch, capsys):
+    give_stdin(monkeypatch, b"\xff")
+    assert generate.main(["dist/x", "--prompt", "-"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input is not UTF-8 text")
+
+
+def test_a_missing_artifact_is_one_line(monkeypatch, capsys):
+    def load(*_args: Any, **_options: Any) -> None:
+        raise ArtifactError("there is no manifest.json in\ndist/x")
+
+    monkeypatch.setattr(tvm_attn, "load", load, raising=False)
+    assert generate.main(["dist/x", "--prompt", "Hello"]) == 2
+    assert capsys.readouterr() == ("", "error: there is no manifest.json in dist/x\n")
+
+
+def test_a_refused_prompt_is_not_printed(model, monkeypatch, capsys):
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise GenerationError("too long")
+
+    monkeypatch.setattr(model, "stream", refuse)
+    assert generate.main(["dist/x", "--prompt", "Hello"]) == 2
+    assert capsys.readouterr() == ("", "error: too long\n")
+
+
+def test_ctrl_c_ends_quietly(model, capsys):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    model.fail = interrupt
+    assert generate.main(["dist/x", "--prompt", "Hello"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "Hello wö"
+    assert "Traceback" not in err and "tokens/s" not in err
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 // 0)
+
+
+def run_script(script: str, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "import sys\nfrom tvm_attn.cli import run\n" + script]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], **options
+    )
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # the pipe breaks when the buffer is flushed, and while printing
+def test_a_broken_pipe_is_quiet(lines):
+    # The script waits for its reader to be gone.
+    script = (
+        f"def main():\n sys.stdin.read()\n for _ in range({lines}): print('x' * 10)\n return 0\nsys.exit(run(main))"
+    )
+    process = run_script(script, stdin=subprocess.PIPE)
+    assert process.stdin and process.stdout and process.stderr
+    process.stdout.close()
+    process.stdin.close()
+    assert (process.wait(60), process.stderr.read()) == (141, b"")
+    process.stderr.close()
+
+
+def test_characters_that_the_terminal_lacks_are_replaced():
+    process = run_script("sys.exit(run(lambda: print('größe')))", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=60)
+    assert (out, err, process.returncode) == (b"gr??e" + os.linesep.encode(), b"", 0)
+
+
+def test_the_module_runs_as_a_command():
+    command = [sys.executable, "-m", "tvm_attn.generate", "no-such-artifact", "--prompt", "x", "--top-k", "0"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=60)
+    assert process.returncode == 2
+    assert process.stderr == "error: top_k is 0; it must be an integer of at least 1\n"

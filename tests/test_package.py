@@ -1,0 +1,96 @@
+"""The distribution: what the wheel holds, and that it works away from the source tree."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tvm_attn._resources import resource_dir
+from tvm_attn.errors import TvmAttnError
+
+ROOT = Path(__file__).parents[1]
+DATA_FOLDERS = ("targets", "schedules", "models/demo")
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command away from the source tree and require exit status 0."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def files_under(folder: str) -> set[str]:
+    """The files of a folder of the source tree, relative to its root, less Python's caches."""
+    paths = (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(ROOT).as_posix() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this source tree. The build writes nothing into the tree and fetches nothing."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", folder)
+    run(sys.executable, "-m", "pip", "wheel", *options, ROOT, cwd=folder)
+    (built,) = folder.glob("tvm_attn-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a fresh virtual environment that holds the wheel and sees this environment's dependencies."""
+    venv = tmp_path_factory.mktemp("installed") / "venv"
+    run(sys.executable, "-m", "venv", venv, cwd=venv.parent)
+    python = venv / "bin" / "python"
+    options = ("--no-deps", "--no-index", "--disable-pip-version-check")
+    run(python, "-m", "pip", "install", *options, wheel, cwd=venv.parent)
+    # Appended after the new environment's own packages, and without the .pth file of an editable install there.
+    (site_packages,) = venv.glob("lib/python*/site-packages")
+    outer = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
+    (site_packages / "outer.pth").write_text("\n".join(outer) + "\n", encoding="utf-8")
+    return python
+
+
+def test_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    expected = files_under("tvm_attn")
+    for folder in DATA_FOLDERS:
+        data = files_under(folder)
+        assert data, f"{folder} is empty"
+        expected |= {f"tvm_attn/_data/{path}" for path in data}
+    assert held == expected
+
+
+@pytest.mark.slow
+def test_installed_wheel_builds_and_generates(installed_python: Path, tmp_path: Path) -> None:
+    code = "import tvm_attn, tvm_attn._resources as r; print(tvm_attn.__file__); print(r.resource_dir('models/demo'))"
+    package, demo = map(Path, run(installed_python, "-c", code, cwd=tmp_path).stdout.splitlines())
+    venv = installed_python.parents[1]
+    assert package.is_relative_to(venv)
+    assert demo.is_relative_to(venv)
+
+    artifact = tmp_path / "artifact"
+    options: tuple[str | Path, ...] = ("--model", demo, "--target", "cpu", "--out", artifact)
+    built = run(installed_python, "-m", "tvm_attn.build", *options, cwd=tmp_path)
+    prompt = "Return the"
+    options = (artifact, "--prompt", prompt, "--max-new-tokens", "5")
+    generated = run(installed_python, "-m", "tvm_attn.generate", *options, cwd=tmp_path)
+
+    assert generated.stdout.startswith(prompt)
+    assert len(generated.stdout.strip()) > len(prompt)
+    for done in (built, generated):
+        assert "warning" not in done.stderr.lower()
+
+
+@pytest.mark.parametrize("name", DATA_FOLDERS)
+def test_a_checkout_uses_its_own_data(name: str) -> None:
+    assert resource_dir(name) == ROOT / name
+
+
+def test_missing_data_folder_is_named() -> None:
+    with pytest.raises(TvmAttnError, match=r"data folder .*nowhere is missing: .*reinstall"):
+        resource_dir("nowhere")

@@ -1,0 +1,82 @@
+"""`python -m tvm_attn.build`: compile a checkpoint, check it against PyTorch, write an artifact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+from tvm_attn.cli import print_report, run, status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's arguments) and return its exit status."""
+    return run(lambda: _build(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tvm_attn.build",
+        description="Compile GPT-2 with Apache TVM, check the result against PyTorch, and write an artifact.",
+    )
+    parser.add_argument(
+        "--model",
+        default="gpt2",
+        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint's folder, a hub id, or demo; default: %(default)s",
+    )
+    parser.add_argument(
+        "--target",
+        required=True,
+        help="cpu (this machine), or targets of targets/*.toml separated by commas, e.g. cpu-znver4,cpu-x86-64-v3",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="storage of weights and KV cache; sums and softmax are float32; default: %(default)s",
+    )
+    parser.add_argument("--quant", choices=("none",), default="none", help="quantization; default: %(default)s")
+    parser.add_argument("--out", metavar="FOLDER", help="the artifact's folder; default: dist/MODEL")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return parser
+
+
+def _build(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    with status() as progress:
+        from tvm_attn.compiler.build import build
+
+        built = build(
+            args.model, args.target, args.dtype, args.quant, args.out, verify=not args.no_verify, progress=progress
+        )
+    seconds = time.perf_counter() - start
+    if args.json:
+        reports = {name: report and report.to_dict() for name, report in built.reports.items()}
+        result = {"artifact": str(built.folder), "weights": built.source, "seconds": seconds, "notes": built.notes}
+        print(json.dumps(result | {"verification": reports}))
+        return 0
+    for name, report in built.reports.items():
+        if report is not None:
+            print_report(report, f"{name} against PyTorch")
+    for note in built.notes:
+        print(f"note: {note}")
+    print(f"built {built.folder} ({built.source}, {args.dtype}) in {seconds:.1f} s")
+    return 0
+
+
+class _CallableModule(ModuleType):
+    """`tvm_attn.build` names this module and, in Python, the function: calling the module builds."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from tvm_attn.compiler.build import build
+
+        return build(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,144 @@
+"""Writing an artifact: parameters, libraries, tokenizer and manifest into a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tvm_attn.errors import ArtifactError
+from tvm_attn.runtime.artifact import MANIFEST, PARAMS_INDEX, digest
+
+# TVM's loaders read shards whole; parameters larger than half of this get a shard of their own.
+_SHARD_BYTES = 32 << 20
+# Parameters start at multiples of this, so that a shard in memory can be used in place.
+_ALIGNMENT = 64
+
+
+@contextmanager
+def artifact_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that replaces it when the block ends without an error.
+
+    Raises:
+        ArtifactError: `out` exists and is not an artifact (nothing else is ever deleted), or cannot be written.
+    """
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"{out} exists and is not an artifact; choose another --out, or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        _replace(temporary, out)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {out}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _replace(new: Path, out: Path) -> None:
+    """A folder that is not empty cannot be renamed over: the old one steps aside first."""
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    out.rename(old / "artifact")
+    try:
+        new.rename(out)
+    except OSError:
+        (old / "artifact").rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes parameters in the tensor-cache convention of TVM and MLC-LLM, one shard in memory at a time.
+
+    Args:
+        folder: the artifact; `params/` is made in it.
+        params: names and C-contiguous arrays.
+    """
+    (folder / "params").mkdir()
+    shards: list[dict[str, Any]] = []
+    file: BinaryIO | None = None
+
+    def start() -> None:
+        nonlocal file
+        finish()
+        name = f"params_shard_{len(shards)}.bin"
+        file = (folder / "params" / name).open("wb")
+        shards.append({"dataPath": name, "format": "raw-shard", "nbytes": 0, "records": []})
+
+    def finish() -> None:
+        if file is not None:
+            file.close()
+
+    for name, array in params:
+        # TVM's own loader wants no gap at the end of a shard, so the padding goes in front of the next parameter.
+        padding = -shards[-1]["nbytes"] % _ALIGNMENT if shards else 0
+        if not shards or shards[-1]["nbytes"] + padding + array.nbytes > _SHARD_BYTES:
+            start()
+            padding = 0
+        assert file is not None
+        shard = shards[-1]
+        file.write(bytes(padding))
+        file.write(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
+        record = {
+            "name": name,
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+            "format": "raw",
+            "nbytes": array.nbytes,
+            "byteOffset": shard["nbytes"] + padding,
+        }
+        shard["records"].append(record)
+        shard["nbytes"] += padding + array.nbytes
+    finish()
+    for shard in shards:
+        shard["md5sum"] = _hash(folder / "params" / shard["dataPath"], "md5")
+    index = {"metadata": {"ParamSize": sum(len(shard["records"]) for shard in shards)}, "records": shards}
+    (folder / PARAMS_INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def write_manifest(folder: Path, body: dict[str, Any]) -> None:
+    """Adds sizes and SHA-256 of every file of the folder to the body, and writes it as the manifest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    body["files"] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash(path, "sha256")}
+        for path in paths
+    }
+    body["sha256"] = digest(body)
+    temporary = folder / f".{MANIFEST}"
+    temporary.write_text(json.dumps(body, indent=2), encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
+def _hash(path: Path, algorithm: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest() if hasattr(hashlib, "file_digest") else _slow_hash(file, algorithm)
+
+
+def _slow_hash(file: BinaryIO, algorithm: str) -> str:
+    """`hashlib.file_digest` for Python 3.10."""
+    state = hashlib.new(algorithm)
+    while chunk := file.read(1 << 20):
+        state.update(chunk)
+    return state.hexdigest()

@@ -1,0 +1,224 @@
+"""From a checkpoint to an artifact: the road of DESIGN.md in one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+import tvm_ffi
+
+import tvm_attn
+from tvm_attn import targets
+from tvm_attn._resources import resource_dir
+from tvm_attn.compiler.artifact import artifact_folder, write_manifest, write_params
+from tvm_attn.compiler.pipeline import compile_program
+from tvm_attn.compiler.verification import Report, verify
+from tvm_attn.config import PRESETS, GPT2Config
+from tvm_attn.errors import CheckpointError, TargetError
+from tvm_attn.model.checkpoint import (
+    Checkpoint,
+    CheckpointUnavailable,
+    cast_params,
+    open_checkpoint,
+    random_params,
+)
+from tvm_attn.model.gpt2 import Layout, build_program, padded_vocabulary
+from tvm_attn.runtime.artifact import FORMAT, Artifact
+from tvm_attn.runtime.engine import CompiledEngine
+from tvm_attn.runtime.machine import set_threads
+from tvm_attn.targets import Target
+
+DTYPES = ("float32", "float16", "bfloat16")
+QUANTIZATIONS = ("none",)
+MAX_BATCH = 64
+"""Most sequences of one decode call that libraries are planned for."""
+# Enough slots for a ragged batch of every length that is checked.
+_VERIFY_BATCH = 5
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build made.
+
+    Attributes:
+        folder: the artifact.
+        source: where the weights came from.
+        reports: by target name; None where the library could not run on this machine, or checking was switched off.
+        notes: what the user should know, a line each.
+    """
+
+    folder: Path
+    source: str
+    reports: dict[str, Report | None]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A configuration with its parameters: a checkpoint's, or random ones."""
+
+    config: GPT2Config
+    source: str
+    checkpoint: Checkpoint | None
+
+    def params(self) -> Iterator[tuple[str, np.ndarray]]:
+        return random_params(self.config) if self.checkpoint is None else self.checkpoint.params()
+
+    def tokenizer_json(self) -> str | None:
+        return None if self.checkpoint is None else self.checkpoint.tokenizer_json()
+
+
+def build(
+    model: str | Path = "gpt2",
+    target: str = "cpu",
+    dtype: str = "float32",
+    quant: str = "none",
+    out: str | Path | None = None,
+    verify: bool = True,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Built:
+    """Compiles a GPT-2 checkpoint and writes an artifact.
+
+    Args:
+        model: a published size ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), a folder with a checkpoint, a Hugging
+            Face hub id, or "demo", the small model that comes with tvm_attn.
+        target: "cpu" for this machine, or names of targets, separated by commas.
+        dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are float32 always.
+        quant: "none".
+        out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced when all has gone well.
+        verify: compare the compiled functions with PyTorch.
+        progress: told what happens next.
+
+    Raises:
+        CheckpointError, ConfigError, TokenizerError: the checkpoint is not usable.
+        TargetError, ScheduleError, CompileError: it cannot be compiled for the target.
+        VerificationError: the compiled functions disagree with PyTorch, or PyTorch is not installed.
+        ArtifactError: `out` cannot be written.
+    """
+    resolved = [targets.resolve(name.strip()) for name in target.split(",")]
+    _check_choices(resolved, dtype, quant)
+    notes: list[str] = []
+    progress("reading the checkpoint")
+    weights = _open_weights(model, notes, progress)
+    folder = Path(out) if out is not None else Path("dist") / Path(str(model)).name
+    reports: dict[str, Report | None] = {}
+    with artifact_folder(folder) as temporary:
+        progress("writing the parameters")
+        write_params(temporary, cast_params(weights.params(), dtype))
+        tokenizer = weights.tokenizer_json()
+        if tokenizer is not None:
+            (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        body = _manifest(weights, dtype, quant)
+        for entry in resolved:
+            progress(f"compiling for {entry.name}")
+            body["libraries"].append(_compile(weights.config, entry, dtype, temporary))
+        write_manifest(temporary, body)
+        if verify:
+            reports = _verify_libraries(temporary, resolved, body, notes, progress)
+            write_manifest(temporary, body)
+    return Built(folder, weights.source, reports or dict.fromkeys((entry.name for entry in resolved), None), tuple(notes))
+
+
+def _check_choices(resolved: list[Target], dtype: str, quant: str) -> None:
+    if len({entry.name for entry in resolved}) != len(resolved):
+        raise TargetError("a target is named twice")
+    for entry in resolved:
+        if dtype not in entry.dtypes:
+            raise TargetError(f"dtype {dtype!r} is not available for {entry.name}; available: {', '.join(entry.dtypes)}")
+    if quant not in QUANTIZATIONS:
+        raise TargetError(f"quantization {quant!r} is not available; available: {', '.join(QUANTIZATIONS)}")
+
+
+def _open_weights(model: str | Path, notes: list[str], progress: Callable[[str], None]) -> _Weights:
+    if str(model) == "demo" and not Path(model).is_dir():
+        model = resource_dir("models/demo")
+    try:
+        checkpoint = open_checkpoint(model, on_download=progress)
+    except CheckpointUnavailable as error:
+        config = PRESETS.get(str(model))
+        if config is None:
+            raise
+        notes.append(f"random weights: {' '.join(str(error).split())}")
+        return _Weights(config, "random weights, seed 0", None)
+    if checkpoint.tokenizer_json() is None:
+        notes.append("the checkpoint has no tokenizer: prompts and completions are token ids")
+    return _Weights(checkpoint.config, checkpoint.source, checkpoint)
+
+
+def _manifest(weights: _Weights, dtype: str, quant: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "model": weights.config.to_dict(),
+        "weights": weights.source,
+        "dtype": dtype,
+        "quantization": quant,
+        "versions": {"tvm_attn": tvm_attn.__version__, "tvm": tvm.__version__, "tvm_ffi": tvm_ffi.__version__},
+        "date": date.today().isoformat(),
+        "libraries": [],
+    }
+
+
+def _compile(config: GPT2Config, target: Target, dtype: str, folder: Path) -> dict[str, Any]:
+    """Compiles the library of one target and describes it for the manifest."""
+    layout = Layout(target.tile_rows, target.tile_columns, dtype)
+    max_prefill_rows = -(-config.n_positions // layout.rows) * layout.rows
+    program = build_program(config, layout, max_prefill_rows, MAX_BATCH)
+    file = f"lib-{target.name}.so"
+    records = compile_program(program, target, folder / file)
+    return {
+        "file": file,
+        "target": target.name,
+        "device": target.device,
+        "platform": f"linux-{target.architecture}",
+        "features": list(target.features),
+        "rows": layout.rows,
+        "vocabulary": padded_vocabulary(config, layout),
+        "max_prefill_rows": max_prefill_rows,
+        "max_batch": MAX_BATCH,
+        "tvm_target": target.tvm,
+        "records": [record.to_line() for record in records],
+        "verification": None,
+    }
+
+
+def _verify_libraries(
+    folder: Path,
+    resolved: list[Target],
+    body: dict[str, Any],
+    notes: list[str],
+    progress: Callable[[str], None],
+) -> dict[str, Report | None]:
+    set_threads(None)
+    reports: dict[str, Report | None] = {}
+    for target, library in zip(resolved, Artifact(folder).libraries, strict=True):
+        obstacle = library.obstacle()
+        if obstacle:
+            reports[target.name] = None
+            notes.append(f"{library.file} was compiled but not checked: {obstacle}; run tvm_attn.verify where it runs")
+            continue
+        artifact = Artifact(folder)
+        engine = CompiledEngine(artifact, library, tvm.cpu(0), min(_VERIFY_BATCH, library.max_batch))
+        report = verify(artifact, engine, progress)
+        report.raise_if_failed(library.file)
+        reports[target.name] = report
+        body["libraries"][len(reports) - 1]["verification"] = report.to_dict()
+    return reports
+
+
+def verify_artifact(
+    folder: str | Path, device: str = "auto", progress: Callable[[str], None] = lambda message: None
+) -> Report:
+    """Checks an artifact's library for a device against PyTorch; see `verification.verify`.
+
+    Raises:
+        ArtifactError: the artifact is damaged or cannot run here.
+        DeviceError: the device is unknown.
+        VerificationError: PyTorch is not installed.
+    """
+    loaded = tvm_attn.load(folder, device, max_batch=_VERIFY_BATCH)
+    return verify(Artifact(folder), loaded.engine, progress)

@@ -1,0 +1,48 @@
+"""The exceptions of tvm_attn: one type per cause, all derived from `TvmAttnError`.
+
+Every message is one line that says what was wrong and the way out; the commands print it and exit with status 2.
+"""
+
+
+class TvmAttnError(Exception):
+    """Base class of every error that tvm_attn raises on purpose."""
+
+
+class ConfigError(TvmAttnError):
+    """A model configuration is malformed or asks for something that is not supported."""
+
+
+class CheckpointError(TvmAttnError):
+    """A checkpoint is missing, unreadable, or its tensors do not fit its configuration."""
+
+
+class TokenizerError(TvmAttnError):
+    """Tokenizer files are unreadable, or text was given where no tokenizer exists."""
+
+
+class TargetError(TvmAttnError):
+    """A target is unknown, its file is malformed, or this machine cannot build for it."""
+
+
+class ScheduleError(TvmAttnError):
+    """A kernel has no schedule template for the target, or a tuned record does not fit its template."""
+
+
+class CompileError(TvmAttnError):
+    """TVM or the C++ tool chain failed to build the library."""
+
+
+class VerificationError(TvmAttnError):
+    """The compiled functions disagree with the PyTorch reference beyond the stated bounds."""
+
+
+class ArtifactError(TvmAttnError):
+    """An artifact is incomplete, was altered, or was made for another machine or version."""
+
+
+class DeviceError(TvmAttnError):
+    """The requested device is absent, or lacks the memory or features that are needed."""
+
+
+class GenerationError(TvmAttnError):
+    """The arguments of a generation request are invalid, e.g. a prompt longer than the context."""

@@ -1,0 +1,161 @@
+"""`python -m tvm_attn.generate`: continue prompts with a compiled model, streaming to the terminal."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tvm_attn.cli import run
+from tvm_attn.errors import GenerationError
+from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
+
+if TYPE_CHECKING:
+    from tvm_attn.runtime.model import Model
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's arguments) and return its exit status."""
+    return run(lambda: _generate(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tvm_attn.generate",
+        description="Continue prompts with a compiled model. Greedy, unless a sampling option is given.",
+    )
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that tvm_attn.build wrote")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="text to continue; '-' reads stdin; several make a batch"
+    )
+    prompts.add_argument(
+        "--prompt-ids", action="append", type=_token_ids, metavar="1,2,3", help="the same as token ids"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=GenerationOptions.max_new_tokens, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--temperature", type=float, metavar="F", help="divides the logits; 0 is greedy")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that hold P together"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="sample from tokens P times as likely as the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="F", help="above 1 discourages tokens seen before"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument(
+        "--stop-token-id",
+        action="append",
+        type=int,
+        metavar="ID",
+        help="end at this token instead of the model's end-of-text; may be given several times",
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="repeat the same sampling")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: one a physical core")
+    parser.add_argument("--json", action="store_true", help="print one JSON object when done")
+    return parser
+
+
+def _token_ids(text: str) -> list[int]:
+    return [int(token_id) for token_id in text.split(",")]
+
+
+def _generate(args: argparse.Namespace) -> int:
+    options: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "stop": args.stop,
+        "stop_token_ids": args.stop_token_id,
+        "seed": args.seed,
+    }
+    GenerationOptions(**options)  # refuse a wrong value before the model is loaded, which takes seconds
+    prompts: list[Any] = args.prompt_ids or [_read_stdin() if text == "-" else text for text in args.prompt]
+
+    # Generating needs TVM's runtime only, and that library loads faster than the one with the compiler.
+    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+    import tvm_attn
+
+    model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads)
+    options["stats"] = stats = GenerationStats()
+    if args.json:
+        print(json.dumps(_json_object(model.generate(prompts, **options), stats)))
+        return 0
+    if len(prompts) == 1:
+        _print_stream(model, prompts[0], options)
+    else:
+        _print_batch(model, prompts, model.generate(prompts, **options))
+    sys.stdout.flush()
+    print(
+        _speed("prefill", stats.prompt_tokens, stats.prefill_seconds, stats.prefill_tokens_per_second), file=sys.stderr
+    )
+    print(f"first token: after {stats.first_token_seconds:.3f} s", file=sys.stderr)
+    print(_speed("decode", stats.decode_tokens, stats.decode_seconds, stats.decode_tokens_per_second), file=sys.stderr)
+    return 0
+
+
+def _read_stdin() -> str:
+    """Standard input less its final newline, as a shell's $(...) reads it."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise GenerationError(f"standard input is not UTF-8 text: {error}") from error
+
+
+def _shown(model: "Model", prompt: str | list[int]) -> str:
+    """How a prompt is printed: as text where there is a tokenizer, else as ids."""
+    if isinstance(prompt, str):
+        return prompt
+    return ",".join(map(str, prompt)) if model.tokenizer is None else model.tokenizer.decode(prompt)
+
+
+def _print_stream(model: "Model", prompt: str | list[int], options: dict[str, Any]) -> None:
+    # Ask for the stream first: a prompt that it refuses should not be printed.
+    if model.tokenizer is None:
+        pieces = (f",{token_id}" for token_id in model.stream_ids(prompt, **options))
+    else:
+        pieces = model.stream(prompt, **options)
+    print(_shown(model, prompt), end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _print_batch(model: "Model", prompts: list[Any], completions: list[Completion]) -> None:
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if index:
+            print()
+        text = completion.text
+        if model.tokenizer is None:
+            text = "".join(f",{token_id}" for token_id in completion.token_ids)
+        print(_shown(model, prompt) + text)
+
+
+def _speed(name: str, tokens: int, seconds: float, rate: float | None) -> str:
+    line = f"{name}: {tokens} token{'' if tokens == 1 else 's'} in {seconds:.3f} s"
+    return line if rate is None else f"{line}, {rate:.1f} tokens/s"
+
+
+def _json_object(completions: list[Completion], stats: GenerationStats) -> dict[str, Any]:
+    """One prompt's completion flat, several under "completions"; with the timings of the whole request."""
+    found = [dataclasses.asdict(completion) for completion in completions]
+    timings = dataclasses.asdict(stats) | {
+        "prefill_tokens_per_second": stats.prefill_tokens_per_second,
+        "decode_tokens_per_second": stats.decode_tokens_per_second,
+    }
+    return (found[0] if len(found) == 1 else {"completions": found}) | {"timings": timings}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""The protocol that every kernel meets.
+
+A kernel is a frozen dataclass of its static sizes. It builds its TensorIR function, computes the same thing in NumPy
+float64, and lists the cases that tests and benchmarks share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from tvm import tirx
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of a kernel, for tests and benchmarks.
+
+    Attributes:
+        kernel: the kernel, its static sizes filled in.
+        name: what is special about the input, e.g. `"full context"`.
+        inputs: arrays in the order of the function's parameters, outputs excluded.
+        outputs: arrays of the outputs' shapes and dtypes; where `in_place` names an input, that input is an output.
+        expected: float64 results, one per output (the in-place inputs first).
+        in_place: indices of the inputs that the kernel updates.
+        nmse: bound on the normalised mean squared error, ``sum((x - y)**2) / sum(y**2)``, of each output.
+    """
+
+    kernel: Kernel
+    name: str
+    inputs: tuple[np.ndarray, ...]
+    outputs: tuple[np.ndarray, ...]
+    expected: tuple[np.ndarray, ...]
+    in_place: tuple[int, ...] = ()
+    nmse: float = 1e-12
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """A function of GPT-2 with its static sizes.
+
+    Attributes:
+        family: the family's name; schedule templates are found by it.
+    """
+
+    family: ClassVar[str]
+
+    def prim_func(self) -> tirx.PrimFunc:
+        """The TensorIR function, unscheduled, for any target."""
+        ...
+
+    @staticmethod
+    def cases() -> Iterator[Case]:
+        """Inputs with their float64 references: odd sizes, single rows, full context, extreme values."""
+        ...
+
+
+def shape_of(kernel: Any) -> dict[str, Any]:
+    """The static sizes of a kernel as a plain dictionary; with the family's name it keys the tuned records."""
+    return {field.name: getattr(kernel, field.name) for field in fields(kernel)}
+
+
+def row_groups(groups: int | None) -> int | tirx.Var:
+    """The number of row groups of a TensorIR function: the static one, or a symbolic "g" where that is None."""
+    return tirx.Var("g", "int32") if groups is None else groups

@@ -1,0 +1,131 @@
+"""Finding a checkpoint on the Hugging Face hub: first in the local cache, then over the network."""
+
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tvm_attn.config import PRESETS
+from tvm_attn.errors import CheckpointError
+from tvm_attn.model.files import one_line
+
+# Weights only as safetensors: a pickled file is never even downloaded.
+_FILES = [
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+]
+_NAME = r"\w+(?:[.-]\w+)*"
+_HUB_ID = re.compile(rf"(?:{_NAME}/)?{_NAME}", re.ASCII)
+_MAX_ID_LENGTH = 96
+_FIRST_ANSWER_S = 5.0  # the hub must answer within this time, or it counts as out of reach
+
+
+class CheckpointUnavailable(CheckpointError):
+    """The checkpoint is not on this machine and cannot be had from the hub; it is not known to be broken."""
+
+
+def hub_id(model: str) -> str | None:
+    """The hub id that `model` stands for: a preset's (`gpt2` is `openai-community/gpt2`), its own, or None."""
+    if model in PRESETS:
+        return f"openai-community/{model}"
+    return model if len(model) <= _MAX_ID_LENGTH and _HUB_ID.fullmatch(model) else None
+
+
+def hub_snapshot(
+    repo_id: str, is_usable: Callable[[Path], bool], on_download: Callable[[str], None] | None = None
+) -> Path:
+    """Folder with the files of `repo_id` that a build needs: from the local cache, or else downloaded into it.
+
+    `is_usable` judges whether a cached folder holds the weights: it may have only what another program asked for.
+    `on_download` is called with the id before anything is fetched.
+
+    Raises CheckpointUnavailable where the hub is out of reach, does not have the model, or does not hand it out.
+    """
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError:
+        raise _unavailable(repo_id, "huggingface_hub is not installed: pip install 'tvm-attn[hub]'") from None
+    with _silent_hub():
+        cached, complete = None, False
+        try:
+            cached, complete = Path(hub.snapshot_download(repo_id, allow_patterns=_FILES, local_files_only=True)), True
+        except LocalEntryNotFoundError as error:
+            path = getattr(error, "snapshot_path", None)  # a cached folder that lacks some of the files
+            cached = None if path is None else Path(path)
+        if cached is not None and not is_usable(cached):
+            cached = None
+        if cached is not None and complete and _has_tokenizer(cached):
+            return cached
+        try:
+            # snapshot_download sets no time limit on its first request, so another asks whether the hub is there.
+            _within(_FIRST_ANSWER_S, lambda: hub.HfApi().model_info(repo_id, timeout=_FIRST_ANSWER_S))
+            if on_download is not None:
+                on_download(repo_id)
+            return Path(hub.snapshot_download(repo_id, allow_patterns=_FILES))
+        except Exception as error:  # from the hub client, its HTTP and transfer libraries, or the operating system
+            if cached is not None:
+                return cached
+            if isinstance(error, GatedRepoError):
+                reason = "it is gated: accept its terms on the hub, then run `hf auth login`"
+            elif isinstance(error, RepositoryNotFoundError):
+                reason = "the hub has no such model, or it is private (`hf auth login`)"
+            else:
+                reason = f"the hub cannot be reached ({type(error).__name__}: {one_line(error)})"
+            raise _unavailable(repo_id, reason) from None
+
+
+def _unavailable(repo_id: str, reason: str) -> CheckpointUnavailable:
+    return CheckpointUnavailable(f"{repo_id} is not on this machine, and {reason}; or pass a folder that holds it")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+
+
+def _within(seconds: float, call: Callable[[], object]) -> None:
+    """Run `call`, raising what it raises, or TimeoutError after `seconds`: name resolution alone has no time limit."""
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if failures:
+        raise failures[0]
+
+
+@contextmanager
+def _silent_hub() -> Iterator[None]:
+    """Keep the hub client's warnings and progress bars off the terminal; its settings are restored on leaving."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("huggingface_hub")
+    level, bars_were_off = logger.level, are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            if not bars_were_off:
+                enable_progress_bars()

@@ -1,0 +1,114 @@
+"""GPT-2 in plain PyTorch: the reference that compiled functions are checked against.
+
+Written from the GPT-2 paper and Hugging Face's parameter names, and independent of both TVM and transformers. In
+float64 it is exact enough to measure the rounding of every other dtype, which is how tolerances are justified.
+
+It recomputes the whole sequence each time and stores all T x T scores: it has no cache and is not meant to be fast.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from tvm_attn.config import GPT2Config
+from tvm_attn.errors import VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Reference:
+    """GPT-2's forward pass; shapes below use B (batch), T (tokens), E (n_embd), H (n_head), D (head_dim), V (vocab).
+
+    `params` are the canonical parameters in float32, float64, float16 or ml_dtypes.bfloat16. Arrays that already have
+    `dtype` are used where they lie, without a copy; the others are converted once.
+
+    Raises VerificationError where PyTorch is not installed.
+    """
+
+    def __init__(
+        self, config: GPT2Config, params: Mapping[str, np.ndarray], dtype: Literal["float32", "float64"] = "float32"
+    ) -> None:
+        self._torch = _import_torch()
+        self.config = config
+        self._params = {name: self._tensor(array, dtype) for name, array in params.items()}
+        self._act = self._activation()
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Next-token logits after every token: ids int (B, T) -> (B, T, V) in the reference's dtype.
+
+        Raises ValueError where ids are not (B, T) with 1 <= T <= n_positions, or lie outside the vocabulary.
+        """
+        config, torch = self.config, self._torch
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= config.n_positions:
+            raise ValueError(f"ids must be (B, T) with 1 <= T <= {config.n_positions}, not {ids.shape}")
+        if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
+            raise ValueError(f"ids must lie in [0, {config.vocab_size})")
+        with torch.inference_mode():
+            params = self._params
+            x = params["wte.weight"][torch.from_numpy(ids.astype(np.int64))]  # (B, T, E)
+            x = x + params["wpe.weight"][: ids.shape[1]]
+            for layer in range(config.n_layer):
+                x = x + self._attention(self._layer_norm(x, f"h.{layer}.ln_1"), layer)
+                x = x + self._mlp(self._layer_norm(x, f"h.{layer}.ln_2"), layer)
+            head = params["wte.weight" if config.tie_word_embeddings else "lm_head.weight"]
+            logits: np.ndarray = (self._layer_norm(x, "ln_f") @ head.T).numpy()
+            return logits
+
+    def _attention(self, x: "Tensor", layer: int) -> "Tensor":
+        """Causal self-attention of one block, (B, T, E) -> (B, T, E)."""
+        torch, (B, T, E) = self._torch, x.shape
+        qkv = self._linear(x, f"h.{layer}.attn.c_attn").view(B, T, 3, self.config.n_head, self.config.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        scores = q @ k.transpose(-1, -2) * self.config.attention_scale(layer)  # (B, H, T, T)
+        future = torch.ones(T, T, dtype=torch.bool).triu(diagonal=1)
+        weights = scores.masked_fill_(future, float("-inf")).softmax(dim=-1)
+        return self._linear((weights @ v).transpose(1, 2).reshape(B, T, E), f"h.{layer}.attn.c_proj")
+
+    def _mlp(self, x: "Tensor", layer: int) -> "Tensor":
+        return self._linear(self._act(self._linear(x, f"h.{layer}.mlp.c_fc")), f"h.{layer}.mlp.c_proj")
+
+    def _linear(self, x: "Tensor", name: str) -> "Tensor":
+        return x @ self._params[f"{name}.weight"] + self._params[f"{name}.bias"]
+
+    def _layer_norm(self, x: "Tensor", name: str) -> "Tensor":
+        weight, bias = self._params[f"{name}.weight"], self._params[f"{name}.bias"]
+        normed: Tensor = self._torch.nn.functional.layer_norm(
+            x, x.shape[-1:], weight, bias, self.config.layer_norm_epsilon
+        )
+        return normed
+
+    def _activation(self) -> Callable[["Tensor"], "Tensor"]:
+        functional = self._torch.nn.functional
+        activations: dict[str, Callable[[Tensor], Tensor]] = {
+            "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+            "gelu": functional.gelu,
+            "relu": functional.relu,
+            "silu": functional.silu,
+            "tanh": self._torch.tanh,
+        }
+        return activations[self.config.activation_function]
+
+    def _tensor(self, array: np.ndarray, dtype: str) -> "Tensor":
+        torch = self._torch
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read here
+            if array.dtype == ml_dtypes.bfloat16:  # PyTorch does not know numpy's bfloat16, but shares its bits
+                tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            else:
+                tensor = torch.from_numpy(array)
+        converted: Tensor = tensor.to(getattr(torch, dtype))
+        return converted
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise VerificationError(
+            "checking against PyTorch needs PyTorch, which is not installed: pip install 'tvm-attn[verify]'"
+        ) from None
+    return torch

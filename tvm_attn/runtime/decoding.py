@@ -1,0 +1,426 @@
+"""The decoding loop: prompts in, completions out, over anything that can prefill and decode.
+
+Sequences share one batch. Each holds a KV-cache slot from its prefill until it ends; then the slot goes to the next
+prompt that waits, so the batch never carries finished rows (continuous batching, Yu et al. 2022, "Orca").
+"""
+
+from collections import deque
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_attn.errors import GenerationError, TokenizerError
+from tvm_attn.runtime.sampling import SamplingOptions, require_integer, sample, sequence_rng
+
+if TYPE_CHECKING:
+    from tvm_attn.config import GPT2Config
+    from tvm_attn.runtime.tokenizer import Tokenizer
+
+Int32Array = npt.NDArray[np.int32]
+Prompt: TypeAlias = str | Sequence[int] | npt.NDArray[np.integer[Any]]
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+class Logits(Protocol):
+    """Next-token logits on the device, one row a sequence."""
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """The logits (B, V), float32, copied to the host."""
+
+    def argmax(self) -> Int32Array:
+        """The id of the largest logit of each row, (B,) int32, found on the device; -1 for a row that holds NaN."""
+
+
+class Engine(Protocol):
+    """A compiled model with a KV cache of `max_batch` slots."""
+
+    @property
+    def config(self) -> "GPT2Config":
+        """The model's configuration."""
+
+    @property
+    def max_batch(self) -> int:
+        """Number of KV-cache slots, and with it of sequences in one call."""
+
+    def prefill(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> Logits:
+        """Run prompts, each (T_b,) int32, into positions 0..T_b-1 of their slots; the logits of each last token."""
+
+    def decode(self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array) -> Logits:
+        """Run one token a sequence, each argument (B,) int32: token b is written at `positions[b]` of its slot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(SamplingOptions):
+    """What to generate: `SamplingOptions` and when to end.
+
+    max_new_tokens: most tokens to generate, >= 1. The context ends a sequence too: of n_positions P, a prompt of T
+        tokens leaves P - T + 1, as the last token is never fed back.
+    stop: strings that end a sequence as soon as the generated text holds one; the text is cut before it.
+    stop_token_ids: ids that end a sequence and are no part of its text; None means the model's `eos_token_id`.
+    seed: makes sampling repeatable, >= 0. Each sequence draws from a stream of its own, given by the seed and the
+        prompt's place in the request. None takes fresh entropy.
+
+    Raises GenerationError for a value outside its range.
+    """
+
+    max_new_tokens: int = 128
+    stop: str | Collection[str] = ()
+    stop_token_ids: int | Collection[int] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer("max_new_tokens", self.max_new_tokens, 1)
+        if self.seed is not None:
+            require_integer("seed", self.seed, 0)
+        for stop in self.stop_strings:
+            if not isinstance(stop, str) or not stop:
+                raise GenerationError(f"stop holds {stop!r}; a stop string must be text of at least one character")
+        for token_id in self.stop_ids(None):
+            require_integer("a stop token id", token_id, 0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (
+            tuple(self.stop) if isinstance(self.stop, Collection) and not isinstance(self.stop, str) else (self.stop,)
+        )
+
+    def stop_ids(self, eos_token_id: int | None) -> frozenset[int]:
+        """`stop_token_ids` as a set, with the model's `eos_token_id` as the default."""
+        ids = eos_token_id if self.stop_token_ids is None else self.stop_token_ids
+        if ids is None:
+            return frozenset()
+        return frozenset(ids) if isinstance(ids, Collection) else frozenset([ids])
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt, the prompt not included.
+
+    text: the decoded tokens, without special tokens, cut before the stop string; "" without a tokenizer.
+    token_ids: the generated ids, with the stop token, or the token that completed the stop string, as the last.
+    finish_reason: "stop" after a stop token or string, "length" at `max_new_tokens` or the end of the context.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+@dataclass
+class GenerationStats:
+    """Counts and seconds of one request, filled in while it runs; choosing tokens counts as part of each step.
+
+    Every prompt's first token comes from its prefill, so `decode_tokens` is the number of generated tokens less the
+    number of prompts. `first_token_seconds` runs from the start to the first token of the first prefill.
+    """
+
+    prompt_tokens: int = 0
+    decode_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Prompt tokens a second; None before the first prefill."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Decoded tokens a second, of all sequences together; None before the first decode step."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
+
+
+class SlotPool:
+    """The free KV-cache slots of an engine. Not for use by several threads at once, as the engine is not either."""
+
+    def __init__(self, count: int) -> None:
+        self.free = list(range(count))
+
+    @contextmanager
+    def lease(self, wanted: int) -> Iterator[list[int]]:
+        """Up to `wanted` slots, given back at the end. Raises GenerationError where none is free."""
+        slots, self.free = self.free[:wanted], self.free[wanted:]
+        if wanted and not slots:
+            raise GenerationError("every KV-cache slot is taken by an unfinished stream; finish one or close() it")
+        try:
+            yield list(slots)
+        finally:
+            self.free = sorted(self.free + slots)
+
+
+class StopScanner:
+    """Finds stop strings in text that arrives in pieces.
+
+    Of several stop strings the one that is complete first cuts the text, so that the cut does not depend on how the
+    text was split into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.hit = False
+
+    def push(self, piece: str) -> str:
+        """Take a piece; return the text that is before every possible stop string. Nothing more comes after a hit."""
+        if self.hit:
+            return ""
+        text = self._held + piece
+        matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if matches:
+            self.hit = True
+            return text[: min(matches)[1]]
+        cut = len(text) - self._possible_start(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """The text held back, once it is certain that nothing follows."""
+        return "" if self.hit else self._held
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string could begin with."""
+        lengths = range(min(self._longest - 1, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+
+
+class _Sequence:
+    """One prompt on its way through the loop: ids so far, slot, and the text that is certain."""
+
+    def __init__(
+        self,
+        prompt: Int32Array,
+        options: GenerationOptions,
+        stop_token_ids: frozenset[int],
+        limit: int,
+        tokenizer: "Tokenizer | None",
+        rng: np.random.Generator,
+    ) -> None:
+        self.ids = np.empty(limit, np.int32)  # prompt and generated ids, `length` of them valid
+        self.ids[: len(prompt)] = prompt
+        self.length = self.prompt_length = len(prompt)
+        self.options = options
+        self.rng = rng
+        self.slot = -1
+        self.pieces: list[str] = []
+        self.finish_reason: FinishReason | None = None
+        self._stop_token_ids = stop_token_ids
+        self._decoder = None if tokenizer is None else tokenizer.stream_decoder()
+        self._scanner = StopScanner(options.stop_strings)
+
+    def push(self, token_id: int) -> None:
+        """Append a generated token: one piece of text (perhaps "") and, where it ends the sequence, the reason."""
+        self.ids[self.length] = token_id
+        self.length += 1
+        is_stop_token = token_id in self._stop_token_ids
+        piece = ""
+        if self._decoder is not None and not is_stop_token:
+            piece = self._scanner.push(self._decoder.push(token_id))
+        if is_stop_token or self._scanner.hit:
+            self.finish_reason = "stop"
+        elif self.length == len(self.ids):
+            self.finish_reason = "length"
+        if self._decoder is not None and self.finish_reason is not None:
+            piece += self._scanner.push(self._decoder.flush()) + self._scanner.flush()
+        self.pieces.append(piece)
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        token_ids = tuple(self.ids[self.prompt_length : self.length].tolist())
+        return Completion("".join(self.pieces), token_ids, self.finish_reason)
+
+
+class DecodingLoop:
+    """Generates with one engine, whose slots it hands out.
+
+    Several streams may be open at once, and `generate` be called among them, as long as slots are left; from one
+    thread at a time.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: "Tokenizer | None" = None) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.slots = SlotPool(engine.max_batch)
+
+    # Every str is a Sequence[str] too; the first signature that fits is the one that holds.
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str | Sequence[int], options: GenerationOptions | None = ..., stats: GenerationStats | None = ...
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], options: GenerationOptions | None = ..., stats: GenerationStats | None = ...
+    ) -> list[Completion]: ...
+
+    @overload  # an array is one prompt or several by its number of dimensions, which its type does not tell
+    def generate(
+        self,
+        prompts: npt.NDArray[np.integer[Any]],
+        options: GenerationOptions | None = ...,
+        stats: GenerationStats | None = ...,
+    ) -> Completion | list[Completion]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        options: GenerationOptions | None = None,
+        stats: GenerationStats | None = None,
+    ) -> Completion | list[Completion]:
+        """Complete one prompt, or a list of them as one batch; more prompts than slots wait for a slot.
+
+        A prompt is text or token ids (a list or a 1-D integer array; a 2-D array is a list of them). The empty text
+        stands for the model's `bos_token_id`, else `eos_token_id`. Completions come in the order of the prompts.
+        `stats` is filled in.
+
+        Raises TokenizerError for text where there is no tokenizer, and GenerationError for a prompt that is empty,
+        longer than the context or holds ids outside the vocabulary, and for logits that are not numbers.
+        """
+        options = options or GenerationOptions()
+        single = _is_one_prompt(prompts)
+        sequences = self._sequences([prompts] if single else prompts, options)  # type: ignore[list-item, arg-type]
+        with closing(self._steps(sequences, stats or GenerationStats())) as steps:
+            deque(steps, maxlen=0)
+        completions = [sequence.completion() for sequence in sequences]
+        return completions[0] if single else completions
+
+    def stream(
+        self, prompt: Prompt, options: GenerationOptions | None = None, stats: GenerationStats | None = None
+    ) -> Generator[str, None, Completion]:
+        """Complete one prompt and yield its text piece by piece, none of them empty or splitting a character.
+
+        The generator returns the Completion, whose text the pieces add up to. It takes a slot when it is first
+        advanced and frees it when it ends or is closed. Text that may turn out to be a stop string is held back.
+        Prompts and errors as in `generate`; raised by this call, except for a lack of slots.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError("the artifact has no tokenizer to stream text with; use stream_ids")
+        (sequence,) = self._sequences([prompt], options or GenerationOptions())
+        return self._stream_text(sequence, stats or GenerationStats())
+
+    def stream_ids(
+        self, prompt: Prompt, options: GenerationOptions | None = None, stats: GenerationStats | None = None
+    ) -> Generator[int, None, Completion]:
+        """As `stream`, but yields each generated token id at once; needs no tokenizer where the prompt is ids."""
+        (sequence,) = self._sequences([prompt], options or GenerationOptions())
+        return self._stream_ids(sequence, stats or GenerationStats())
+
+    def _stream_text(self, sequence: _Sequence, stats: GenerationStats) -> Generator[str, None, Completion]:
+        with closing(self._steps([sequence], stats)) as steps:
+            for _ in steps:
+                if sequence.pieces[-1]:
+                    yield sequence.pieces[-1]
+        return sequence.completion()
+
+    def _stream_ids(self, sequence: _Sequence, stats: GenerationStats) -> Generator[int, None, Completion]:
+        with closing(self._steps([sequence], stats)) as steps:
+            for _ in steps:
+                yield int(sequence.ids[sequence.length - 1])
+        return sequence.completion()
+
+    def _steps(self, sequences: Sequence[_Sequence], stats: GenerationStats) -> Generator[None, None, None]:
+        """Bring all sequences to their end; yields after each call of the engine, in which a sequence gains a token."""
+        waiting = deque(sequences)
+        active: list[_Sequence] = []
+        begin = perf_counter()
+        with self.slots.lease(len(sequences)) as free:
+            while waiting or active:
+                admitted = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+                for sequence in admitted:
+                    sequence.slot = free.pop(0)
+                start = perf_counter()
+                if admitted:
+                    self._prefill(admitted)
+                    stats.prefill_seconds += perf_counter() - start
+                    stats.prompt_tokens += sum(sequence.prompt_length for sequence in admitted)
+                else:
+                    self._decode(active)
+                    stats.decode_seconds += perf_counter() - start
+                    stats.decode_tokens += len(active)
+                stats.first_token_seconds = stats.first_token_seconds or perf_counter() - begin
+                active += admitted
+                free += [sequence.slot for sequence in active if sequence.finish_reason]
+                active = [sequence for sequence in active if not sequence.finish_reason]
+                yield
+
+    def _prefill(self, sequences: Sequence[_Sequence]) -> None:
+        prompts = [sequence.ids[: sequence.length] for sequence in sequences]
+        self._push_next(self.engine.prefill(prompts, [sequence.slot for sequence in sequences]), sequences)
+
+    def _decode(self, sequences: Sequence[_Sequence]) -> None:
+        positions = np.array([sequence.length - 1 for sequence in sequences], np.int32)
+        slots = np.array([sequence.slot for sequence in sequences], np.int32)
+        token_ids = np.array([sequence.ids[sequence.length - 1] for sequence in sequences], np.int32)
+        self._push_next(self.engine.decode(token_ids, slots, positions), sequences)
+
+    def _push_next(self, logits: Logits, sequences: Sequence[_Sequence]) -> None:
+        """Choose each sequence's next token from its row of the logits. One request's options are all the same."""
+        if sequences[0].options.is_plain_argmax:
+            token_ids = logits.argmax().tolist()
+        else:
+            token_ids = [
+                sample(row, sequence.ids[: sequence.length], sequence.options, sequence.rng)
+                for row, sequence in zip(logits.numpy(), sequences, strict=True)
+            ]
+        for token_id, sequence in zip(token_ids, sequences, strict=True):
+            if not 0 <= token_id < self.engine.config.vocab_size:
+                raise GenerationError("the next-token logits hold NaN: verify the artifact, or build a wider dtype")
+            sequence.push(token_id)
+
+    def _sequences(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[_Sequence]:
+        if options.stop_strings and self.tokenizer is None:
+            raise TokenizerError("stop strings need a tokenizer, which the artifact lacks; use stop_token_ids")
+        config = self.engine.config
+        stop_token_ids = options.stop_ids(config.eos_token_id)
+        sequences = []
+        for index, prompt in enumerate(prompts):
+            name = "the prompt" if len(prompts) == 1 else f"prompt {index + 1} of {len(prompts)}"
+            ids = self._prompt_ids(prompt, name)
+            limit = min(len(ids) + options.max_new_tokens, config.n_positions + 1)
+            rng = sequence_rng(options.seed, index)
+            sequences.append(_Sequence(ids, options, stop_token_ids, limit, self.tokenizer, rng))
+        return sequences
+
+    def _prompt_ids(self, prompt: Prompt, name: str) -> Int32Array:
+        """The prompt as (T,) int32, checked against vocabulary and context; `name` is for the messages."""
+        config = self.engine.config
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise TokenizerError("the artifact has no tokenizer; pass token ids instead of text")
+            start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+            prompt = self.tokenizer.encode(prompt) or ([] if start is None else [start])
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # lists of different lengths inside
+            ids = np.empty((1, 1))
+        if ids.shape == (0,):
+            raise GenerationError(f"{name} has no tokens; pass at least one")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise GenerationError(f"{name} is no token ids; pass text or a one-dimensional sequence of integers")
+        outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if outside.size:
+            raise GenerationError(
+                f"{name} holds the token id {outside[0]}; the model's vocabulary is 0..{config.vocab_size - 1}"
+            )
+        if len(ids) > config.n_positions:
+            raise GenerationError(
+                f"{name} has {len(ids)} tokens, the model's context is {config.n_positions}; shorten the prompt"
+            )
+        return ids.astype(np.int32)
+
+
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is text or ids rather than a list of prompts; the empty list is no prompts."""
+    if isinstance(prompts, str):
+        return True
+    if (ndim := getattr(prompts, "ndim", None)) is not None:  # an array or a tensor
+        return bool(ndim == 1)
+    return len(prompts) > 0 and isinstance(prompts[0], int | np.integer)

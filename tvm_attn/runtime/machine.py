@@ -1,0 +1,97 @@
+"""What this machine is: its instruction sets, and the cores that this process may use. Standard library only."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+
+from tvm_attn.errors import DeviceError
+
+
+def platform_name() -> str:
+    """Operating system and architecture that a library is built for, e.g. "linux-x86_64"."""
+    return f"{sys.platform}-{platform.machine()}"
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """The processor's instruction sets, as Linux names them in /proc/cpuinfo; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    # x86 says "flags", Arm says "Features"; every core repeats the line.
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self")) -> int:
+    """The cores that this process may use: its affinity mask, cut to its container's CPU quota (rounded up).
+
+    Follows Linux's documentation of control groups: `cpu.max` (version 2) of the process's own group and of every group
+    above it, or `cpu.cfs_quota_us` and `cpu.cfs_period_us` (version 1).
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *_quotas(cgroup_root, process)]))
+
+
+def _quotas(root: Path, process: Path) -> list[int]:
+    try:
+        groups = (process / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    quotas = []
+    for line in groups:
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / "cpu" if controllers else root
+        group = base / path.lstrip("/")
+        # In a container the path may be the host's; the container's own group is then mounted at the root.
+        for folder in [group, *group.parents]:
+            if base in (folder, *folder.parents):
+                quotas += _read_quota(folder)
+    return quotas
+
+
+def _read_quota(folder: Path) -> list[int]:
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8")
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8")
+        return [] if quota.strip() in ("max", "-1") else [math.ceil(int(quota) / int(period))]
+    except (OSError, ValueError, ZeroDivisionError):
+        return []
+
+
+def set_threads(threads: int | None) -> int:
+    """Sets the number of threads of TVM's pool for this process and returns it.
+
+    TVM's own default is half of the hardware threads. `None` means TVM_NUM_THREADS where that is set, else all cores
+    that the process may use.
+
+    Raises:
+        DeviceError: `threads`, or TVM_NUM_THREADS, is not a positive number.
+    """
+    import tvm_ffi
+
+    if threads is None:
+        given = os.environ.get("TVM_NUM_THREADS", "")
+        if given and not (given.isdecimal() and int(given) > 0):
+            raise DeviceError(f"TVM_NUM_THREADS must be a positive number, not {given!r}")
+        threads = int(given) if given else usable_cores()
+    if threads < 1:
+        raise DeviceError(f"the number of threads must be positive, not {threads}")
+    # Affinity mode -3: the threads share the cores listed. The list also lifts TVM's own limit, half of the cores.
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(threads)
+    tvm_ffi.get_global_func("runtime.config_threadpool")(-3, threads, [str(core) for core in cores])
+    return threads

@@ -1,0 +1,147 @@
+"""The model as people use it: logits, generate, stream."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_attn.config import GPT2Config
+from tvm_attn.errors import DeviceError, GenerationError
+from tvm_attn.runtime.artifact import Artifact
+from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats, Prompt
+from tvm_attn.runtime.machine import set_threads
+from tvm_attn.runtime.tokenizer import Tokenizer
+
+
+class Model:
+    """A loaded artifact; `tvm_attn.load` makes it. For use by one thread at a time.
+
+    Attributes:
+        config: the model's hyperparameters.
+        tokenizer: the tokenizer, or None where the artifact has none; token ids work all the same.
+        device: where it runs, e.g. "cpu".
+    """
+
+    def __init__(self, artifact: Artifact, device: str, max_batch: int) -> None:
+        import tvm
+
+        from tvm_attn.runtime.engine import CompiledEngine
+
+        self.config: GPT2Config = artifact.config
+        self.device = device
+        text = artifact.tokenizer_json()
+        self.tokenizer = None if text is None else Tokenizer(text)
+        self.engine = CompiledEngine(artifact, artifact.library("cpu"), tvm.cpu(0), max_batch)
+        self._loop = DecodingLoop(self.engine, self.tokenizer)
+
+    def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Next-token logits after every token.
+
+        Args:
+            ids: integers (B, T) in 0 .. vocab_size - 1, 1 <= T <= n_positions.
+
+        Returns:
+            float32 (B, T, vocab_size).
+
+        Raises:
+            GenerationError: the shape, the dtype or an id is wrong, or unfinished streams hold every KV-cache slot.
+        """
+        array = np.asarray(ids)
+        if array.ndim != 2 or array.dtype.kind not in "iu" or 0 in array.shape:
+            raise GenerationError(f"ids must be integers (B, T), not {array.dtype} of shape {array.shape}")
+        if array.shape[1] > self.config.n_positions:
+            message = f"ids have {array.shape[1]} tokens, the model's context is {self.config.n_positions}; shorten them"
+            raise GenerationError(message)
+        if array.min() < 0 or array.max() >= self.config.vocab_size:
+            outside = array.min() if array.min() < 0 else array.max()
+            raise GenerationError(f"the token id {outside} is not in the vocabulary 0..{self.config.vocab_size - 1}")
+        result = np.empty((*array.shape, self.config.vocab_size), np.float32)
+        with self._loop.slots.lease(len(array)) as slots:
+            for start in range(0, len(array), len(slots)):
+                prompts = [row.astype(np.int32) for row in array[start : start + len(slots)]]
+                for index, row in enumerate(self.engine.logits(prompts, slots[: len(prompts)])):
+                    result[start + index] = row
+        return result
+
+    # Every str is a Sequence[str] too; the first signature that fits is the one that holds.
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str | Sequence[int], *, stats: GenerationStats | None = ..., **options: Any
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], *, stats: GenerationStats | None = ..., **options: Any
+    ) -> list[Completion]: ...
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], *, stats: GenerationStats | None = None, **options: Any
+    ) -> Completion | list[Completion]:
+        """Completes one prompt, or a list of them as one ragged batch.
+
+        Args:
+            prompts: text or token ids, or a list of such.
+            stats: filled with counts and times.
+            options: the fields of `GenerationOptions`: max_new_tokens, temperature, top_k, top_p, min_p,
+                repetition_penalty, stop, stop_token_ids, seed. Greedy where no sampling option is given.
+
+        Returns:
+            One `Completion`, or a list in the order of the prompts.
+
+        Raises:
+            GenerationError: an option is out of range, or a prompt is empty, too long or outside the vocabulary.
+            TokenizerError: text was given and the artifact has no tokenizer.
+        """
+        return self._loop.generate(prompts, _options(options), stats)  # type: ignore[arg-type]
+
+    def stream(
+        self, prompt: Prompt, *, stats: GenerationStats | None = None, **options: Any
+    ) -> Generator[str, None, Completion]:
+        """Completes one prompt and yields its text piece by piece, never splitting a character.
+
+        Arguments and errors as in `generate`. The generator returns the `Completion`.
+        """
+        return self._loop.stream(prompt, _options(options), stats)
+
+    def stream_ids(
+        self, prompt: Prompt, *, stats: GenerationStats | None = None, **options: Any
+    ) -> Generator[int, None, Completion]:
+        """As `stream`, but yields token ids; needs no tokenizer where the prompt is ids."""
+        return self._loop.stream_ids(prompt, _options(options), stats)
+
+
+def _options(given: dict[str, Any]) -> GenerationOptions:
+    unknown = sorted(set(given) - set(GenerationOptions.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(GenerationOptions.__dataclass_fields__)
+        raise GenerationError(f"unknown option {unknown[0]!r}; the options are {known}")
+    return GenerationOptions(**given)
+
+
+def load(folder: str | Path, device: str = "auto", *, threads: int | None = None, max_batch: int = 8) -> Model:
+    """Loads an artifact.
+
+    Args:
+        folder: what `tvm_attn.build` wrote.
+        device: "auto" or "cpu"; "cuda:0" and "vulkan:0" where the artifact has a library for them.
+        threads: CPU threads; None takes TVM_NUM_THREADS, else all cores that this process may use.
+        max_batch: KV-cache slots, the most sequences that are decoded together; memory is taken as they are used.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or not for this machine or TVM version.
+        DeviceError: the device is unknown, or an argument is out of range.
+        TokenizerError: the artifact's tokenizer is malformed.
+    """
+    kind = "cpu" if device == "auto" else device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "vulkan"):
+        raise DeviceError(f"unknown device {device!r}; use auto, cpu, cuda:0 or vulkan:0")
+    artifact = Artifact(folder)
+    artifact.check_versions()
+    # Says what the artifact has where it has no library for the device.
+    artifact.library(kind)
+    set_threads(threads)
+    return Model(artifact, kind, max_batch)

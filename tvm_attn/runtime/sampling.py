@@ -1,0 +1,213 @@
+"""Choosing the next token from one row of logits.
+
+The filters and their order are those of Hugging Face transformers' `generate`: repetition penalty, temperature,
+top-k, top-p, min-p, draw. Only the work is ordered differently: the candidates are cut down before anything is
+exponentiated or sorted, which the filters allow because temperature keeps the order of the logits.
+
+Arithmetic is float64 from the temperature on; the repetition penalty stays in the logits' float32, so that greedy
+decoding breaks near-ties as transformers does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_attn.errors import GenerationError
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IdArray = npt.NDArray[np.integer[Any]]
+
+# Below this many candidates, sorting is cheaper than narrowing them down further.
+_SORTED_AT_ONCE = 1024
+
+
+def require_number(name: str, value: object, legal: str, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raise GenerationError unless `value` is a real number in [low, high], or (low, high] with `open_low`.
+
+    NaN is in no interval. `legal` says the interval in words for the message.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+        raise GenerationError(f"{name} is {value!r}; it must be {legal}")
+
+
+def require_integer(name: str, value: object, least: int) -> None:
+    """Raise GenerationError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise GenerationError(f"{name} is {value!r}; it must be an integer of at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen. None leaves a filter out.
+
+    temperature: divides the logits, >= 0; 0 is greedy decoding. None means greedy, or 1.0 as soon as one of `top_k`,
+        `top_p` and `min_p` is given.
+    top_k: keep the k most likely tokens, >= 1, and whatever ties with the k-th of them (Fan et al. 2018).
+    top_p: keep the fewest most likely tokens whose probabilities reach p, in (0, 1] (Holtzman et al. 2020). Where the
+        cut falls among equally likely tokens, the higher ids stay (transformers leaves that to an unstable sort).
+    min_p: keep tokens at least min_p times as likely as the likeliest, in [0, 1] (Nguyen et al. 2024).
+    repetition_penalty: logits of tokens in the prompt or already generated are divided by it where positive and
+        multiplied where negative, > 0; 1.0 does nothing (Keskar et al. 2019).
+
+    Raises GenerationError for a value outside its range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        largest = float(np.finfo(np.float32).max)
+        if self.temperature is not None:
+            require_number("temperature", self.temperature, "a number >= 0 (0 is greedy)", 0.0, largest)
+        if self.top_k is not None:
+            require_integer("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            require_number("top_p", self.top_p, "a number in (0, 1]", 0.0, 1.0, open_low=True)
+        if self.min_p is not None:
+            require_number("min_p", self.min_p, "a number in [0, 1]", 0.0, 1.0)
+        penalty = self.repetition_penalty
+        require_number("repetition_penalty", penalty, "a number > 0 (1 is none)", 0.0, largest, open_low=True)
+
+    @property
+    def effective_temperature(self) -> float:
+        """The temperature with its default filled in; 0.0 means greedy."""
+        if self.temperature is not None:
+            return float(self.temperature)
+        filtered = any(value is not None for value in (self.top_k, self.top_p, self.min_p))
+        return 1.0 if filtered else 0.0
+
+    @property
+    def is_plain_argmax(self) -> bool:
+        """Whether the choice is the largest logit, which a device can find without handing over the logits."""
+        return self.effective_temperature == 0.0 and self.repetition_penalty == 1.0
+
+
+def sequence_rng(seed: int | None, index: int) -> np.random.Generator:
+    """The random generator of sequence `index` of a request.
+
+    It depends on nothing but `(seed, index)`: neither on the other sequences nor on the order in which a batch
+    advances. `seed` None takes fresh entropy from the operating system.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
+
+
+def distribution(
+    logits: FloatArray, previous_ids: Sequence[int] | IdArray, options: SamplingOptions
+) -> npt.NDArray[np.float64]:
+    """The probabilities (V,) with which `sample` draws, float64 and summing to 1; one-hot where decoding is greedy.
+
+    logits: (V,) float32. previous_ids: ids of prompt and generated tokens, read for the repetition penalty only.
+    Raises GenerationError for logits that hold NaN or +inf, or nothing but -inf.
+    """
+    probabilities = np.zeros(len(logits))
+    scores = _penalized(logits, previous_ids, options.repetition_penalty)
+    peak = _finite_peak(scores)
+    if options.effective_temperature == 0.0:
+        probabilities[scores.argmax()] = 1.0
+    else:
+        ids, weights = _candidates(scores, peak, options)
+        probabilities[ids] = weights / weights.sum()
+    return probabilities
+
+
+def sample(
+    logits: FloatArray,
+    previous_ids: Sequence[int] | IdArray,
+    options: SamplingOptions,
+    rng: np.random.Generator,
+) -> int:
+    """Draw one token id from `distribution(logits, previous_ids, options)` by inverting its cumulative sum.
+
+    Takes one number from `rng`, and none where decoding is greedy. Arguments and errors as in `distribution`.
+    """
+    scores = _penalized(logits, previous_ids, options.repetition_penalty)
+    peak = _finite_peak(scores)
+    if options.effective_temperature == 0.0:
+        return int(scores.argmax())
+    ids, weights = _candidates(scores, peak, options)
+    cumulative = weights.cumsum()
+    # random() < 1, so the point lies below the total and the first sum above it belongs to a weight that is not 0.
+    return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+
+
+def _penalized(logits: FloatArray, previous_ids: Sequence[int] | IdArray, penalty: float) -> FloatArray:
+    """The logits (V,) under the repetition penalty, once for each id however often it occurred."""
+    if penalty == 1.0 or len(previous_ids) == 0:
+        return logits
+    ids = np.asarray(previous_ids)
+    scores = logits.copy()
+    seen = logits[ids]
+    with np.errstate(over="ignore"):
+        scores[ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+    return scores
+
+
+def _finite_peak(scores: FloatArray) -> float:
+    """The largest score. NaN anywhere makes it NaN."""
+    peak = float(scores.max())
+    if not np.isfinite(peak):
+        raise GenerationError(
+            f"the largest of the next-token logits is {peak}; the weights or their dtype overflow: "
+            "verify the artifact, or build it with a wider dtype"
+        )
+    return peak
+
+
+def _candidates(
+    scores: FloatArray, peak: float, options: SamplingOptions
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The ids (K,) that survive the filters, ascending, and their weights (K,): probabilities times a constant."""
+    ids = np.arange(len(scores))
+    if options.top_k is not None and options.top_k < len(scores):
+        floor = np.partition(scores, -options.top_k)[-options.top_k]
+        ids = np.flatnonzero(scores >= floor)
+        scores = scores[ids]
+    # A temperature near 0 sends all but the peak to exp(-inf) = 0, which is its limit.
+    with np.errstate(over="ignore"):
+        weights = np.exp((scores.astype(np.float64) - peak) / options.effective_temperature)
+    if options.top_p is not None and options.top_p < 1.0:
+        kept = _nucleus(scores, weights, float(options.top_p))
+        ids, weights = ids[kept], weights[kept]
+    if options.min_p is not None:
+        # The largest weight is exp(0) = 1, so the bound needs no normalization.
+        kept = np.flatnonzero(weights >= options.min_p)
+        ids, weights = ids[kept], weights[kept]
+    return ids, weights
+
+
+def _nucleus(scores: FloatArray, weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+    """Ascending indices of the fewest largest scores whose weights hold `top_p` of the total; at least one.
+
+    The order is that of the scores, as different scores may round to one weight; of equal ones the later is first.
+    """
+    total = weights.sum()
+    target = top_p * total
+    # Scores whose weights could not make up the other 1 - top_p if all were like them are outside for certain.
+    rest = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
+    # Halve the range that the last of the nucleus lies in, until it is short enough to be sorted.
+    before = 0.0  # weight of the scores above the range
+    while len(rest) > _SORTED_AT_ONCE:
+        in_range = scores[rest]
+        is_upper = in_range >= np.partition(in_range, len(rest) // 2)[len(rest) // 2]
+        if is_upper.all():  # half of the range or more are ties for its lowest place
+            break
+        upper_weight = weights[rest[is_upper]].sum()
+        if before + upper_weight < target:
+            before += upper_weight
+            rest = rest[~is_upper]
+        else:
+            rest = rest[is_upper]
+    descending = rest[np.argsort(scores[rest], kind="stable")[::-1]]
+    # A token stays while those before it hold less than the target.
+    count = int(np.searchsorted(before + weights[descending].cumsum(), target, side="left"))
+    last = descending[min(count, len(descending) - 1)]
+    kept = np.flatnonzero(scores >= scores[last])
+    return kept[(scores[kept] > scores[last]) | (kept >= last)]

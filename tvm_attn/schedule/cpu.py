@@ -1,0 +1,213 @@
+"""Schedule templates for processors with vector units.
+
+Vector width and cache size come from the target; the rest are decisions. Where a kernel handles one row only (groups
+and rows are 1), its small loops stay serial: starting threads costs 6 us, the work less than 1 us.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tvm import s_tir, tirx
+
+from tvm_attn.kernels import (
+    Argmax,
+    DecodeAttention,
+    Embedding,
+    GatherRows,
+    Kernel,
+    LayerNorm,
+    PackLinear,
+    PrefillAttention,
+)
+from tvm_attn.kernels.matmul import strip_columns as largest_divisor
+from tvm_attn.schedule.base import Chooser, Template
+from tvm_attn.targets import Target
+
+
+def _finish(schedule: s_tir.Schedule) -> tirx.PrimFunc:
+    return schedule.mod["main"]
+
+
+def _is_one_row(kernel: Any) -> bool:
+    return getattr(kernel, "groups", None) == 1 and kernel.rows == 1
+
+
+def _vectorize(schedule: s_tir.Schedule, block: Any, lanes: int) -> None:
+    """Vectorises the innermost loop of a block: whole where it is a power of two up to 64, else in the widest part that
+    divides it."""
+    loop = schedule.get_loops(block)[-1]
+    extent = int(schedule.get(loop).extent)
+    if extent > 64 or extent & (extent - 1):
+        loop = schedule.split(loop, [None, largest_divisor(extent, lanes)])[1]
+    schedule.vectorize(loop)
+
+
+def _matmul(kernel: Any, target: Target, choose: Chooser) -> tirx.PrimFunc:
+    """Register tiles of R x C accumulators over whole columns of K.
+
+    A task is one weight strip times a block of row groups that, K wide, fits half of the level-2 cache; the strip then
+    stays there as well. The groups of a block are the only loop with a bound that is not known, and it is outside.
+    """
+    schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
+    matmul, epilogue = schedule.get_child_blocks(schedule.get_sblock("root"))
+    group, strip, row, column = schedule.get_loops(epilogue)
+    # powers of two, so that the block borders are the same for every kernel of a model
+    fitting = max(1, target.l2_bytes // 2 // (kernel.rows * kernel.in_features * 4))
+    default = min(32, 1 << (fitting.bit_length() - 1))
+    block = choose("group_block", (1, 2, 4, 8, 16, 32), default) if kernel.groups is None else 1
+    outer, group = schedule.split(group, [None, block])
+    schedule.reorder(outer, strip, group, row, column)
+    schedule.parallel(schedule.fuse(outer, strip))
+    schedule.vectorize(column)
+    schedule.unroll(row)
+    schedule.compute_at(matmul, group, preserve_unit_loops=True)
+    schedule.set_scope(matmul, 0, "local")
+    row, column, k = schedule.get_loops(matmul)[-3:]
+    schedule.reorder(k, row, column)
+    unroll = choose("k_unroll", (1, 2, 4, 8), 4 if kernel.rows == 1 else 1)
+    if unroll > 1 and kernel.in_features % unroll == 0:
+        k, inner = schedule.split(k, [None, unroll])
+        schedule.unroll(inner)
+    schedule.vectorize(column)
+    schedule.unroll(row)
+    init = schedule.decompose_reduction(matmul, k)
+    row, column = schedule.get_loops(init)[-2:]
+    schedule.vectorize(column)
+    schedule.unroll(row)
+    return _finish(schedule)
+
+
+def _pack(kernel: PackLinear, target: Target, choose: Chooser) -> tirx.PrimFunc:
+    schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
+    strip, row, column = schedule.get_loops(schedule.get_sblock("pack"))
+    if kernel.transposed:
+        # Rows of the source run along K: a block of K keeps its cache lines between one column and the next.
+        block = choose("row_block", (8, 16, 32, 64), 16)
+        outer, row = schedule.split(row, [None, block])
+        schedule.reorder(strip, outer, column, row)
+    else:
+        schedule.vectorize(column)
+    schedule.parallel(strip)
+    return _finish(schedule)
+
+
+def _rows(kernel: Embedding | GatherRows, target: Target, choose: Chooser) -> tirx.PrimFunc:
+    schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
+    block = schedule.get_sblock("embed" if isinstance(kernel, Embedding) else "gather")
+    group, row, _ = schedule.get_loops(block)
+    if not _is_one_row(kernel):
+        schedule.parallel(schedule.fuse(group, row))
+    _vectorize(schedule, block, target.lanes)
+    return _finish(schedule)
+
+
+def _layer_norm(kernel: LayerNorm, target: Target, choose: Chooser) -> tirx.PrimFunc:
+    """Both sums are kept in one vector of partial sums, which is added up at the end of the row."""
+    schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
+    lanes = largest_divisor(kernel.width, target.lanes)
+    normalize = schedule.get_sblock("normalize")
+    group, row, _ = schedule.get_loops(normalize)
+    partial_blocks = []
+    for name in ("sum", "squares"):
+        block = schedule.get_sblock(name)
+        _, lane = schedule.split(schedule.get_loops(block)[-1], [None, lanes])
+        partial = schedule.rfactor(lane, 2)
+        partial_blocks.append((block, partial))
+    for block, partial in reversed(partial_blocks):
+        schedule.compute_at(block, row, preserve_unit_loops=True)
+        schedule.compute_at(partial, row, preserve_unit_loops=True)
+        schedule.set_scope(partial, 0, "local")
+        schedule.set_scope(block, 0, "local")
+        lane, step = schedule.get_loops(partial)[-2:]
+        schedule.reorder(step, lane)
+        schedule.vectorize(lane)
+        init = schedule.decompose_reduction(partial, step)
+        schedule.vectorize(schedule.get_loops(init)[-1])
+    _vectorize(schedule, normalize, target.lanes)
+    if not _is_one_row(kernel):
+        schedule.parallel(schedule.fuse(group, row))
+    return _finish(schedule)
+
+
+def _prefill_attention(kernel: PrefillAttention, target: Target, choose: Chooser) -> tirx.PrimFunc:
+    """A task is one tile of queries of one head; two vectors of queries and eight keys (or dimensions) fill the
+    registers."""
+    query_tile = 2 * target.lanes
+    key_tile = choose("key_tile", (4, 8), 8 if target.tile_columns >= 16 else 4)
+    dim_tile = largest_divisor(kernel.head_dim, choose("dim_tile", (4, 8), 8 if target.tile_columns >= 16 else 4))
+    key_block = choose("key_block", (32, 64, 128), 64)
+    tiled = replace(kernel, query_tile=query_tile, key_block=key_block, key_tile=key_tile, dim_tile=dim_tile)
+    schedule = s_tir.Schedule(tiled.prim_func(), enable_check=False)
+    schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock("tile"))))
+    for name in ("init_softmax", "init_output", "mask", "keep_maximum", "maximum", "correction", "rescale_sum"):
+        schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
+    for name in ("probabilities", "sum"):
+        schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
+    _vectorize(schedule, schedule.get_sblock("load_keys"), target.lanes)
+    products = schedule.get_sblock("products")
+    dim, key, query = schedule.get_loops(products)
+    schedule.vectorize(query)
+    schedule.unroll(key)
+    init = schedule.decompose_reduction(products, dim)
+    for block in (init, schedule.get_sblock("keep_scores")):
+        key, query = schedule.get_loops(block)[-2:]
+        schedule.vectorize(query)
+        schedule.unroll(key)
+    for name in ("rescale_output", "accumulate", "keep_output"):
+        dim, query = schedule.get_loops(schedule.get_sblock(name))[-2:]
+        schedule.vectorize(query)
+        schedule.unroll(dim)
+    return _finish(schedule)
+
+
+def _decode_attention(kernel: DecodeAttention, target: Target, choose: Chooser) -> tirx.PrimFunc:
+    """A task is one chunk of keys of one head of one row."""
+    key_chunk = choose("key_chunk", (128, 256, 512, 1024), 256)
+    key_block = choose("key_block", (8, 16, 32), 16)
+    tiled = replace(
+        kernel,
+        key_chunk=min(key_chunk, kernel.context),
+        key_block=key_block,
+        lanes=largest_divisor(kernel.head_dim, target.lanes),
+    )
+    schedule = s_tir.Schedule(tiled.prim_func(), enable_check=False)
+    schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock("chunk"))))
+    merge_loops = schedule.get_loops(schedule.get_sblock("merge"))
+    if not _is_one_row(kernel):
+        schedule.parallel(schedule.fuse(*merge_loops))
+    products = schedule.get_sblock("products")
+    key, dim, lane = schedule.get_loops(products)
+    schedule.vectorize(lane)
+    schedule.unroll(dim)
+    init = schedule.decompose_reduction(products, dim)
+    schedule.vectorize(schedule.get_loops(init)[-1])
+    for name in ("init_output", "rescale_output", "keep_output", "merge_init", "merge_outputs", "store"):
+        _vectorize(schedule, schedule.get_sblock(name), target.lanes)
+    for name in ("mask", "probabilities"):
+        schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
+    _vectorize(schedule, schedule.get_sblock("accumulate"), target.lanes)
+    return _finish(schedule)
+
+
+def _argmax(kernel: Argmax, target: Target, choose: Chooser) -> tirx.PrimFunc:
+    tiled = replace(kernel, lanes=largest_divisor(kernel.columns, target.lanes))
+    schedule = s_tir.Schedule(tiled.prim_func(), enable_check=False)
+    if not _is_one_row(kernel):
+        schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock("row"))))
+    for name in ("init", "lane_max"):
+        schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
+    return _finish(schedule)
+
+
+TEMPLATES: tuple[Template, ...] = (
+    Template("cpu.matmul", 1, ("linear", "residual_linear", "qkv_linear", "head"), _matmul),
+    Template("cpu.pack", 1, ("pack_linear",), _pack),
+    Template("cpu.rows", 1, ("embedding", "gather_rows"), _rows),
+    Template("cpu.layer_norm", 1, ("layer_norm",), _layer_norm),
+    Template("cpu.prefill_attention", 1, ("prefill_attention",), _prefill_attention),
+    Template("cpu.decode_attention", 1, ("decode_attention",), _decode_attention),
+    Template("cpu.argmax", 1, ("argmax",), _argmax),
+)
+"""The templates of this device class."""

@@ -1,0 +1,94 @@
+"""Tuned records: one readable JSON line each, in `schedules/<target>/<template>.jsonl`.
+
+A record survives a TVM upgrade and shows in a diff. It is keyed by template, its version, the kernel's shape and dtype;
+`schedules/README.md` lists the fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tvm_attn._resources import resource_dir
+from tvm_attn.errors import ScheduleError
+from tvm_attn.kernels import Kernel
+from tvm_attn.kernels.base import shape_of
+from tvm_attn.schedule.base import Template
+
+
+@dataclass(frozen=True)
+class Record:
+    """The best decisions that a search found for one kernel on one target.
+
+    Attributes:
+        template: the template's name.
+        version: the template's version.
+        shape: the kernel's static sizes, dtype included.
+        decisions: the template's choices by name.
+        time_us: measured time of a call, microseconds.
+        fraction_of_peak: achieved share of the limit that binds the kernel, 0 to 1.
+        tvm: TVM's version.
+        date: ISO date of the measurement.
+    """
+
+    template: str
+    version: int
+    shape: dict[str, Any]
+    decisions: dict[str, int]
+    time_us: float
+    fraction_of_peak: float
+    tvm: str
+    date: str
+
+    def to_line(self) -> str:
+        """The record as one line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_line(line: str, where: str) -> Record:
+        """Reads one line; `where` names it in errors.
+
+        Raises:
+            ScheduleError: the line is not a record.
+        """
+        try:
+            record = Record(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ScheduleError(f"{where} is not a tuned record: {error}") from error
+        if not isinstance(record.shape, dict) or not isinstance(record.decisions, dict):
+            raise ScheduleError(f"{where} is not a tuned record: shape and decisions must be objects")
+        return record
+
+
+class RecordBook:
+    """The tuned records of one target."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._records = {_key(record.template, record.version, record.shape): record for record in records}
+
+    @staticmethod
+    def load(target: str) -> RecordBook:
+        """Reads `schedules/<target>/*.jsonl`; a target that nobody tuned has no records.
+
+        Raises:
+            ScheduleError: a line is not a record.
+        """
+        folder = resource_dir("schedules") / target
+        files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
+        return RecordBook(record for file in files for record in _read(file))
+
+    def find(self, template: Template, kernel: Kernel) -> Record | None:
+        """The record for a kernel, made with this version of the template; None where there is none."""
+        return self._records.get(_key(template.name, template.version, shape_of(kernel)))
+
+
+def _key(template: str, version: int, shape: dict[str, Any]) -> tuple[str, int, str]:
+    return template, version, json.dumps(shape, sort_keys=True)
+
+
+def _read(path: Path) -> list[Record]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Record.from_line(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]

@@ -1,0 +1,42 @@
+"""`python -m tvm_attn.verify`: compare an artifact's compiled functions with PyTorch on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from tvm_attn.cli import print_report, run, status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's arguments) and return its exit status."""
+    return run(lambda: _verify(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tvm_attn.verify",
+        description="Compare an artifact's compiled functions with PyTorch in float32 on the artifact's weights.",
+    )
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that tvm_attn.build wrote")
+    parser.add_argument("--device", default="auto", help="auto or cpu; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
+
+
+def _verify(args: argparse.Namespace) -> int:
+    with status() as progress:
+        from tvm_attn.compiler.build import verify_artifact
+
+        report = verify_artifact(args.artifact, args.device, progress)
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print_report(report, f"{args.artifact} against PyTorch")
+    report.raise_if_failed(args.artifact)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
