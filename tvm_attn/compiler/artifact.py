@@ -133,7 +133,11 @@ def write_manifest(folder: Path, body: dict[str, Any]) -> None:
 
 def _hash(path: Path, algorithm: str) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest() if hasattr(hashlib, "file_digest") else _slow_hash(file, algorithm)
+        return (
+            hashlib.file_digest(file, algorithm).hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _slow_hash(file, algorithm)
+        )
 
 
 def _slow_hash(file: BinaryIO, algorithm: str) -> str:

@@ -121,7 +121,9 @@ def build(
         if verify:
             reports = _verify_libraries(temporary, resolved, body, notes, progress)
             write_manifest(temporary, body)
-    return Built(folder, weights.source, reports or dict.fromkeys((entry.name for entry in resolved), None), tuple(notes))
+    return Built(
+        folder, weights.source, reports or dict.fromkeys((entry.name for entry in resolved), None), tuple(notes)
+    )
 
 
 def _check_choices(resolved: list[Target], dtype: str, quant: str) -> None:
@@ -129,7 +131,9 @@ def _check_choices(resolved: list[Target], dtype: str, quant: str) -> None:
         raise TargetError("a target is named twice")
     for entry in resolved:
         if dtype not in entry.dtypes:
-            raise TargetError(f"dtype {dtype!r} is not available for {entry.name}; available: {', '.join(entry.dtypes)}")
+            raise TargetError(
+                f"dtype {dtype!r} is not available for {entry.name}; available: {', '.join(entry.dtypes)}"
+            )
     if quant not in QUANTIZATIONS:
         raise TargetError(f"quantization {quant!r} is not available; available: {', '.join(QUANTIZATIONS)}")
 

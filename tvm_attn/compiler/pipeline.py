@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from tvm_attn.errors import CompileError
 from tvm_attn.model.gpt2 import Program
@@ -45,6 +45,20 @@ def _lazy_transform_params(module: tvm.IRModule, _context: tvm.transform.PassCon
     return tvm.IRModule(functions)
 
 
+@tvm.transform.module_pass(opt_level=0, name="DeclareNoAlias")
+def _declare_no_alias(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    """Gives the attribute to Relax's shape functions, which have one parameter and lack it.
+
+    LLVM code generation drops noalias from every function of a module where one function lacks it, and accumulators then
+    leave their registers at each step: the matrix multiplications ran 2.7 times slower.
+    """
+    functions = {
+        variable: function.with_attr("tirx.noalias", True) if isinstance(function, tirx.PrimFunc) else function
+        for variable, function in module.functions_items()
+    }
+    return tvm.IRModule(functions)
+
+
 def _lower() -> tvm.transform.Pass:
     """Relax's passes that this program needs: it has calls of kernels only, so nothing is legalised or fused."""
     return tvm.transform.Sequential(
@@ -60,6 +74,7 @@ def _lower() -> tvm.transform.Pass:
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
             relax.transform.AttachGlobalSymbol(),
+            _declare_no_alias,
         ]
     )
 
@@ -81,7 +96,9 @@ def compile_program(program: Program, target: Target, library: Path) -> list[Rec
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which(compiler) is None:
-        raise CompileError(f"no C++ compiler ({compiler or 'g++, clang++'}) to link the library: install g++ or set CXX")
+        raise CompileError(
+            f"no C++ compiler ({compiler or 'g++, clang++'}) to link the library: install g++ or set CXX"
+        )
     module, records = _schedule_kernels(program, target)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         temporary = Path(folder) / library.name

@@ -214,7 +214,9 @@ def _decode(
     for step in range(steps):
         positions = np.array(lengths, np.int32) + step
         logits = engine.decode(ids[sequences, positions], np.array(slots, np.int32), positions.astype(np.int32))
-        wanted = np.stack([expected[sequence][position] for sequence, position in zip(sequences, positions, strict=True)])
+        wanted = np.stack(
+            [expected[sequence][position] for sequence, position in zip(sequences, positions, strict=True)]
+        )
         yield logits.numpy(), wanted
         _check_argmax(logits.numpy(), logits.argmax())
 

@@ -36,10 +36,12 @@ __all__ = [
     "DecodeAttention",
     "Embedding",
     "GatherRows",
+    "Head",
     "Kernel",
     "LayerNorm",
     "Linear",
     "PackLinear",
     "PrefillAttention",
     "QKVLinear",
+    "ResidualLinear",
 ]

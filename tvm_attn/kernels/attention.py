@@ -276,9 +276,7 @@ class DecodeAttention:
                         slots[vg, vr],
                         positions[vg, vr],
                     )
-                    T.writes(
-                        outputs[vg, vr, vh, vk, 0:head_dim], maxima[vg, vr, vh, vk], totals[vg, vr, vh, vk]
-                    )
+                    T.writes(outputs[vg, vr, vh, vk, 0:head_dim], maxima[vg, vr, vh, vk], totals[vg, vr, vh, vk])
                     partial = T.sblock_alloc_buffer((key_block, lanes), "float32", scope="local")
                     scores = T.sblock_alloc_buffer((key_block,), "float32", scope="local")
                     output = T.sblock_alloc_buffer((head_dim,), "float32", scope="local")
@@ -462,9 +460,7 @@ def _prefill_case(
     return Case(kernel, name, inputs, (o.reshape(shape),), (expected.reshape(shape),), nmse=nmse)
 
 
-def _decode_case(
-    kernel: DecodeAttention, name: str, positions: tuple[int, ...], magnitude: float = 1.0
-) -> Case:
+def _decode_case(kernel: DecodeAttention, name: str, positions: tuple[int, ...], magnitude: float = 1.0) -> Case:
     heads, head_dim, rows = kernel.heads, kernel.head_dim, kernel.rows
     groups = -(-len(positions) // rows)
     rng = np.random.default_rng(1)

@@ -55,9 +55,7 @@ class Embedding:
             for group, row, column in T.grid(g, rows, width):
                 with T.sblock("embed"):
                     vg, vr, vc = T.axis.remap("SSS", [group, row, column])
-                    T.reads(
-                        token_ids[vg, vr], positions[vg, vr], wte[0:strips, vc, 0:columns], wpe[0:context, vc]
-                    )
+                    T.reads(token_ids[vg, vr], positions[vg, vr], wte[0:strips, vc, 0:columns], wpe[0:context, vc])
                     T.writes(x[vg, vr, vc])
                     x[vg, vr, vc] = T.Cast(
                         "float32", wte[token_ids[vg, vr] // columns, vc, token_ids[vg, vr] % columns]

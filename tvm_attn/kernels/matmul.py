@@ -52,7 +52,6 @@ def _accumulate(x, w, acc, groups, strips, rows, columns, features):
             acc[vg, vs, vr, vc] = acc[vg, vs, vr, vc] + x[vg, vr, vk] * T.Cast("float32", w[vs, vk, vc])
 
 
-
 @dataclass(frozen=True)
 class _Matmul:
     """The static sizes that all linear kernels share.

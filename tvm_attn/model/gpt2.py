@@ -120,9 +120,7 @@ class _Module:
         """Emits a call; `in_place` gives per output the argument it updates, or -1 for a fresh tensor."""
         if kernel not in self._variables:
             name = f"{kernel.family}_{len(self.kernels)}"
-            self._variables[kernel] = self.builder.add_func(
-                kernel.prim_func().with_attr("global_symbol", name), name
-            )
+            self._variables[kernel] = self.builder.add_func(kernel.prim_func().with_attr("global_symbol", name), name)
             self.kernels[self._variables[kernel].name_hint] = kernel
         variable, tuple_ = self._variables[kernel], relax.Tuple(list(arguments))
         if in_place:

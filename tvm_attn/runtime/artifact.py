@@ -138,7 +138,9 @@ class Artifact:
             raise self._error(f"it holds no library for {device!r} (it has: {available})")
         usable = [library for library in of_device if library.obstacle() is None]
         if not usable:
-            raise self._error("; ".join(f"{library.file} cannot run here: {library.obstacle()}" for library in of_device))
+            raise self._error(
+                "; ".join(f"{library.file} cannot run here: {library.obstacle()}" for library in of_device)
+            )
         return max(usable, key=lambda library: len(library.features))
 
     def read(self, name: str) -> bytearray:

@@ -54,7 +54,9 @@ class Model:
         if array.ndim != 2 or array.dtype.kind not in "iu" or 0 in array.shape:
             raise GenerationError(f"ids must be integers (B, T), not {array.dtype} of shape {array.shape}")
         if array.shape[1] > self.config.n_positions:
-            message = f"ids have {array.shape[1]} tokens, the model's context is {self.config.n_positions}; shorten them"
+            message = (
+                f"ids have {array.shape[1]} tokens, the model's context is {self.config.n_positions}; shorten them"
+            )
             raise GenerationError(message)
         if array.min() < 0 or array.max() >= self.config.vocab_size:
             outside = array.min() if array.min() < 0 else array.max()
