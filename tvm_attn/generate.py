@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tvm_attn.cli import run
@@ -59,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, metavar="S", help="repeat the same sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: one a physical core")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads; default: all cores that the process may use"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object when done")
     return parser
 
@@ -122,6 +125,7 @@ def _shown(model: "Model", prompt: str | list[int]) -> str:
 
 def _print_stream(model: "Model", prompt: str | list[int], options: dict[str, Any]) -> None:
     # Ask for the stream first: a prompt that it refuses should not be printed.
+    pieces: Iterator[str]
     if model.tokenizer is None:
         pieces = (f",{token_id}" for token_id in model.stream_ids(prompt, **options))
     else:

@@ -1,4 +1,7 @@
-"""Hardware that tvm_attn compiles for: reading `targets/*.toml` (its README explains the keys), finding this machine's."""
+"""Hardware that tvm_attn compiles for: reading `targets/*.toml`, finding the one for this machine.
+
+`targets/README.md` explains the keys.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tvm_attn.compiler.artifact import artifact_folder, write_manifest, write_pa
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.compiler.verification import Report, verify
 from tvm_attn.config import PRESETS, GPT2Config
-from tvm_attn.errors import CheckpointError, TargetError
+from tvm_attn.errors import TargetError
 from tvm_attn.model.checkpoint import (
     Checkpoint,
     CheckpointUnavailable,
@@ -91,13 +92,13 @@ def build(
         dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are float32 always.
         quant: "none".
         out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced when all has gone well.
-        verify: compare the compiled functions with PyTorch.
+        verify: compare the compiled functions with PyTorch; where it is not installed, a note says so.
         progress: told what happens next.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError: the checkpoint is not usable.
         TargetError, ScheduleError, CompileError: it cannot be compiled for the target.
-        VerificationError: the compiled functions disagree with PyTorch, or PyTorch is not installed.
+        VerificationError: the compiled functions disagree with PyTorch.
         ArtifactError: `out` cannot be written.
     """
     resolved = [targets.resolve(name.strip()) for name in target.split(",")]
@@ -109,7 +110,7 @@ def build(
     reports: dict[str, Report | None] = {}
     with artifact_folder(folder) as temporary:
         progress("writing the parameters")
-        write_params(temporary, cast_params(weights.params(), dtype))
+        write_params(temporary, _packed_first(cast_params(weights.params(), dtype)))
         tokenizer = weights.tokenizer_json()
         if tokenizer is not None:
             (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
@@ -147,11 +148,25 @@ def _open_weights(model: str | Path, notes: list[str], progress: Callable[[str],
         config = PRESETS.get(str(model))
         if config is None:
             raise
-        notes.append(f"random weights: {' '.join(str(error).split())}")
+        notes.append(f"random weights: {' '.join(str(error).split())} (--model FOLDER)")
         return _Weights(config, "random weights, seed 0", None)
     if checkpoint.tokenizer_json() is None:
         notes.append("the checkpoint has no tokenizer: prompts and completions are token ids")
     return _Weights(checkpoint.config, checkpoint.source, checkpoint)
+
+
+def _packed_first(params: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Puts the small parameters that are used as they are behind those that are packed.
+
+    `transform_params` asks for them in that order, so every shard is read once.
+    """
+    unpacked = []
+    for name, array in params:
+        if array.ndim == 1 or name == "wpe.weight":
+            unpacked.append((name, array))
+        else:
+            yield name, array
+    yield from unpacked
 
 
 def _manifest(weights: _Weights, dtype: str, quant: str) -> dict[str, Any]:
@@ -197,6 +212,9 @@ def _verify_libraries(
     notes: list[str],
     progress: Callable[[str], None],
 ) -> dict[str, Report | None]:
+    if find_spec("torch") is None:
+        notes.append("not checked: PyTorch is not installed; pip install 'tvm-attn[verify]', then tvm_attn.verify")
+        return {}
     set_threads(None)
     reports: dict[str, Report | None] = {}
     for target, library in zip(resolved, Artifact(folder).libraries, strict=True):

@@ -49,8 +49,8 @@ def _lazy_transform_params(module: tvm.IRModule, _context: tvm.transform.PassCon
 def _declare_no_alias(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
     """Gives the attribute to Relax's shape functions, which have one parameter and lack it.
 
-    LLVM code generation drops noalias from every function of a module where one function lacks it, and accumulators then
-    leave their registers at each step: the matrix multiplications ran 2.7 times slower.
+    LLVM code generation drops noalias from every function of a module where one function lacks it, and accumulators
+    then leave their registers at each step: the matrix multiplications ran 2.7 times slower.
     """
     functions = {
         variable: function.with_attr("tirx.noalias", True) if isinstance(function, tirx.PrimFunc) else function

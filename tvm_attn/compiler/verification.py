@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,11 @@ class Bounds:
     max_abs: float
 
 
-# The reference uses the stored (already rounded) weights, so what remains is the order of float32 sums, and the rounding
-# of keys and values to the storage dtype: a relative 2**-11 (float16) or 2**-8 (bfloat16) each. A float64 run of the
-# reference on 124M random weights puts PyTorch's own float32 error at an NMSE of 2e-13 and 4e-6 of the RMS; with keys and
-# values rounded it gives 3e-8 and 2e-3 (float16), 2e-6 and 1e-2 (bfloat16). The bounds leave a factor of about 10 to
-# deeper models in the NMSE; `tests/compiler/test_verification.py` repeats the float64 run.
+# The reference uses the stored (already rounded) weights, so what remains is the order of float32 sums, and the
+# rounding of keys and values to the storage dtype: a relative 2**-11 (float16) or 2**-8 (bfloat16) each. A float64
+# run of the reference on 124M random weights puts PyTorch's own float32 error at an NMSE of 2e-13 and 4e-6 of the
+# RMS; with keys and values rounded it gives 3e-8 and 2e-3 (float16), 2e-6 and 1e-2 (bfloat16). The bounds leave a
+# factor of about 10 to deeper models in the NMSE; `tests/compiler/test_verification.py` repeats the float64 run.
 BOUNDS = {
     "float32": Bounds(nmse=1e-11, max_abs=1e-4),
     "float16": Bounds(nmse=1e-6, max_abs=2e-2),
@@ -92,10 +93,10 @@ class Report:
         failed = [check for check in self.checks if not check.passed]
         if failed:
             worst = max(failed, key=lambda check: float("inf") if np.isnan(check.nmse) else check.nmse)
+            figures = f"NMSE {worst.nmse:.1e} (bound {self.bounds.nmse:.0e}), max abs {worst.max_abs:.1e}"
             raise VerificationError(
-                f"{what} disagrees with PyTorch in {len(failed)} of {len(self.checks)} checks; worst: {worst.function}, "
-                f"{worst.case}: NMSE {worst.nmse:.1e} (bound {self.bounds.nmse:.0e}), max abs {worst.max_abs:.1e}; "
-                "this is a bug in tvm_attn or TVM, please report it"
+                f"{what} disagrees with PyTorch in {len(failed)} of {len(self.checks)} checks; worst: "
+                f"{worst.function}, {worst.case}: {figures}; this is a bug in tvm_attn or TVM, please report it"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,23 +164,23 @@ def _comparisons(
     """Function, case, and a generator of (actual, expected) logits."""
     context = ids.shape[1]
     for length in prompt_lengths(context):
-        yield "logits", f"{length} tokens", lambda n=length: _all_rows(engine, ids, expected, n)
+        yield "logits", f"{length} tokens", partial(_all_rows, engine, ids, expected, length)
     for length in prompt_lengths(context):
-        yield "prefill", f"{length} tokens", lambda n=length: _last_rows(engine, ids, expected, [n])
+        yield "prefill", f"{length} tokens", partial(_last_rows, engine, ids, expected, [length])
     for length in prompt_lengths(context):
         steps = min(_DECODE_STEPS, context - length)
         if steps:
             case = f"{length} cached, {steps} more"
-            yield "decode_one", case, lambda n=length, k=steps: _decode(engine, ids, expected, [n], k)
+            yield "decode_one", case, partial(_decode, engine, ids, expected, [length], steps)
     batch = prompt_lengths(context)[: engine.max_batch]
     if len(batch) > 1:
         case = "ragged batch " + ", ".join(map(str, batch))
-        yield "prefill", case, lambda: _last_rows(engine, ids, expected, batch)
+        yield "prefill", case, partial(_last_rows, engine, ids, expected, batch)
         room = [length for length in batch if length < context]
         steps = min(_DECODE_STEPS, context - max(room))
         case = f"ragged batch {', '.join(map(str, room))}, {steps} more"
         if len(room) > 1:
-            yield "decode", case, lambda: _decode(engine, ids, expected, room, steps)
+            yield "decode", case, partial(_decode, engine, ids, expected, room, steps)
 
 
 def _all_rows(

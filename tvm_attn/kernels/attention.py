@@ -1,14 +1,14 @@
 """Causal attention over the KV cache, for prompts (prefill) and for one token a row (decode).
 
-Neither stores a T x T matrix. Prefill is FlashAttention-2's loop (Dao, 2023, arXiv:2307.08691): a tile of queries walks
-over blocks of keys with a running maximum and sum, and stops at the diagonal. Everything in the tile is transposed, so
-that queries lie along the vector: scores are (keys, queries), the output is (D, queries), and maximum, sum and rescaling
-are element by element, with no reduction across a vector. Decode is Flash-Decoding (Dao et al., 2023): the keys of a row
-are split into chunks that are independent work, and their results are merged.
+Neither stores a T x T matrix. Prefill is FlashAttention-2's loop (Dao, 2023, arXiv:2307.08691): a tile of queries
+walks over blocks of keys with a running maximum and sum, and stops at the diagonal. Everything in the tile is
+transposed, so that queries lie along the vector: scores are (keys, queries), the output is (D, queries), and maximum,
+sum and rescaling are element by element, with no reduction across a vector. Decode is Flash-Decoding (Dao et al.,
+2023): the keys of a row are split into chunks that are independent work, and their results are merged.
 
 Keys and values are read from the cache, (S, 2, H, P, D), in their storage dtype; scores, softmax and sums are float32.
-What lies in the cache beyond a sequence's length may be anything: masked scores are replaced before the exponential, and
-values beyond the length are never read into a sum.
+What lies in the cache beyond a sequence's length may be anything: masked scores are replaced before the exponential,
+and values beyond the length are never read into a sum.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Linear layers: packed weights, a register tile of R x C accumulators, and a fused epilogue.
 
-Weights are packed into strips of C columns, (N/C, K, C), so that the inner loop reads them with unit stride; `PackLinear`
-makes that layout from the canonical one when an artifact is loaded. The product accumulates in float32 whatever the
-storage dtype.
+Weights are packed into strips of C columns, (N/C, K, C), so that the inner loop reads them with unit stride;
+`PackLinear` makes that layout from the canonical one when an artifact is loaded. The product accumulates in float32
+whatever the storage dtype.
 
-Four kernels differ in their epilogue only and share a schedule template: `Linear` (bias, activation), `ResidualLinear`
-(bias, residual), `QKVLinear` (bias, split, cache write) and `Head` (none). What they will not do: pad. C divides N
-(`strip_columns`), except for the head, whose output keeps the padded columns (zeros) and whose readers know the vocabulary.
+Four kernels differ in their epilogue only and share a schedule template: `Linear` (bias, activation),
+`ResidualLinear` (bias, residual), `QKVLinear` (bias, split, cache write) and `Head` (none). What they will not do:
+pad. C divides N (`strip_columns`), except for the head, whose output keeps the padded columns (zeros) and whose
+readers know the vocabulary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading an artifact: its manifest, libraries and parameters, checked before anything is used.
 
-Every file is compared with the size and SHA-256 in the manifest, and the manifest with its own SHA-256. That finds damage
-and mix-ups; it is no signature, and a library is machine code: load artifacts from people you trust.
+Every file is compared with the size and SHA-256 in the manifest, and the manifest with its own SHA-256. That finds
+damage and mix-ups; it is no signature, and a library is machine code: load artifacts from people you trust.
 """
 
 from __future__ import annotations

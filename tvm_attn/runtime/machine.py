@@ -49,7 +49,7 @@ def _quotas(root: Path, process: Path) -> list[int]:
         return []
     quotas = []
     for line in groups:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root / "cpu" if controllers else root

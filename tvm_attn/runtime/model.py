@@ -15,6 +15,7 @@ from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats, Prompt
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.runtime.tokenizer import Tokenizer
+from tvm_attn.runtime.tvm_import import import_tvm
 
 
 class Model:
@@ -71,7 +72,7 @@ class Model:
 
     # Every str is a Sequence[str] too; the first signature that fits is the one that holds.
     @overload
-    def generate(  # type: ignore[overload-overlap]
+    def generate(
         self, prompts: str | Sequence[int], *, stats: GenerationStats | None = ..., **options: Any
     ) -> Completion: ...
 
@@ -98,7 +99,7 @@ class Model:
             GenerationError: an option is out of range, or a prompt is empty, too long or outside the vocabulary.
             TokenizerError: text was given and the artifact has no tokenizer.
         """
-        return self._loop.generate(prompts, _options(options), stats)  # type: ignore[arg-type]
+        return self._loop.generate(prompts, _options(options), stats)
 
     def stream(
         self, prompt: Prompt, *, stats: GenerationStats | None = None, **options: Any
@@ -141,6 +142,7 @@ def load(folder: str | Path, device: str = "auto", *, threads: int | None = None
     kind = "cpu" if device == "auto" else device.partition(":")[0]
     if kind not in ("cpu", "cuda", "vulkan"):
         raise DeviceError(f"unknown device {device!r}; use auto, cpu, cuda:0 or vulkan:0")
+    import_tvm()
     artifact = Artifact(folder)
     artifact.check_versions()
     # Says what the artifact has where it has no library for the device.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from tvm import tirx
 
@@ -35,7 +35,8 @@ class Template:
     name: str
     version: int
     families: tuple[str, ...]
-    apply: Callable[[Kernel, Target, Chooser], tirx.PrimFunc]
+    # Each function takes the kernel classes of its families.
+    apply: Callable[[Any, Target, Chooser], tirx.PrimFunc]
 
 
 class FixedChooser:
@@ -75,7 +76,8 @@ def template_for(kernel: Kernel, target: Target) -> Template:
         if kernel.family in template.families:
             return template
     raise ScheduleError(
-        f"no schedule template for kernel {kernel.family!r} on device class {target.device!r}; add one to tvm_attn/schedule/"
+        f"no schedule template for kernel {kernel.family!r} on device class {target.device!r}; "
+        "add one to tvm_attn/schedule/"
     )
 
 

@@ -16,7 +16,6 @@ from tvm_attn.kernels import (
     DecodeAttention,
     Embedding,
     GatherRows,
-    Kernel,
     LayerNorm,
     PackLinear,
     PrefillAttention,
@@ -178,7 +177,7 @@ def _decode_attention(kernel: DecodeAttention, target: Target, choose: Chooser) 
     if not _is_one_row(kernel):
         schedule.parallel(schedule.fuse(*merge_loops))
     products = schedule.get_sblock("products")
-    key, dim, lane = schedule.get_loops(products)
+    _, dim, lane = schedule.get_loops(products)
     schedule.vectorize(lane)
     schedule.unroll(dim)
     init = schedule.decompose_reduction(products, dim)
