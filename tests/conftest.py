@@ -36,3 +36,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def demo_model_dir() -> Path:
     """The bundled demo checkpoint: config.json, model.safetensors, tokenizer.json."""
     return Path(__file__).parents[1] / "models" / "demo"
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model compiled for this machine, float32. Nobody writes into it: a test that alters one copies it."""
+    from tvm_attn.compiler.build import build
+
+    folder = tmp_path_factory.mktemp("demo") / "artifact"
+    build(demo_model_dir, target="cpu", out=folder, verify=False)
+    return folder

@@ -38,7 +38,12 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="storage of weights and KV cache; sums and softmax are float32; default: %(default)s",
     )
-    parser.add_argument("--quant", choices=("none",), default="none", help="quantization; default: %(default)s")
+    parser.add_argument(
+        "--quant",
+        choices=("none", "int8", "int4"),
+        default="none",
+        help="store matrices as integers, 32 of them to a scale; default: %(default)s",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="the artifact's folder; default: dist/MODEL")
     parser.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")

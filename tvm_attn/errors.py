@@ -46,3 +46,11 @@ class DeviceError(TvmAttnError):
 
 class GenerationError(TvmAttnError):
     """The arguments of a generation request are invalid, e.g. a prompt longer than the context."""
+
+
+class BenchmarkError(TvmAttnError):
+    """A benchmark was asked for something that does not fit the model, an unknown peer, or a file it cannot write."""
+
+
+class TuningError(TvmAttnError):
+    """A search for tuned records cannot run with what it was given, or found nothing."""

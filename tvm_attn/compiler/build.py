@@ -16,26 +16,27 @@ import tvm_ffi
 import tvm_attn
 from tvm_attn import targets
 from tvm_attn._resources import resource_dir
+from tvm_attn.compiler.accuracy import measure_accuracy
 from tvm_attn.compiler.artifact import artifact_folder, write_manifest, write_params
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.compiler.verification import Report, verify
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import TargetError
+from tvm_attn.kernels.base import shape_of
 from tvm_attn.model.checkpoint import (
     Checkpoint,
     CheckpointUnavailable,
-    cast_params,
     open_checkpoint,
     random_params,
 )
 from tvm_attn.model.gpt2 import Layout, build_program, padded_vocabulary
+from tvm_attn.model.params import stored_params
 from tvm_attn.runtime.artifact import FORMAT, Artifact
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.machine import set_threads
+from tvm_attn.storage import QUANTIZATIONS, stored_types
 from tvm_attn.targets import Target
 
-DTYPES = ("float32", "float16", "bfloat16")
-QUANTIZATIONS = ("none",)
 MAX_BATCH = 64
 """Most sequences of one decode call that libraries are planned for."""
 # Enough slots for a ragged batch of every length that is checked.
@@ -90,7 +91,7 @@ def build(
             Face hub id, or "demo", the small model that comes with tvm_attn.
         target: "cpu" for this machine, or names of targets, separated by commas.
         dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are float32 always.
-        quant: "none".
+        quant: "none", "int8" or "int4": matrices with a scale for every 32 weights, multiplied as integers.
         out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced when all has gone well.
         verify: compare the compiled functions with PyTorch; where it is not installed, a note says so.
         progress: told what happens next.
@@ -106,21 +107,22 @@ def build(
     notes: list[str] = []
     progress("reading the checkpoint")
     weights = _open_weights(model, notes, progress)
+    stored_types(weights.config, dtype, quant)  # refuses what cannot be quantized, before minutes of work
     folder = Path(out) if out is not None else Path("dist") / Path(str(model)).name
     reports: dict[str, Report | None] = {}
     with artifact_folder(folder) as temporary:
         progress("writing the parameters")
-        write_params(temporary, _packed_first(cast_params(weights.params(), dtype)))
+        write_params(temporary, _packed_first(stored_params(weights.params(), dtype, quant)))
         tokenizer = weights.tokenizer_json()
         if tokenizer is not None:
             (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         body = _manifest(weights, dtype, quant)
         for entry in resolved:
             progress(f"compiling for {entry.name}")
-            body["libraries"].append(_compile(weights.config, entry, dtype, temporary))
+            body["libraries"].append(_compile(weights.config, entry, dtype, quant, temporary))
         write_manifest(temporary, body)
         if verify:
-            reports = _verify_libraries(temporary, resolved, body, notes, progress)
+            reports = _verify_libraries(temporary, resolved, weights, body, notes, progress)
             write_manifest(temporary, body)
     return Built(
         folder, weights.source, reports or dict.fromkeys((entry.name for entry in resolved), None), tuple(notes)
@@ -182,9 +184,22 @@ def _manifest(weights: _Weights, dtype: str, quant: str) -> dict[str, Any]:
     }
 
 
-def _compile(config: GPT2Config, target: Target, dtype: str, folder: Path) -> dict[str, Any]:
+def _weight_format(config: GPT2Config, target: Target, dtype: str, quant: str) -> str:
+    """How a target's kernels take the matrices, see `tvm_attn.kernels.weights`."""
+    if quant != "none":
+        return quant
+    pairs = config.n_embd % 2 == 0 and config.n_inner % 2 == 0 and "avx512_bf16" in target.features
+    return "bfloat16_pairs" if dtype == "bfloat16" and pairs else dtype
+
+
+def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str) -> Layout:
+    """The layout of a model's library for a target."""
+    return Layout(target.tile_rows, target.tile_columns, dtype, _weight_format(config, target, dtype, quant))
+
+
+def _compile(config: GPT2Config, target: Target, dtype: str, quant: str, folder: Path) -> dict[str, Any]:
     """Compiles the library of one target and describes it for the manifest."""
-    layout = Layout(target.tile_rows, target.tile_columns, dtype)
+    layout = layout_for(config, target, dtype, quant)
     max_prefill_rows = -(-config.n_positions // layout.rows) * layout.rows
     program = build_program(config, layout, max_prefill_rows, MAX_BATCH)
     file = f"lib-{target.name}.so"
@@ -199,8 +214,10 @@ def _compile(config: GPT2Config, target: Target, dtype: str, folder: Path) -> di
         "vocabulary": padded_vocabulary(config, layout),
         "max_prefill_rows": max_prefill_rows,
         "max_batch": MAX_BATCH,
+        "parameters": program.parameters,
         "tvm_target": target.tvm,
         "records": [record.to_line() for record in records],
+        "kernels": {name: {"family": kernel.family, **shape_of(kernel)} for name, kernel in program.kernels.items()},
         "verification": None,
     }
 
@@ -208,6 +225,7 @@ def _compile(config: GPT2Config, target: Target, dtype: str, folder: Path) -> di
 def _verify_libraries(
     folder: Path,
     resolved: list[Target],
+    weights: _Weights,
     body: dict[str, Any],
     notes: list[str],
     progress: Callable[[str], None],
@@ -228,7 +246,13 @@ def _verify_libraries(
         report = verify(artifact, engine, progress)
         report.raise_if_failed(library.file)
         reports[target.name] = report
-        body["libraries"][len(reports) - 1]["verification"] = report.to_dict()
+        entry = body["libraries"][len(reports) - 1]
+        entry["verification"] = report.to_dict()
+        if artifact.quantization != "none":
+            progress("accuracy of the quantized model")
+            accuracy = measure_accuracy(weights.config, weights.params(), engine, weights.tokenizer_json())
+            entry["accuracy"] = accuracy.to_dict()
+            notes.append(f"{target.name}: {accuracy.summary()}")
     return reports
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tvm_attn.errors import VerificationError
+from tvm_attn.model.params import effective_params
 from tvm_attn.model.reference import Reference
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.engine import CompiledEngine
@@ -48,6 +49,8 @@ BOUNDS = {
     "float32": Bounds(nmse=1e-11, max_abs=1e-4),
     "float16": Bounds(nmse=1e-6, max_abs=2e-2),
     "bfloat16": Bounds(nmse=5e-5, max_abs=1e-1),
+    "int8": Bounds(nmse=1e-3, max_abs=5e-1),
+    "int4": Bounds(nmse=1e-3, max_abs=5e-1),
 }
 
 
@@ -125,8 +128,9 @@ def verify(
     Raises:
         VerificationError: PyTorch is not installed.
     """
-    config, bounds = artifact.config, BOUNDS[artifact.dtype]
-    params = {name: artifact.parameters.read(name) for name in _names(artifact)}
+    config = artifact.config
+    bounds = BOUNDS[artifact.dtype if artifact.quantization == "none" else artifact.quantization]
+    params = dict(effective_params(config, artifact.parameters.read, artifact.quantization))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, (2, config.n_positions), dtype=np.int32)
     progress("PyTorch reference, float32")
@@ -147,12 +151,6 @@ def verify(
             result.add(actual, wanted)
         checks.append(result.check(function, case, bounds))
     return Report(tuple(checks), bounds, reference_nmse)
-
-
-def _names(artifact: Artifact) -> list[str]:
-    from tvm_attn.config import param_shapes
-
-    return list(param_shapes(artifact.config))
 
 
 Pairs = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]

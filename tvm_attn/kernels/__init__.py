@@ -11,9 +11,11 @@ the KV cache.
 from tvm_attn.kernels.attention import DecodeAttention, PrefillAttention
 from tvm_attn.kernels.base import Case, Kernel
 from tvm_attn.kernels.embedding import Embedding, GatherRows
-from tvm_attn.kernels.matmul import Head, Linear, PackLinear, QKVLinear, ResidualLinear
+from tvm_attn.kernels.matmul import Head, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.norm import LayerNorm
+from tvm_attn.kernels.quant import PackPairs, QuantizeRows
 from tvm_attn.kernels.sampling import Argmax
+from tvm_attn.kernels.weights import PackPlain, PackWords
 
 FAMILIES: tuple[type[Kernel], ...] = (
     Embedding,
@@ -23,7 +25,10 @@ FAMILIES: tuple[type[Kernel], ...] = (
     ResidualLinear,
     QKVLinear,
     Head,
-    PackLinear,
+    PackPairs,
+    QuantizeRows,
+    PackPlain,
+    PackWords,
     PrefillAttention,
     DecodeAttention,
     Argmax,
@@ -40,8 +45,11 @@ __all__ = [
     "Kernel",
     "LayerNorm",
     "Linear",
-    "PackLinear",
+    "PackPairs",
+    "PackPlain",
+    "PackWords",
     "PrefillAttention",
     "QKVLinear",
+    "QuantizeRows",
     "ResidualLinear",
 ]

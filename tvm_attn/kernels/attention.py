@@ -23,7 +23,7 @@ from tvm.script import tirx as T
 
 from tvm_attn.kernels.activation import exp
 from tvm_attn.kernels.base import Case, row_groups
-from tvm_attn.runtime.dtypes import numpy_dtype
+from tvm_attn.storage import numpy_dtype
 
 # Below every score that float32 can reach in practice, and far enough from its limit that differences stay finite.
 _MASKED = -1.0e30
@@ -490,3 +490,13 @@ def _decode_case(kernel: DecodeAttention, name: str, positions: tuple[int, ...],
     nmse = 1e-11 if magnitude == 1.0 else 1e-5
     output = np.zeros(shape, np.float32)
     return Case(kernel, name, inputs, (output,), (expected.reshape(shape),), nmse=nmse)
+
+
+def random_prefill_case(kernel: PrefillAttention, length: int) -> Case:
+    """A case of one prompt of `length` tokens with random operands, of the sizes that a search measures."""
+    return _prefill_case(kernel, f"{length} rows", ((0, length, 0),))
+
+
+def random_decode_case(kernel: DecodeAttention, positions: tuple[int, ...]) -> Case:
+    """A case of one row a position with random operands, of the sizes that a search measures."""
+    return _decode_case(kernel, f"{len(positions)} rows", positions)

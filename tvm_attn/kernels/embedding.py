@@ -11,18 +11,18 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.base import Case, row_groups
-from tvm_attn.kernels.matmul import pack
-from tvm_attn.runtime.dtypes import numpy_dtype
+from tvm_attn.kernels.weights import PLAIN, dequantize, element, pack, pack_words, packed_types, quantize
+from tvm_attn.storage import numpy_dtype
 
 
 @dataclass(frozen=True)
 class Embedding:
     """x = wte[token_ids] + wpe[positions]; padding rows (position -1) read position 0.
 
-    The token table is the packed weight of the tied head, (ceil(V/C), E, C), so that it is in memory once.
+    The token table is the packed weight of the tied head, with K = E and N = V, so that it is in memory once.
 
-    Parameters of the function: token_ids (g, R) int32, positions (g, R) int32, wte (ceil(V/C), E, C) dtype,
-    wpe (P, E) dtype, x (g, R, E) float32.
+    Parameters of the function: token_ids (g, R) int32, positions (g, R) int32, wte (one or two tensors, see
+    `tvm_attn.kernels.weights`), wpe (P, E) dtype, x (g, R, E) float32.
     """
 
     family: ClassVar[str] = "embedding"
@@ -32,59 +32,97 @@ class Embedding:
     width: int
     rows: int
     columns: int
+    weights: str
     dtype: str
+    """Of wpe."""
     groups: int | None = None
 
     def prim_func(self) -> tirx.PrimFunc:
         """See `Kernel.prim_func`; block "embed"."""
         rows, columns, width, context = self.rows, self.columns, self.width, self.context
-        dtype, g, strips = self.dtype, row_groups(self.groups), -(-self.vocabulary // self.columns)
+        dtype, weights, g = self.dtype, self.weights, row_groups(self.groups)
+        types = packed_types(weights, width, self.vocabulary, columns)
 
-        @T.prim_func(s_tir=True)
-        def embedding(
-            token_ids_handle: T.handle,
-            positions_handle: T.handle,
-            wte: T.Buffer((strips, width, columns), dtype),
-            wpe: T.Buffer((context, width), dtype),
-            x_handle: T.handle,
-        ):
-            T.func_attr({"tirx.noalias": True})
-            token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
-            positions = T.match_buffer(positions_handle, (g, rows), "int32")
-            x = T.match_buffer(x_handle, (g, rows, width), "float32")
-            for group, row, column in T.grid(g, rows, width):
-                with T.sblock("embed"):
-                    vg, vr, vc = T.axis.remap("SSS", [group, row, column])
-                    T.reads(token_ids[vg, vr], positions[vg, vr], wte[0:strips, vc, 0:columns], wpe[0:context, vc])
-                    T.writes(x[vg, vr, vc])
-                    x[vg, vr, vc] = T.Cast(
-                        "float32", wte[token_ids[vg, vr] // columns, vc, token_ids[vg, vr] % columns]
-                    ) + T.Cast("float32", wpe[T.max(positions[vg, vr], 0), vc])
+        def token(packed, token_id, column):
+            return element(weights, packed, width, token_id // columns, column, token_id % columns)
+
+        if len(types) == 1:
+
+            @T.prim_func(s_tir=True)
+            def embedding(
+                token_ids_handle: T.handle,
+                positions_handle: T.handle,
+                wte: T.Buffer(types[0][0], types[0][1]),
+                wpe: T.Buffer((context, width), dtype),
+                x_handle: T.handle,
+            ):
+                T.func_attr({"tirx.noalias": True})
+                token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
+                positions = T.match_buffer(positions_handle, (g, rows), "int32")
+                x = T.match_buffer(x_handle, (g, rows, width), "float32")
+                for group, row, column in T.grid(g, rows, width):
+                    with T.sblock("embed"):
+                        vg, vr, vc = T.axis.remap("SSS", [group, row, column])
+                        x[vg, vr, vc] = token([wte], token_ids[vg, vr], vc) + T.Cast(
+                            "float32", wpe[T.max(positions[vg, vr], 0), vc]
+                        )
+
+        else:
+
+            @T.prim_func(s_tir=True)
+            def embedding(
+                token_ids_handle: T.handle,
+                positions_handle: T.handle,
+                wte: T.Buffer(types[0][0], types[0][1]),
+                scales: T.Buffer(types[1][0], types[1][1]),
+                wpe: T.Buffer((context, width), dtype),
+                x_handle: T.handle,
+            ):
+                T.func_attr({"tirx.noalias": True})
+                token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
+                positions = T.match_buffer(positions_handle, (g, rows), "int32")
+                x = T.match_buffer(x_handle, (g, rows, width), "float32")
+                for group, row, column in T.grid(g, rows, width):
+                    with T.sblock("embed"):
+                        vg, vr, vc = T.axis.remap("SSS", [group, row, column])
+                        x[vg, vr, vc] = token([wte, scales], token_ids[vg, vr], vc) + T.Cast(
+                            "float32", wpe[T.max(positions[vg, vr], 0), vc]
+                        )
 
         return embedding
 
     @staticmethod
     def cases() -> Iterator[Case]:
         """See `Kernel.cases`."""
-        rng = np.random.default_rng(0)
-        for kernel, groups, name in (
-            (Embedding(1021, 64, 128, 8, 32, "float32"), 3, "odd vocabulary"),
-            (Embedding(1021, 64, 128, 8, 32, "float16"), 3, "odd vocabulary"),
-            (Embedding(1021, 64, 128, 8, 32, "bfloat16"), 3, "odd vocabulary"),
-            (Embedding(1021, 64, 77, 1, 32, "float32", groups=1), 1, "one row, odd width"),
-        ):
-            dtype = numpy_dtype(kernel.dtype)
-            wte = rng.standard_normal((kernel.vocabulary, kernel.width), dtype=np.float32).astype(dtype)
-            wpe = rng.standard_normal((kernel.context, kernel.width), dtype=np.float32).astype(dtype)
-            shape = (groups, kernel.rows)
-            token_ids = rng.integers(0, kernel.vocabulary, shape, dtype=np.int32)
-            token_ids.flat[0] = kernel.vocabulary - 1
-            positions = rng.integers(0, kernel.context, shape, dtype=np.int32)
-            if positions.size > 1:
-                positions.flat[-1] = -1
-            expected = wte.astype(np.float64)[token_ids] + wpe.astype(np.float64)[np.maximum(positions, 0)]
-            inputs = (token_ids, positions, pack(np.ascontiguousarray(wte.T), kernel.columns), wpe)
-            yield Case(kernel, name, inputs, (np.zeros((*shape, kernel.width), np.float32),), (expected,))
+        for weights, dtype in (*zip(PLAIN, PLAIN, strict=True), ("bfloat16_pairs", "bfloat16"), ("int8", "float32")):
+            yield _embedding_case(Embedding(1021, 64, 128, 8, 32, weights, dtype), 3, "odd vocabulary")
+        yield _embedding_case(Embedding(1021, 64, 128, 8, 32, "int4", "float16"), 3, "odd vocabulary")
+        yield _embedding_case(Embedding(1021, 64, 77, 1, 32, "float32", "float32", groups=1), 1, "one row, odd width")
+
+
+def _embedding_case(kernel: Embedding, groups: int, name: str) -> Case:
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((kernel.width, kernel.vocabulary), dtype=np.float32)
+    if kernel.weights in PLAIN:
+        values = table.astype(numpy_dtype(kernel.weights))
+        packed: tuple[np.ndarray, ...] = (pack(values, kernel.columns),)
+    elif kernel.weights == "bfloat16_pairs":
+        values = table.astype(numpy_dtype("bfloat16"))
+        packed = (pack_words(values, kernel.weights, kernel.columns),)
+    else:
+        quantized, scales = quantize(table, kernel.weights)
+        values = dequantize(quantized, scales)
+        packed = (pack_words(quantized, kernel.weights, kernel.columns), pack(scales, kernel.columns))
+    wpe = rng.standard_normal((kernel.context, kernel.width), dtype=np.float32).astype(numpy_dtype(kernel.dtype))
+    shape = (groups, kernel.rows)
+    token_ids = rng.integers(0, kernel.vocabulary, shape, dtype=np.int32)
+    token_ids.flat[0] = kernel.vocabulary - 1
+    positions = rng.integers(0, kernel.context, shape, dtype=np.int32)
+    if positions.size > 1:
+        positions.flat[-1] = -1
+    expected = values.astype(np.float64).T[token_ids] + wpe.astype(np.float64)[np.maximum(positions, 0)]
+    output = np.zeros((*shape, kernel.width), np.float32)
+    return Case(kernel, name, (token_ids, positions, *packed, wpe), (output,), (expected,))
 
 
 @dataclass(frozen=True)

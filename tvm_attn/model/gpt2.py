@@ -32,12 +32,16 @@ from tvm_attn.kernels import (
     Kernel,
     LayerNorm,
     Linear,
-    PackLinear,
+    PackPairs,
+    PackPlain,
+    PackWords,
     PrefillAttention,
     QKVLinear,
+    QuantizeRows,
     ResidualLinear,
 )
-from tvm_attn.kernels.matmul import strip_columns
+from tvm_attn.kernels.weights import PLAIN, packed_types, strip_columns
+from tvm_attn.storage import GROUP, TABLES, is_quantizable, scales_name, stored_types
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class Layout:
     Attributes:
         rows: R, the rows of a group.
         columns: C, the widest strip of packed columns, a power of two.
-        dtype: storage dtype of matrices and KV cache: float32, float16 or bfloat16.
+        dtype: storage dtype of the KV cache and the position table: float32, float16 or bfloat16.
+        weights: format of the other matrices, see `tvm_attn.kernels.weights`.
     """
 
     rows: int
     columns: int
     dtype: str
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -62,37 +68,51 @@ class Program:
     Attributes:
         module: the Relax functions and the unscheduled kernels.
         kernels: the kernel behind each TensorIR function of the module, by its name there.
+        parameters: names of the canonical tensors that `transform_params` asks for, by its index.
     """
 
     module: IRModule
     kernels: dict[str, Kernel]
+    parameters: list[str]
+
+
+Type = tuple[tuple[int, ...], str]
+"""Shape and dtype of a tensor."""
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """A parameter as the kernels want it: canonical name, packed shape, dtype, and the kernel that packs it."""
+class _Parameter:
+    """A parameter on its way into the library's layout.
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    kernel: PackLinear | None
+    Attributes:
+        given: canonical tensors by name: the parameter, and its scales where it is quantized.
+        packed: the tensors that kernels take, in order.
+        kernels: the kernel that makes each of them, or None where the canonical tensor is used as it is.
+        sizes: K, N and C of a packed matrix; zeros for the others.
+    """
+
+    given: dict[str, Type]
+    packed: list[Type]
+    kernels: list[PackPlain | PackWords | None]
+    sizes: tuple[int, int, int] = (0, 0, 0)
 
 
-def _packed_parameters(config: GPT2Config, layout: Layout) -> dict[str, _Packed]:
-    packed = {}
-    for name, shape in param_shapes(config).items():
-        if len(shape) == 1:
-            packed[name] = _Packed(name, shape, "float32", None)
-        elif name == "wpe.weight":
-            packed[name] = _Packed(name, shape, layout.dtype, None)
-        else:
-            # Token table and head are (V, E) and padded; linear layers are (in, out) and have strips that divide them.
-            table = name in ("wte.weight", "lm_head.weight")
-            k, n = (shape[1], shape[0]) if table else shape
-            columns = layout.columns if table else strip_columns(n, layout.columns)
-            kernel = PackLinear(k, n, columns, layout.dtype, transposed=table)
-            packed[name] = _Packed(name, (-(-n // columns), k, columns), layout.dtype, kernel)
-    return packed
+def _parameter(name: str, shape: tuple[int, ...], layout: Layout, types: dict[str, Type]) -> _Parameter:
+    if not is_quantizable(name, shape):
+        return _Parameter({name: types[name]}, [types[name]], [None])
+    # Token table and head are (V, E) and padded; linear layers are (in, out) and have strips that divide them.
+    table, weights = name in TABLES, layout.weights
+    k, n = (shape[1], shape[0]) if table else shape
+    columns = layout.columns if table else strip_columns(n, layout.columns)
+    sizes = (k, n, columns)
+    packed: list[Type] = [*packed_types(weights, k, n, columns)]
+    if weights in PLAIN:
+        return _Parameter({name: types[name]}, packed, [PackPlain(*sizes, weights, table)], sizes)
+    words = PackWords(*sizes, weights, table)
+    if weights == "bfloat16_pairs":
+        return _Parameter({name: types[name]}, packed, [words], sizes)
+    given = {given_name: types[given_name] for given_name in (name, scales_name(name))}
+    return _Parameter(given, packed, [words, PackPlain(k // GROUP, n, columns, "float16", table)], sizes)
 
 
 def padded_vocabulary(config: GPT2Config, layout: Layout) -> int:
@@ -108,7 +128,9 @@ class _Module:
         self.builder = relax.BlockBuilder()
         self.kernels: dict[str, Kernel] = {}
         self._variables: dict[Kernel, relax.GlobalVar] = {}
-        self.parameters = _packed_parameters(config, layout)
+        types = stored_types(config, layout.dtype, layout.weights if layout.weights in ("int8", "int4") else "none")
+        shapes = param_shapes(config)
+        self.parameters = {name: _parameter(name, shape, layout, types) for name, shape in shapes.items()}
 
     def call(
         self,
@@ -135,7 +157,7 @@ class _Module:
 
     def params_type(self) -> relax.TupleType:
         """Type of the packed parameters."""
-        return relax.TupleType([relax.TensorType(p.shape, p.dtype) for p in self.parameters.values()])
+        return relax.TupleType([relax.TensorType(*kind) for p in self.parameters.values() for kind in p.packed])
 
 
 class _Forward:
@@ -163,44 +185,70 @@ class _Forward:
         self.static_groups = groups if isinstance(groups, int) else None
         self.token_ids, self.positions, self.slots = inputs
         self.kv, self.params = kv, params
-        self.index = {name: i for i, name in enumerate(module.parameters)}
+        self.first_index: dict[str, int] = {}
+        index = 0
+        for name, parameter in module.parameters.items():
+            self.first_index[name] = index
+            index += len(parameter.packed)
 
-    def _param(self, name: str) -> relax.Var:
-        return self.module.builder.emit(relax.TupleGetItem(self.params, self.index[name]))
+    def _param(self, name: str) -> list[relax.Var]:
+        """The packed tensors of a parameter."""
+        first, emit = self.first_index[name], self.module.builder.emit
+        return [
+            emit(relax.TupleGetItem(self.params, first + i)) for i in range(len(self.module.parameters[name].packed))
+        ]
+
+    def _input(self, x: relax.Var, width: int, groups: tirx.Var | int | None = None) -> list[relax.Var]:
+        """x (g, R, K) as the weights' format wants it."""
+        weights, g = self.module.layout.weights, self.groups if groups is None else groups
+        if weights in PLAIN:
+            return [x]
+        if weights == "bfloat16_pairs":
+            kernel: Kernel = PackPairs(width, self.rows, self.static_groups)
+            return [self.module.call(kernel, [x], [relax.TensorType((g, self.rows, width // 2), "int32")])]
+        kernel = QuantizeRows(width, self.rows, weights, self.static_groups)
+        scales = relax.TensorType((g, self.rows, width // GROUP), "float32")
+        words = relax.TensorType((g, self.rows, width // 4), "int32")
+        result = self.module.call(kernel, [x], [words, scales, scales])
+        return [self.module.builder.emit(relax.TupleGetItem(result, i)) for i in range(3)]
 
     def _type(self, width: int, groups: tirx.Var | int | None = None) -> relax.TensorType:
         return relax.TensorType((self.groups if groups is None else groups, self.rows, width), "float32")
 
     def _sizes(self, name: str) -> tuple[int, int, int, int, str]:
-        """K, N, R, C, dtype of a packed weight."""
-        kernel = self.module.parameters[name].kernel
-        assert kernel is not None
-        return kernel.in_features, kernel.out_features, self.rows, kernel.columns, self.dtype
+        """K, N, R, C and format of a packed weight."""
+        k, n, columns = self.module.parameters[name].sizes
+        return k, n, self.rows, columns, self.module.layout.weights
 
     def embed(self) -> relax.Var:
         """x (g, R, E) of the tokens."""
-        config, (width, vocabulary, rows, columns, dtype) = self.config, self._sizes("wte.weight")
-        kernel = Embedding(vocabulary, config.n_positions, width, rows, columns, dtype, self.static_groups)
-        arguments = [self.token_ids, self.positions, self._param("wte.weight"), self._param("wpe.weight")]
+        context, (width, vocabulary, rows, columns, weights) = self.config.n_positions, self._sizes("wte.weight")
+        kernel = Embedding(vocabulary, context, width, rows, columns, weights, self.dtype, self.static_groups)
+        arguments = [self.token_ids, self.positions, *self._param("wte.weight"), *self._param("wpe.weight")]
         return self.module.call(kernel, arguments, [self._type(width)])
 
     def norm(self, x: relax.Var, name: str, groups: tirx.Var | int | None = None) -> relax.Var:
         """LayerNorm of x with the parameters `name`."""
         config = self.config
         kernel = LayerNorm(config.n_embd, config.layer_norm_epsilon, self.rows, self.static_groups)
-        arguments = [x, self._param(f"{name}.weight"), self._param(f"{name}.bias")]
+        arguments = [x, *self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         return self.module.call(kernel, arguments, [self._type(config.n_embd, groups)])
 
     def qkv(self, x: relax.Var, layer: int) -> tuple[relax.Var, relax.Var]:
         """The cache with the rows' keys and values written, and q (g, R, E)."""
         config, name = self.config, f"h.{layer}.attn.c_attn"
         kernel = QKVLinear(
-            *self._sizes(f"{name}.weight"), self.static_groups, heads=config.n_head, context=config.n_positions
+            *self._sizes(f"{name}.weight"),
+            self.static_groups,
+            heads=config.n_head,
+            context=config.n_positions,
+            cache_dtype=self.dtype,
         )
         cache = self.module.builder.emit(relax.TupleGetItem(self.kv, layer))
-        arguments = [x, self._param(f"{name}.weight"), self._param(f"{name}.bias"), self.slots, self.positions, cache]
+        weights = [*self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
+        arguments = [*self._input(x, config.n_embd), *weights, self.slots, self.positions, cache]
         outputs = [cache.ty, self._type(config.n_embd)]
-        result = self.module.call(kernel, arguments, outputs, in_place=[5, -1])
+        result = self.module.call(kernel, arguments, outputs, in_place=[len(arguments) - 1, -1])
         emit = self.module.builder.emit
         return emit(relax.TupleGetItem(result, 0)), emit(relax.TupleGetItem(result, 1))
 
@@ -208,15 +256,15 @@ class _Forward:
         """activation(x W + b)."""
         sizes = self._sizes(f"{name}.weight")
         kernel = Linear(*sizes, self.static_groups, activation=activation)
-        arguments = [x, self._param(f"{name}.weight"), self._param(f"{name}.bias")]
+        arguments = [*self._input(x, sizes[0]), *self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         return self.module.call(kernel, arguments, [self._type(sizes[1])])
 
     def residual_linear(self, x: relax.Var, name: str, residual: relax.Var) -> relax.Var:
         """x W + b + residual."""
         sizes = self._sizes(f"{name}.weight")
         kernel = ResidualLinear(*sizes, self.static_groups)
-        arguments = [x, self._param(f"{name}.weight"), self._param(f"{name}.bias"), residual]
-        return self.module.call(kernel, arguments, [self._type(sizes[1])])
+        weights = [*self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
+        return self.module.call(kernel, [*self._input(x, sizes[0]), *weights, residual], [self._type(sizes[1])])
 
     def block(self, x: relax.Var, layer: int, sequences: relax.Var | None) -> relax.Var:
         """One transformer layer; `sequences` is given for prompts, None for one token a row."""
@@ -248,7 +296,8 @@ class _Forward:
         name = "wte.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         kernel = Head(*self._sizes(name), self.static_groups)
         columns = padded_vocabulary(self.config, self.module.layout)
-        return self.module.call(kernel, [x, self._param(name)], [self._type(columns, groups)])
+        arguments = [*self._input(x, self.config.n_embd, groups), *self._param(name)]
+        return self.module.call(kernel, arguments, [self._type(columns, groups)])
 
 
 def _row_inputs(groups: tirx.Var | int, rows: int) -> tuple[relax.Var, relax.Var, relax.Var]:
@@ -308,17 +357,16 @@ def _add_argmax(module: _Module, name: str, rows: int, groups: tirx.Var | int) -
 
 
 def _add_transform_params(module: _Module) -> None:
-    builder, shapes = module.builder, param_shapes(module.config)
-    inputs = [relax.Var(p.name, relax.TensorType(shapes[p.name], p.dtype)) for p in module.parameters.values()]
-    with builder.function("transform_params", inputs, attrs={"num_input": 0}):
+    builder = module.builder
+    given = {name: kind for parameter in module.parameters.values() for name, kind in parameter.given.items()}
+    inputs = {name: relax.Var(name, relax.TensorType(*kind)) for name, kind in given.items()}
+    with builder.function("transform_params", list(inputs.values()), attrs={"num_input": 0}):
         with builder.dataflow():
             outputs: list[relax.Var] = []
-            for given, parameter in zip(inputs, module.parameters.values(), strict=True):
-                if parameter.kernel is None:
-                    outputs.append(given)
-                else:
-                    packed_type = relax.TensorType(parameter.shape, parameter.dtype)
-                    outputs.append(module.call(parameter.kernel, [given], [packed_type]))
+            for parameter in module.parameters.values():
+                for name, kind, kernel in zip(parameter.given, parameter.packed, parameter.kernels, strict=True):
+                    canonical = inputs[name]
+                    outputs.append(module.call(kernel, [canonical], [relax.TensorType(*kind)]) if kernel else canonical)
             output = builder.emit_output(relax.Tuple(outputs))
         builder.emit_func_output(output)
 
@@ -341,4 +389,5 @@ def build_program(config: GPT2Config, layout: Layout, max_prefill_rows: int, max
     _add_argmax(module, "argmax", rows, tirx.Var("g", "int64"))
     _add_argmax(module, "argmax_one", 1, 1)
     _add_transform_params(module)
-    return Program(module.builder.finalize(), module.kernels)
+    given = [name for parameter in module.parameters.values() for name in parameter.given]
+    return Program(module.builder.finalize(), module.kernels, given)

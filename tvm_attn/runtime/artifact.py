@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +20,12 @@ import numpy as np
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import ArtifactError, ConfigError
 from tvm_attn.runtime.machine import cpu_features, platform_name
+from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 
 MANIFEST = "manifest.json"
 PARAMS_INDEX = "params/tensor-cache.json"
 FORMAT = 1
 """Version of the artifact's format; a reader accepts its own version only."""
-
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def digest(body: dict[str, Any]) -> str:
@@ -47,6 +47,7 @@ class Library:
         rows: R, the rows of a group in its functions.
         vocabulary: V', the columns of its logits.
         max_prefill_rows, max_batch: the largest calls it was planned for, in rows.
+        parameters: names of the canonical tensors, in the order in which its `transform_params` numbers them.
     """
 
     file: str
@@ -58,6 +59,7 @@ class Library:
     vocabulary: int
     max_prefill_rows: int
     max_batch: int
+    parameters: tuple[str, ...]
 
     def obstacle(self) -> str | None:
         """Why it cannot run on this machine, in words; None where it can."""
@@ -85,26 +87,28 @@ class Artifact:
             self.config = GPT2Config.from_dict(self.manifest["model"])
             self.dtype: str = self.manifest["dtype"]
             self.quantization: str = self.manifest["quantization"]
-            self.libraries = [_library(entry) for entry in self.manifest["libraries"]]
-            self._files: dict[str, dict[str, Any]] = self.manifest["files"]
-            self._versions: dict[str, str] = self.manifest["versions"]
-        except (KeyError, TypeError, AttributeError) as error:
+            self.libraries = [_library(entry) for entry in _entry(self.manifest, "libraries", list)]
+            self._files = _files(_entry(self.manifest, "files", dict))
+            self._versions: dict[str, str] = _entry(self.manifest, "versions", dict)
+        except (KeyError, TypeError) as error:
             raise self._error(f"{MANIFEST} lacks or garbles an entry ({error})") from error
         except ConfigError as error:
             raise self._error(f"its model configuration is invalid: {error}") from error
-        if self.dtype not in _DTYPES or self.quantization != "none":
+        if self.dtype not in DTYPES or self.quantization not in QUANTIZATIONS:
             raise self._error(f"dtype {self.dtype!r} with quantization {self.quantization!r} is not supported")
 
     def _error(self, what: str) -> ArtifactError:
+        # What a file says may hold line breaks.
+        what = " ".join(what.split())
         return ArtifactError(f"artifact {self.folder}: {what}; build it again with python -m tvm_attn.build")
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         try:
+            if not path.is_file():
+                raise self._error(f"{MANIFEST} is missing, so this is no artifact")
             manifest = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
-            raise self._error(f"{MANIFEST} is missing, so this is no artifact") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self._error(f"{MANIFEST} cannot be read ({error})") from error
         if not isinstance(manifest, dict) or manifest.get("sha256") != digest(manifest):
             raise self._error(f"{MANIFEST} was altered or truncated")
@@ -149,31 +153,37 @@ class Artifact:
         Raises:
             ArtifactError: it is missing, unlisted, or not what the manifest says.
         """
-        content = bytearray(self._expected_size(name))
-        path = self.folder / name
+        if name not in self._files:
+            raise self._error(f"{name} is not listed in {MANIFEST}")
+        expected, path = self._files[name], self.folder / name
         try:
+            if not path.is_file():
+                raise self._error(f"{name} is missing")
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise self._error(f"{name} has {size} bytes instead of {expected['bytes']}: truncated or altered")
+            content, done = bytearray(size), 0
             with path.open("rb", buffering=0) as file:
-                size = path.stat().st_size
-                if size != len(content):
-                    raise self._error(f"{name} has {size} bytes instead of {len(content)}: truncated or altered")
-                view, done = memoryview(content), 0
-                while done < size and (count := file.readinto(view[done:])):
+                while done < size and (count := file.readinto(memoryview(content)[done:])):
                     done += count
         except OSError as error:
             raise self._error(f"{name} cannot be read ({error.strerror})") from error
-        if hashlib.sha256(content).hexdigest() != self._files[name]["sha256"]:
+        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
             raise self._error(f"the content of {name} is not what was built (SHA-256 differs)")
         return content
 
-    def _expected_size(self, name: str) -> int:
-        try:
-            return int(self._files[name]["bytes"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._error(f"{name} is not listed in {MANIFEST}") from error
-
     def tokenizer_json(self) -> str | None:
-        """The tokenizer file's content, or None where the artifact has none."""
-        return self.read("tokenizer.json").decode() if "tokenizer.json" in self._files else None
+        """The tokenizer file's content, or None where the artifact has none.
+
+        Raises:
+            ArtifactError: it is damaged.
+        """
+        if "tokenizer.json" not in self._files:
+            return None
+        try:
+            return self.read("tokenizer.json").decode()
+        except UnicodeDecodeError as error:
+            raise self._error(f"tokenizer.json is not UTF-8 ({error})") from error
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -181,18 +191,38 @@ class Artifact:
         return Parameters(self)
 
 
-def _library(entry: dict[str, Any]) -> Library:
-    return Library(
-        file=entry["file"],
-        target=entry["target"],
-        device=entry["device"],
-        platform=entry["platform"],
-        features=tuple(entry["features"]),
-        rows=entry["rows"],
-        vocabulary=entry["vocabulary"],
-        max_prefill_rows=entry["max_prefill_rows"],
-        max_batch=entry["max_batch"],
-    )
+def _entry(table: Any, name: str | int, kind: type) -> Any:
+    """`table[name]`, of exactly that type: JSON's true is no int here.
+
+    Raises:
+        KeyError, TypeError: it is absent, or something else.
+    """
+    value = table[name]
+    if type(value) is not kind:
+        raise TypeError(f"{name} is {value!r:.40}, not {kind.__name__}")
+    return value
+
+
+def _library(entry: Any) -> Library:
+    names = {name: _entry(entry, name, str) for name in ("file", "target", "device", "platform")}
+    sizes = {name: _entry(entry, name, int) for name in ("rows", "vocabulary", "max_prefill_rows", "max_batch")}
+    if min(sizes.values()) < 1:
+        raise TypeError(f"{min(sizes, key=sizes.__getitem__)} is not positive")
+    features, parameters = (_strings(_entry(entry, name, list)) for name in ("features", "parameters"))
+    return Library(**names, features=features, parameters=parameters, **sizes)
+
+
+def _strings(values: list[Any]) -> tuple[str, ...]:
+    return tuple(_entry(values, i, str) for i in range(len(values)))
+
+
+def _files(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifest's table of files, checked: names that lie in the folder, and a size and a SHA-256 of each."""
+    for name, entry in table.items():
+        if not re.fullmatch(r"(params/)?\w[\w.-]*", name, re.ASCII):
+            raise TypeError(f"{name!r:.40} is no file of an artifact")
+        _entry(entry, "bytes", int), _entry(entry, "sha256", str)
+    return table
 
 
 class Parameters:
@@ -207,6 +237,7 @@ class Parameters:
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
+        self._types = stored_types(artifact.config, artifact.dtype, artifact.quantization)
         self._shard: tuple[str, bytearray] | None = None
         self._records: dict[str, tuple[str, dict[str, Any]]] = {}
         try:
@@ -214,7 +245,7 @@ class Parameters:
             for shard in index["records"]:
                 for record in shard["records"]:
                     self._records[record["name"]] = (f"params/{shard['dataPath']}", record)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise artifact._error(f"{PARAMS_INDEX} is malformed ({error})") from error
 
     def read(self, name: str) -> np.ndarray:
@@ -223,9 +254,7 @@ class Parameters:
         Raises:
             ArtifactError: it is missing, or its record does not fit the shard.
         """
-        from tvm_attn.runtime.dtypes import numpy_dtype
-
-        if name not in self._records:
+        if name not in self._records or name not in self._types:
             raise self._artifact._error(f"the parameter {name} is missing")
         path, record = self._records[name]
         if self._shard is None or self._shard[0] != path:
@@ -233,7 +262,10 @@ class Parameters:
             self._shard = (path, self._artifact.read(path))
         content = self._shard[1]
         try:
-            dtype, shape, offset = numpy_dtype(record["dtype"]), record["shape"], record["byteOffset"]
+            shape, stored = self._types[name]
+            if record["shape"] != list(shape) or record["dtype"] != stored:
+                raise ValueError(f"{record['dtype']} {record['shape']} instead of {stored} {list(shape)}")
+            dtype, offset = numpy_dtype(stored), _entry(record, "byteOffset", int)
             size = dtype.itemsize * math.prod(shape)
             if record["nbytes"] != size or not 0 <= offset <= len(content) - size:
                 raise ValueError(f"{record['nbytes']} bytes at {offset}")

@@ -13,10 +13,9 @@ import numpy.typing as npt
 import tvm
 from tvm.runtime.vm import VirtualMachine
 
-from tvm_attn.config import param_shapes
 from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.runtime.artifact import Artifact, Library
-from tvm_attn.runtime.dtypes import numpy_dtype
+from tvm_attn.storage import numpy_dtype
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -73,7 +72,7 @@ class CompiledEngine:
 
     def _pack(self, artifact: Artifact) -> tvm.runtime.Object:
         """The parameters in the library's layout; they are read and packed one at a time."""
-        parameters, names = artifact.parameters, list(param_shapes(self.config))
+        parameters, names = artifact.parameters, self._library.parameters
         failure: list[ArtifactError] = []
 
         def get(index: int, _name: str) -> tvm.runtime.Tensor:
@@ -192,7 +191,7 @@ def _host_tensor(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.T
 def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Tensor:
     """A tensor with the array's content; TVM's own copy of bfloat16 arrays goes through two more buffers."""
     tensor = tvm.runtime.empty(array.shape, str(array.dtype), device)
-    if array.dtype == np.float32:
+    if array.dtype.kind in "fiu":
         tensor.copyfrom(array)
     else:
         tensor._create_view(array.shape, "uint16").copyfrom(array.view(np.uint16))

@@ -44,7 +44,8 @@ def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), process: Path = Pat
 
 def _quotas(root: Path, process: Path) -> list[int]:
     try:
-        groups = (process / "cgroup").read_text(encoding="utf-8").splitlines()
+        # A group's name is bytes, as every file's is.
+        groups = os.fsdecode((process / "cgroup").read_bytes()).splitlines()
     except OSError:
         return []
     quotas = []
@@ -74,7 +75,7 @@ def _read_quota(folder: Path) -> list[int]:
 
 
 def set_threads(threads: int | None) -> int:
-    """Sets the number of threads of TVM's pool for this process and returns it.
+    """Sets the number of threads of TVM's pool for this process, at most one a core, and returns it.
 
     TVM's own default is half of the hardware threads. `None` means TVM_NUM_THREADS where that is set, else all cores
     that the process may use.
@@ -94,4 +95,4 @@ def set_threads(threads: int | None) -> int:
     # Affinity mode -3: the threads share the cores listed. The list also lifts TVM's own limit, half of the cores.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(threads)
     tvm_ffi.get_global_func("runtime.config_threadpool")(-3, threads, [str(core) for core in cores])
-    return threads
+    return min(threads, len(cores))

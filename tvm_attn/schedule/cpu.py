@@ -17,10 +17,15 @@ from tvm_attn.kernels import (
     Embedding,
     GatherRows,
     LayerNorm,
-    PackLinear,
+    PackPairs,
+    PackPlain,
+    PackWords,
     PrefillAttention,
+    QuantizeRows,
 )
-from tvm_attn.kernels.matmul import strip_columns as largest_divisor
+from tvm_attn.kernels.matmul import DOT_BFLOAT16, DOT_INT8
+from tvm_attn.kernels.weights import PLAIN
+from tvm_attn.kernels.weights import strip_columns as largest_divisor
 from tvm_attn.schedule.base import Chooser, Template
 from tvm_attn.targets import Target
 
@@ -43,12 +48,52 @@ def _vectorize(schedule: s_tir.Schedule, block: Any, lanes: int) -> None:
     schedule.vectorize(loop)
 
 
+# One dot product step for 16 columns, as LLVM IR: TVM's own calls of these intrinsics fail LLVM's checks, because they
+# give bfloat16 and packed bytes other types than LLVM expects. linkonce_odr: every kernel of a module imports them.
+_DOT_STEPS = {
+    DOT_BFLOAT16: """
+define linkonce_odr <16 x float> @tvm_attn_dot_bfloat16(<16 x float> %acc, i32 %x, <16 x i32> %w) alwaysinline {
+  %first = insertelement <16 x i32> poison, i32 %x, i64 0
+  %spread = shufflevector <16 x i32> %first, <16 x i32> poison, <16 x i32> zeroinitializer
+  %a = bitcast <16 x i32> %spread to <32 x bfloat>
+  %b = bitcast <16 x i32> %w to <32 x bfloat>
+  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %sum
+}
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+""",
+    DOT_INT8: """
+define linkonce_odr <16 x i32> @tvm_attn_dot_int8(<16 x i32> %acc, i32 %x, <16 x i32> %w) alwaysinline {
+  %first = insertelement <16 x i32> poison, i32 %x, i64 0
+  %spread = shufflevector <16 x i32> %first, <16 x i32> poison, <16 x i32> zeroinitializer
+  %a = bitcast <16 x i32> %w to <64 x i8>
+  %b = bitcast <16 x i32> %spread to <64 x i8>
+  %sum = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %acc, <64 x i8> %a, <64 x i8> %b)
+  ret <16 x i32> %sum
+}
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
+""",
+}
+_DOT_FEATURES = {DOT_BFLOAT16: "avx512_bf16", DOT_INT8: "avx512_vnni"}
+
+
+def _dot_step(kernel: Any, target: Target) -> tuple[Any, str | None]:
+    """The kernel with its vector width, and the LLVM IR of its dot product step where the target has an instruction."""
+    if kernel.weights in PLAIN:
+        return kernel, None
+    lanes = largest_divisor(kernel.columns, target.lanes)
+    name = DOT_BFLOAT16 if kernel.weights == "bfloat16_pairs" else DOT_INT8
+    native = lanes == 16 and _DOT_FEATURES[name] in target.features
+    return replace(kernel, lanes=lanes, native=native), _DOT_STEPS[name] if native else None
+
+
 def _matmul(kernel: Any, target: Target, choose: Chooser) -> tirx.PrimFunc:
     """Register tiles of R x C accumulators over whole columns of K.
 
     A task is one weight strip times a block of row groups that, K wide, fits half of the level-2 cache; the strip then
     stays there as well. The groups of a block are the only loop with a bound that is not known, and it is outside.
     """
+    kernel, dot_step = _dot_step(kernel, target)
     schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
     matmul, epilogue = schedule.get_child_blocks(schedule.get_sblock("root"))
     group, strip, row, column = schedule.get_loops(epilogue)
@@ -58,27 +103,33 @@ def _matmul(kernel: Any, target: Target, choose: Chooser) -> tirx.PrimFunc:
     block = choose("group_block", (1, 2, 4, 8, 16, 32), default) if kernel.groups is None else 1
     outer, group = schedule.split(group, [None, block])
     schedule.reorder(outer, strip, group, row, column)
-    schedule.parallel(schedule.fuse(outer, strip))
+    task = schedule.fuse(outer, strip)
+    schedule.parallel(task)
+    if dot_step:
+        schedule.annotate(task, "pragma_import_llvm", dot_step)
     schedule.vectorize(column)
     schedule.unroll(row)
     schedule.compute_at(matmul, group, preserve_unit_loops=True)
     schedule.set_scope(matmul, 0, "local")
     row, column, k = schedule.get_loops(matmul)[-3:]
     schedule.reorder(k, row, column)
+    steps = int(schedule.get(k).extent)
     unroll = choose("k_unroll", (1, 2, 4, 8), 4 if kernel.rows == 1 else 1)
-    if unroll > 1 and kernel.in_features % unroll == 0:
+    if unroll > 1 and steps % unroll == 0:
         k, inner = schedule.split(k, [None, unroll])
         schedule.unroll(inner)
-    schedule.vectorize(column)
+    # Plain formats vectorise the columns; the others hold vector statements.
+    spread = schedule.vectorize if kernel.weights in PLAIN else schedule.unroll
+    spread(column)
     schedule.unroll(row)
     init = schedule.decompose_reduction(matmul, k)
     row, column = schedule.get_loops(init)[-2:]
-    schedule.vectorize(column)
+    spread(column)
     schedule.unroll(row)
     return _finish(schedule)
 
 
-def _pack(kernel: PackLinear, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _pack(kernel: PackPlain | PackWords, target: Target, choose: Chooser) -> tirx.PrimFunc:
     schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
     strip, row, column = schedule.get_loops(schedule.get_sblock("pack"))
     if kernel.transposed:
@@ -89,6 +140,26 @@ def _pack(kernel: PackLinear, target: Target, choose: Chooser) -> tirx.PrimFunc:
     else:
         schedule.vectorize(column)
     schedule.parallel(strip)
+    return _finish(schedule)
+
+
+def _pack_pairs(kernel: PackPairs, target: Target, choose: Chooser) -> tirx.PrimFunc:
+    schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
+    block = schedule.get_sblock("pack")
+    group, row, _ = schedule.get_loops(block)
+    if not _is_one_row(kernel):
+        schedule.parallel(schedule.fuse(group, row))
+    _vectorize(schedule, block, target.lanes)
+    return _finish(schedule)
+
+
+def _quantize_rows(kernel: QuantizeRows, target: Target, choose: Chooser) -> tirx.PrimFunc:
+    schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
+    group, row, _ = schedule.get_loops(schedule.get_sblock("group"))
+    if not _is_one_row(kernel):
+        schedule.parallel(schedule.fuse(group, row))
+    for name in ("largest", "words"):
+        schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
     return _finish(schedule)
 
 
@@ -202,7 +273,9 @@ def _argmax(kernel: Argmax, target: Target, choose: Chooser) -> tirx.PrimFunc:
 
 TEMPLATES: tuple[Template, ...] = (
     Template("cpu.matmul", 1, ("linear", "residual_linear", "qkv_linear", "head"), _matmul),
-    Template("cpu.pack", 1, ("pack_linear",), _pack),
+    Template("cpu.pack", 1, ("pack_plain", "pack_words"), _pack),
+    Template("cpu.pack_pairs", 1, ("pack_pairs",), _pack_pairs),
+    Template("cpu.quantize_rows", 1, ("quantize_rows",), _quantize_rows),
     Template("cpu.rows", 1, ("embedding", "gather_rows"), _rows),
     Template("cpu.layer_norm", 1, ("layer_norm",), _layer_norm),
     Template("cpu.prefill_attention", 1, ("prefill_attention",), _prefill_attention),
