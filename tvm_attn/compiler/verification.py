@@ -40,17 +40,17 @@ class Bounds:
     max_abs: float
 
 
-# The reference uses the stored (already rounded) weights, so what remains is the order of float32 sums, and the
-# rounding of keys and values to the storage dtype: a relative 2**-11 (float16) or 2**-8 (bfloat16) each. A float64
-# run of the reference on 124M random weights puts PyTorch's own float32 error at an NMSE of 2e-13 and 4e-6 of the
-# RMS; with keys and values rounded it gives 3e-8 and 2e-3 (float16), 2e-6 and 1e-2 (bfloat16). The bounds leave a
-# factor of about 10 to deeper models in the NMSE; `tests/compiler/test_verification.py` repeats the float64 run.
+# The reference uses the weights as they are stored, so what differs is the order of float32 sums, and what is rounded on
+# the way: keys and values to the storage dtype, activations to bfloat16 where its dot products are used, activations to 8
+# bits with quantized weights. The worst measured, on the demo model and on random 124M weights: float32 8e-13 and 9e-6,
+# float16 6e-9 and 5e-4, bfloat16 5e-6 and 1.2e-2, int8 and int4 6e-5 and 5e-2. The bounds leave other weights a factor of
+# about 10; tests/compiler/test_verification.py repeats the roundings in a float64 run of the reference.
 BOUNDS = {
     "float32": Bounds(nmse=1e-11, max_abs=1e-4),
-    "float16": Bounds(nmse=1e-6, max_abs=2e-2),
+    "float16": Bounds(nmse=1e-7, max_abs=5e-3),
     "bfloat16": Bounds(nmse=5e-5, max_abs=1e-1),
-    "int8": Bounds(nmse=1e-3, max_abs=5e-1),
-    "int4": Bounds(nmse=1e-3, max_abs=5e-1),
+    "int8": Bounds(nmse=5e-4, max_abs=5e-1),
+    "int4": Bounds(nmse=5e-4, max_abs=5e-1),
 }
 
 
