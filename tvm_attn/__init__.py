@@ -4,7 +4,8 @@
     model = tvm_attn.load("dist/gpt2")
     print(model.generate("Hello", max_new_tokens=40).text)
 
-`tvm_attn.build(...)` does what `python -m tvm_attn.build` does. Importing this package imports neither TVM nor PyTorch.
+`tvm_attn.build(...)` and `tvm_attn.tune(...)` do what the commands of those names do. Importing this package imports
+neither TVM nor PyTorch.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from tvm_attn.errors import TvmAttnError
 if TYPE_CHECKING:
     from tvm_attn.compiler.build import build
     from tvm_attn.runtime.model import load
+    from tvm_attn.tuning.tuner import tune
 
 try:
     __version__ = version("tvm-attn")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0"
 
-__all__ = ["TvmAttnError", "__version__", "build", "load"]
+__all__ = ["TvmAttnError", "__version__", "build", "load", "tune"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for: loading an artifact must not import the compiler, nor this package TVM."""
     if name == "load":
         return import_module("tvm_attn.runtime.model").load
-    if name == "build":
-        # Also the name of the command's module, which is callable for that reason.
-        return import_module("tvm_attn.build")
+    if name in ("build", "tune"):
+        # Also the names of the commands' modules, which are callable for that reason.
+        return import_module(f"tvm_attn.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

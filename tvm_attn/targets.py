@@ -22,6 +22,19 @@ else:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """Measured limits of the hardware, all cores together.
+
+    Attributes:
+        float32_gflops: float32 multiply-adds, 10^9 operations a second.
+        memory_gbytes: reading memory, 10^9 bytes a second.
+    """
+
+    float32_gflops: float
+    memory_gbytes: float
+
+
+@dataclass(frozen=True)
 class Target:
     """One kind of hardware, as its file says.
 
@@ -39,6 +52,7 @@ class Target:
         tile_columns: columns of a packed weight strip, a power of two.
         l2_bytes: level-2 cache of a core.
         dtypes: storage dtypes that can be compiled.
+        peak: measured limits, or None where nobody has measured.
     """
 
     name: str
@@ -54,6 +68,7 @@ class Target:
     tile_columns: int
     l2_bytes: int
     dtypes: tuple[str, ...]
+    peak: Peak | None
 
     def fits_this_machine(self) -> bool:
         """Whether code for this target can run here."""
@@ -79,7 +94,7 @@ def read(name: str) -> Target:
 def _read_file(path: Path) -> Target:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        detect = table["detect"]
+        detect, peak = table["detect"], table.get("peak")
         return Target(
             name=path.stem,
             device=table["device"],
@@ -94,6 +109,7 @@ def _read_file(path: Path) -> Target:
             tile_columns=table["tile"]["columns"],
             l2_bytes=table["cache"]["l2_bytes"],
             dtypes=tuple(table["dtypes"]),
+            peak=Peak(peak["float32_gflops"], peak["memory_gbytes"]) if peak else None,
         )
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TargetError(f"{path} is not valid TOML: {error}") from error

@@ -96,6 +96,13 @@ class Artifact:
             raise self._error(f"its model configuration is invalid: {error}") from error
         if self.dtype not in DTYPES or self.quantization not in QUANTIZATIONS:
             raise self._error(f"dtype {self.dtype!r} with quantization {self.quantization!r} is not supported")
+        try:
+            stored = set(stored_types(self.config, self.dtype, self.quantization))
+        except ConfigError as error:
+            raise self._error(f"its model configuration is invalid: {error}") from error
+        for library in self.libraries:
+            if set(library.parameters) != stored:
+                raise self._error(f"{library.file} was compiled for another model")
 
     def _error(self, what: str) -> ArtifactError:
         # What a file says may hold line breaks.

@@ -28,8 +28,9 @@ class Record:
         version: the template's version.
         shape: the kernel's static sizes, dtype included.
         decisions: the template's choices by name.
-        time_us: measured time of a call, microseconds.
-        fraction_of_peak: achieved share of the limit that binds the kernel, 0 to 1.
+        time_us: measured time of a call, microseconds; the geometric mean over the sizes that were measured.
+        fraction_of_peak: achieved share of the limit that binds the kernel, 0 to 1, averaged in the same way; None
+            where the limit is not known.
         tvm: TVM's version.
         date: ISO date of the measurement.
     """
@@ -39,9 +40,14 @@ class Record:
     shape: dict[str, Any]
     decisions: dict[str, int]
     time_us: float
-    fraction_of_peak: float
+    fraction_of_peak: float | None
     tvm: str
     date: str
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What the record is found by: template, version, and shape as JSON."""
+        return _key(self.template, self.version, self.shape)
 
     def to_line(self) -> str:
         """The record as one line of JSON."""
@@ -67,7 +73,7 @@ class RecordBook:
     """The tuned records of one target."""
 
     def __init__(self, records: Iterable[Record]) -> None:
-        self._records = {_key(record.template, record.version, record.shape): record for record in records}
+        self._records = {record.key: record for record in records}
 
     @staticmethod
     def load(target: str) -> RecordBook:
@@ -78,7 +84,7 @@ class RecordBook:
         """
         folder = resource_dir("schedules") / target
         files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
-        return RecordBook(record for file in files for record in _read(file))
+        return RecordBook(record for file in files for record in read_records(file))
 
     def find(self, template: Template, kernel: Kernel) -> Record | None:
         """The record for a kernel, made with this version of the template; None where there is none."""
@@ -89,6 +95,14 @@ def _key(template: str, version: int, shape: dict[str, Any]) -> tuple[str, int, 
     return template, version, json.dumps(shape, sort_keys=True)
 
 
-def _read(path: Path) -> list[Record]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+def read_records(path: Path) -> list[Record]:
+    """The records of one file.
+
+    Raises:
+        ScheduleError: a line is not a record, or the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScheduleError(f"{path} cannot be read: {error}") from error
     return [Record.from_line(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]

@@ -1,0 +1,332 @@
+"""The bounds of the verification, against float64 runs of transformers' model; and that it finds what is wrong."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config as HuggingFaceConfig
+from transformers import GPT2LMHeadModel
+
+import tvm_attn
+from tvm_attn.compiler.verification import BOUNDS, Bounds, Check, Report, prompt_lengths, verify
+from tvm_attn.config import PRESETS, GPT2Config
+from tvm_attn.errors import VerificationError
+from tvm_attn.model.checkpoint import cast_params, open_checkpoint, random_params
+from tvm_attn.model.reference import Reference
+from tvm_attn.runtime.artifact import Artifact
+from tvm_attn.runtime.engine import CompiledEngine
+
+# --- the bounds ---
+
+TOKENS = 256
+LOOSEST = 100
+"""No bound may be further than this factor above the error that it allows for."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The worst row's NMSE, and its largest difference over its root mean square: a check may see one row only."""
+
+    nmse: float
+    max_abs: float
+
+    @staticmethod
+    def between(actual: np.ndarray, exact: np.ndarray) -> "Errors":
+        difference, power = actual - exact, np.square(exact).mean(-1)
+        nmse = np.square(difference).mean(-1) / power
+        return Errors(float(nmse.max()), float((np.abs(difference).max(-1) / np.sqrt(power)).max()))
+
+    def within(self, bounds: Bounds) -> bool:
+        return self.nmse <= bounds.nmse and self.max_abs <= bounds.max_abs
+
+    def justifies(self, bounds: Bounds) -> bool:
+        return bounds.nmse <= LOOSEST * self.nmse and bounds.max_abs <= LOOSEST * self.max_abs
+
+
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+
+
+def to_float16(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float16).double()
+
+
+def to_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.bfloat16).double()
+
+
+def to_int8(values: torch.Tensor) -> torch.Tensor:
+    """Symmetric, 32 neighbours to a scale."""
+    groups = values.unflatten(-1, (-1, 32))
+    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return ((groups / scales).round() * scales).flatten(-2)
+
+
+class Float64Model:
+    """transformers' model in float64, in which chosen values can be rounded to a storage dtype."""
+
+    def __init__(self, config: GPT2Config, params: dict[str, np.ndarray]) -> None:
+        values: dict[str, Any] = {**config.to_dict(), "attn_implementation": "eager"}
+        self.model = GPT2LMHeadModel(HuggingFaceConfig(**values)).double().eval()
+        state = {f"transformer.{name}": torch.from_numpy(array.astype(np.float64)) for name, array in params.items()}
+        self.model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
+
+    def logits(
+        self, ids: np.ndarray, keys_and_values: Rounding | None = None, inputs: Rounding | None = None
+    ) -> np.ndarray:
+        """(T, V) of ids (T,); `inputs` are those of the linear layers and of the head."""
+        hooks = []
+        if keys_and_values:
+
+            def round_keys_and_values(_layer: Any, _inputs: Any, qkv: torch.Tensor) -> torch.Tensor:
+                q, kv = qkv.tensor_split([qkv.shape[-1] // 3], dim=-1)
+                return torch.cat([q, keys_and_values(kv)], dim=-1)
+
+            hooks += [b.attn.c_attn.register_forward_hook(round_keys_and_values) for b in self.model.transformer.h]
+        if inputs:
+
+            def round_inputs(_layer: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+                return (inputs(arguments[0]),)
+
+            linear = [b.get_submodule(n) for b in self.model.transformer.h for n in ("attn.c_attn", "attn.c_proj")]
+            linear += [b.get_submodule(n) for b in self.model.transformer.h for n in ("mlp.c_fc", "mlp.c_proj")]
+            hooks += [layer.register_forward_pre_hook(round_inputs) for layer in [*linear, self.model.lm_head]]
+        with torch.inference_mode():
+            logits: np.ndarray = self.model(torch.from_numpy(ids[None])).logits[0].numpy()
+        for hook in hooks:
+            hook.remove()
+        return logits
+
+
+def random_wide() -> tuple[GPT2Config, dict[str, np.ndarray]]:
+    """Two layers of the 124M model, with a smaller vocabulary."""
+    config = replace(PRESETS["gpt2"], n_layer=2, vocab_size=3000, n_positions=TOKENS)
+    return config, dict(random_params(config))
+
+
+@pytest.fixture(scope="module", params=["demo", "two layers of 124M"])
+def model(request: pytest.FixtureRequest, demo_model_dir: Path) -> tuple[GPT2Config, dict[str, np.ndarray]]:
+    if request.param != "demo":
+        return random_wide()
+    checkpoint = open_checkpoint(demo_model_dir)
+    return checkpoint.config, dict(checkpoint.params())
+
+
+# What is rounded by design, by the name of the bounds: keys and values, and the inputs of linear layers. bfloat16 has
+# two lines, since only some processors have a bfloat16 dot product.
+ROUNDED: list[tuple[str, Rounding | None, Rounding | None]] = [
+    ("float16", to_float16, None),
+    ("bfloat16", to_bfloat16, None),
+    ("bfloat16", to_bfloat16, to_bfloat16),
+    ("int8", None, to_int8),
+    ("int4", None, to_int8),
+]
+
+
+def test_every_bound_is_justified_here() -> None:
+    assert set(BOUNDS) == {"float32"} | {name for name, _, _ in ROUNDED}
+
+
+def test_bounds_of_float32_fit_the_reference(model: tuple[GPT2Config, dict[str, np.ndarray]]) -> None:
+    """Another order of sums in float32 may be as far away as PyTorch's is from float64."""
+    config, params = model
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, TOKENS)
+    exact = Float64Model(config, params).logits(ids)
+    own = Errors.between(Reference(config, dict(cast_params(params.items(), "float32"))).logits(ids[None])[0], exact)
+    assert own.within(BOUNDS["float32"])
+    assert own.justifies(BOUNDS["float32"])
+
+
+def test_bounds_fit_the_rounding(model: tuple[GPT2Config, dict[str, np.ndarray]]) -> None:
+    """Wide enough for what is rounded by design, and no wider than that asks for."""
+    config, params = model
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, TOKENS)
+    float64 = Float64Model(config, params)
+    exact = float64.logits(ids)
+    for name, keys_and_values, inputs in ROUNDED:
+        errors = Errors.between(float64.logits(ids, keys_and_values, inputs), exact)
+        assert errors.within(BOUNDS[name]), name
+        assert errors.justifies(BOUNDS[name]), name
+
+
+def test_a_coarser_storage_dtype_is_out_of_bounds(demo_model_dir: Path) -> None:
+    """float32's bounds would not pass float16's keys and values, nor float16's bounds the roundings of bfloat16."""
+    checkpoint = open_checkpoint(demo_model_dir)
+    float64 = Float64Model(checkpoint.config, dict(checkpoint.params()))
+    ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, TOKENS)
+    exact = float64.logits(ids)
+    assert not Errors.between(float64.logits(ids, to_float16), exact).within(BOUNDS["float32"])
+    assert not Errors.between(float64.logits(ids, to_bfloat16, to_bfloat16), exact).within(BOUNDS["float16"])
+
+
+# --- the checks ---
+
+
+@pytest.fixture(scope="module")
+def engine(demo_artifact: Path) -> CompiledEngine:
+    return tvm_attn.load(demo_artifact, max_batch=5).engine
+
+
+class Altered:
+    """An engine that passes everything on; the tests below override one thing of it."""
+
+    def __init__(self, engine: CompiledEngine) -> None:
+        self.engine = engine
+        self.config, self.max_batch = engine.config, engine.max_batch
+
+    def prefill(self, prompts: Any, slots: Any) -> Any:
+        return self.engine.prefill(prompts, slots)
+
+    def decode(self, token_ids: Any, slots: Any, positions: Any) -> Any:
+        return self.engine.decode(token_ids, slots, positions)
+
+    def logits(self, prompts: Any, slots: Any) -> Any:
+        return self.engine.logits(prompts, slots)
+
+
+class GivenLogits:
+    def __init__(self, rows: np.ndarray, ids: np.ndarray | None = None) -> None:
+        self.rows, self.ids = rows, rows.argmax(-1).astype(np.int32) if ids is None else ids
+
+    def numpy(self) -> np.ndarray:
+        return self.rows
+
+    def argmax(self) -> np.ndarray:
+        return self.ids
+
+
+def failed(report: Report) -> set[str]:
+    return {check.function for check in report.checks if not check.passed}
+
+
+def run(demo_artifact: Path, engine: Any) -> Report:
+    return verify(Artifact(demo_artifact), engine)
+
+
+def test_right_library_passes(demo_artifact: Path, engine: CompiledEngine) -> None:
+    told: list[str] = []
+    report = verify(Artifact(demo_artifact), engine, told.append)
+    report.raise_if_failed("lib")
+    assert report.bounds == BOUNDS["float32"]
+    assert 0 < report.reference_nmse < 1e-12
+    assert {check.function for check in report.checks} == {"logits", "prefill", "decode_one", "decode"}
+    assert all(check.top1 == 1.0 for check in report.checks)
+    # Every function at one token, at an odd length and at the whole context or next to it, alone and in a batch.
+    cases = {(check.function, check.case) for check in report.checks}
+    for function in ("logits", "prefill"):
+        assert {(function, f"{length} tokens") for length in (1, 7, 255, 256)} <= cases
+    assert ("decode_one", "255 cached, 1 more") in cases
+    assert any(function == "prefill" and case.startswith("ragged") for function, case in cases)
+    assert any(function == "decode" and case.startswith("ragged") for function, case in cases)
+    assert len(told) == 2 + len(report.checks)
+    assert json.loads(json.dumps(report.to_dict()))["checks"][0]["passed"] is True
+
+
+@pytest.mark.parametrize(
+    "name", ["wpe.weight", "h.0.ln_1.bias", "h.3.attn.c_attn.bias", "h.5.mlp.c_proj.weight", "ln_f.weight"]
+)
+def test_scaled_parameter_is_found(
+    name: str, demo_artifact: Path, engine: CompiledEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library has one parameter that is 0.1 % off."""
+    artifact = Artifact(demo_artifact)
+    read = artifact.parameters.read
+
+    def scaled(asked: str) -> np.ndarray:
+        return read(asked) * np.float32(1.001) if asked == name else read(asked)
+
+    monkeypatch.setattr(artifact.parameters, "read", scaled)
+    report = verify(artifact, engine)
+    assert failed(report) == {"logits", "prefill", "decode_one", "decode"}
+    with pytest.raises(
+        VerificationError, match=r"^lib\.so disagrees with PyTorch in \d+ of 16 checks; worst: "
+    ) as error:
+        report.raise_if_failed("lib.so")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_wrong_position_in_decode_is_found(demo_artifact: Path, engine: CompiledEngine) -> None:
+    class Late(Altered):
+        def decode(self, token_ids: Any, slots: Any, positions: Any) -> Any:
+            return self.engine.decode(token_ids, slots, positions - 1)
+
+    assert failed(run(demo_artifact, Late(engine))) == {"decode_one", "decode"}
+
+
+def test_mixed_up_slots_are_found(demo_artifact: Path, engine: CompiledEngine) -> None:
+    """Nothing but a batch of several can show it."""
+
+    class Mixed(Altered):
+        def decode(self, token_ids: Any, slots: Any, positions: Any) -> Any:
+            return self.engine.decode(token_ids, slots[::-1].copy(), positions)
+
+    assert failed(run(demo_artifact, Mixed(engine))) == {"decode"}
+
+
+def test_one_wrong_logit_is_found(demo_artifact: Path, engine: CompiledEngine) -> None:
+    class Off(Altered):
+        def logits(self, prompts: Any, slots: Any) -> Any:
+            rows = [row.copy() for row in self.engine.logits(prompts, slots)]
+            rows[0][-1, 1234] += 1e-3
+            return rows
+
+    report = run(demo_artifact, Off(engine))
+    assert failed(report) == {"logits"}
+    assert all(check.max_abs == pytest.approx(1e-3, rel=0.1) for check in report.checks if not check.passed)
+
+
+def test_nan_is_found(demo_artifact: Path, engine: CompiledEngine) -> None:
+    class Undefined(Altered):
+        def prefill(self, prompts: Any, slots: Any) -> Any:
+            logits = self.engine.prefill(prompts, slots).numpy().copy()
+            logits[-1, 5] = np.nan
+            return GivenLogits(logits)
+
+    report = run(demo_artifact, Undefined(engine))
+    assert failed(report) == {"prefill"}
+    with pytest.raises(VerificationError, match="NMSE nan"):
+        report.raise_if_failed("lib.so")
+
+
+def test_wrong_argmax_is_found(demo_artifact: Path, engine: CompiledEngine) -> None:
+    class Second(Altered):
+        def prefill(self, prompts: Any, slots: Any) -> Any:
+            logits = self.engine.prefill(prompts, slots).numpy()
+            return GivenLogits(logits, logits.argsort(-1)[:, -2].astype(np.int32))
+
+    with pytest.raises(VerificationError, match="argmax"):
+        run(demo_artifact, Second(engine))
+
+
+def test_one_slot_is_enough(demo_artifact: Path) -> None:
+    report = run(demo_artifact, tvm_attn.load(demo_artifact, max_batch=1).engine)
+    assert not failed(report)
+    assert {check.function for check in report.checks} == {"logits", "prefill", "decode_one"}
+
+
+@pytest.mark.parametrize(
+    ("context", "lengths"),
+    [(1, [1]), (2, [1, 2]), (7, [1, 6, 7]), (8, [1, 7, 8]), (65, [1, 7, 64, 65]), (1024, [1, 7, 64, 1023, 1024])],
+)
+def test_prompt_lengths(context: int, lengths: list[int]) -> None:
+    assert prompt_lengths(context) == lengths
+
+
+def _check(nmse: float, passed: bool) -> Check:
+    return Check("prefill", f"case {nmse}", 1.0, 1.0, nmse, 1.0, passed)
+
+
+@pytest.mark.parametrize(
+    ("checks", "message"),
+    [
+        ([_check(0.1, False), _check(0.5, False), _check(0.9, True)], "2 of 3 checks; worst: prefill, case 0.5"),
+        ([_check(0.5, False), _check(float("nan"), False)], "2 of 2 checks; worst: prefill, case nan"),
+    ],
+)
+def test_the_worst_check_is_named(checks: list[Check], message: str) -> None:
+    with pytest.raises(VerificationError, match=message):
+        Report(tuple(checks), BOUNDS["float32"], 0.0).raise_if_failed("lib.so")

@@ -1,0 +1,192 @@
+"""The cores that a process may use, over made-up control groups, and the threads that TVM runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tvm_attn.errors import DeviceError
+from tvm_attn.runtime.machine import cpu_features, platform_name, set_threads, usable_cores
+
+CORES = 64
+
+
+@pytest.fixture(autouse=True)
+def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(CORES)), raising=False)
+
+
+def cores(tmp_path: Path, groups: str | bytes | None, files: dict[str, str | bytes]) -> int:
+    """`usable_cores` of a process in these groups (/proc/self/cgroup), with these files under /sys/fs/cgroup."""
+    process, root = tmp_path / "proc", tmp_path / "cgroup"
+    process.mkdir()
+    root.mkdir()
+    if groups is not None:
+        (process / "cgroup").write_bytes(groups if isinstance(groups, bytes) else groups.encode())
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return usable_cores(root, process)
+
+
+V2 = "0::/machine/pod\n"
+V1 = "11:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n1:name=systemd:/docker/x\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, CORES),
+        ({"machine/pod/cpu.max": "400000 100000\n"}, 4),
+        ({"machine/pod/cpu.max": "350000 100000\n"}, 4),  # rounded up
+        ({"machine/pod/cpu.max": "301000 100000\n"}, 4),
+        ({"machine/pod/cpu.max": "10000 100000\n"}, 1),
+        ({"machine/pod/cpu.max": "90000 30000\n"}, 3),
+        ({"machine/pod/cpu.max": "max 100000\n"}, CORES),
+        ({"machine/pod/cpu.max": "99999900000 100000\n"}, CORES),
+        # Every group above limits as well, and "max" in one does not lift another's limit.
+        ({"machine/pod/cpu.max": "400000 100000\n", "machine/cpu.max": "200000 100000\n"}, 2),
+        ({"machine/pod/cpu.max": "max 100000\n", "machine/cpu.max": "200000 100000\n"}, 2),
+        ({"machine/pod/cpu.max": "200000 100000\n", "machine/cpu.max": "max 100000\n"}, 2),
+        ({"machine/cpu.max": "800000 100000\n", "cpu.max": "500000 100000\n"}, 5),
+        # In a container the path is the host's, and the container's own group lies at the root.
+        ({"cpu.max": "300000 100000\n"}, 3),
+        # Neither another group's limit nor one below counts.
+        ({"other/cpu.max": "100000 100000\n", "machine/pod/inner/cpu.max": "100000 100000\n"}, CORES),
+        # Version 1's folder says nothing to a process in version 2's hierarchy.
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, CORES),
+    ],
+)
+def test_version_2(tmp_path: Path, files: dict[str, str | bytes], expected: int) -> None:
+    assert cores(tmp_path, V2, files) == expected
+
+
+@pytest.mark.parametrize(
+    ("quotas", "expected"),
+    [
+        ({}, CORES),
+        ({"cpu/docker/x": (250000, 100000)}, 3),
+        ({"cpu/docker/x": (-1, 100000)}, CORES),
+        ({"cpu/docker/x": (-1, 100000), "cpu/docker": (200000, 100000)}, 2),
+        ({"cpu/docker/x": (600000, 100000), "cpu": (500000, 100000)}, 5),
+        ({"cpu": (100000, 50000)}, 2),
+        ({"memory/docker/x": (100000, 100000)}, CORES),
+    ],
+)
+def test_version_1(tmp_path: Path, quotas: dict[str, tuple[int, int]], expected: int) -> None:
+    files: dict[str, str | bytes] = {}
+    for folder, (quota, period) in quotas.items():
+        files |= {f"{folder}/cpu.cfs_quota_us": f"{quota}\n", f"{folder}/cpu.cfs_period_us": f"{period}\n"}
+    assert cores(tmp_path, V1, files) == expected
+
+
+def test_both_versions_at_once(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {
+        "cpu/docker/x/cpu.cfs_quota_us": "200000\n",
+        "cpu/docker/x/cpu.cfs_period_us": "100000\n",
+        "docker/x/cpu.max": "700000 100000\n",
+    }
+    assert cores(tmp_path, V1 + "0::/docker/x\n", files) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "\n", "max", "x y", "1 2 3", "100000 0", "100000 x", "1e5 100000", b"\xff\xfe", b"\0"]
+)
+def test_malformed_quota_is_no_limit(tmp_path: Path, content: str | bytes) -> None:
+    assert cores(tmp_path, V2, {"machine/pod/cpu.max": content}) == CORES
+
+
+@pytest.mark.parametrize("groups", [None, "", "\n", "x", ":", "::", "0", "0::", b"0::/\xff\xfe\n", b"\xff:\xff:\xff"])
+def test_malformed_groups(tmp_path: Path, groups: str | bytes | None) -> None:
+    assert cores(tmp_path, groups, {}) == CORES
+
+
+def test_group_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {os.fsdecode(b"caf\xe9/cpu.max"): "200000 100000\n"}
+    assert cores(tmp_path, b"0::/caf\xe9\n", files) == 2
+
+
+def test_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 9, 11}, raising=False)
+    assert cores(tmp_path, V2, {"machine/pod/cpu.max": "800000 100000\n"}) == 3
+
+
+def test_system_without_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert usable_cores(tmp_path / "none", tmp_path / "none") == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores(tmp_path / "none", tmp_path / "none") == 1
+
+
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+    assert platform_name() == f"{sys.platform}-{os.uname().machine}"
+    if platform_name() == "linux-x86_64":
+        assert {"fpu", "sse2", "lm"} <= cpu_features()
+
+
+@pytest.mark.parametrize("threads", [0, -1, -(10**9)])
+def test_number_of_threads_must_be_positive(threads: int) -> None:
+    with pytest.raises(DeviceError, match=f"must be positive, not {threads}"):
+        set_threads(threads)
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", " ", "²", "0x2"])
+def test_malformed_environment_variable(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", given)
+    with pytest.raises(DeviceError, match=r"TVM_NUM_THREADS must be a positive number, not '"):
+        set_threads(None)
+
+
+# Prints what set_threads returned, and how many threads computed something while the model ran.
+BUSY_THREADS = """
+import json, os, sys
+import tvm_attn
+import tvm_attn.runtime.model as module
+
+returned, set_threads = [], module.set_threads
+module.set_threads = lambda threads: returned.append(set_threads(threads))
+
+def user_ticks():
+    ticks = {}
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/stat") as file:
+            ticks[task] = int(file.read().rpartition(")")[2].split()[11])  # utime; a thread that waits has system time
+    return ticks
+
+model = tvm_attn.load(sys.argv[1], threads=json.loads(sys.argv[2]))
+ids = [list(range(model.config.n_positions))]
+model.logits(ids)
+before = user_ticks()
+spent = {}
+while max(spent.values(), default=0) < 30:
+    model.logits(ids)
+    spent = {task: ticks - before.get(task, 0) for task, ticks in user_ticks().items()}
+print(json.dumps([returned, sum(ticks >= 6 for ticks in spent.values())]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("argument", "variable", "wanted"),
+    [(1, "2", 1), (2, "1", 2), (None, "1", 1), (None, None, None), (10_000, None, None)],
+)
+def test_threads_that_work(
+    demo_artifact: Path, argument: int | None, variable: str | None, wanted: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    if wanted is None:
+        wanted = len(os.sched_getaffinity(0)) if argument else usable_cores()
+    if wanted > usable_cores():
+        pytest.skip("needs more cores")
+    environment = {name: value for name, value in os.environ.items() if name != "TVM_NUM_THREADS"}
+    environment |= {"TVM_USE_RUNTIME_LIB": "1"} | ({"TVM_NUM_THREADS": variable} if variable else {})
+    command = [sys.executable, "-c", BUSY_THREADS, str(demo_artifact), json.dumps(argument)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[wanted], wanted]

@@ -1,0 +1,78 @@
+"""Record files: what a search writes, the compiler reads; the faster of two stays."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tvm_attn import targets
+from tvm_attn.errors import ScheduleError, TuningError
+from tvm_attn.kernels import Linear
+from tvm_attn.kernels.base import shape_of
+from tvm_attn.schedule import Record, RecordBook, records, template_for
+from tvm_attn.targets import Peak
+from tvm_attn.tuning.records import merge, records_folder, to_record
+from tvm_attn.tuning.search import Measurement, note
+from tvm_attn.tuning.space import Space
+
+KERNEL = Linear(32, 64, 8, 32, "float32")
+TARGET = targets.detect_cpu()
+RECORD = Record("cpu.matmul", 1, shape_of(KERNEL), {"k_unroll": 2}, 10.0, 0.5, "0", "2026-01-01")
+
+
+def test_a_written_record_is_found_by_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(RECORD, shape=shape_of(replace(KERNEL, in_features=64)))
+    (file,) = merge(tmp_path / TARGET.name, [RECORD, other])
+    assert file == tmp_path / TARGET.name / "cpu.matmul.jsonl"
+    monkeypatch.setattr(records, "resource_dir", lambda name: tmp_path)
+    assert RecordBook.load(TARGET.name).find(template_for(KERNEL, TARGET), KERNEL) == RECORD
+    assert RecordBook.load("another").find(template_for(KERNEL, TARGET), KERNEL) is None
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_the_faster_record_stays_and_others_are_kept(tmp_path: Path) -> None:
+    other = replace(RECORD, version=2)
+    merge(tmp_path, [RECORD, other])
+    merge(tmp_path, [replace(RECORD, time_us=11.0)])
+    merge(tmp_path, [replace(RECORD, time_us=9.0, decisions={"k_unroll": 4})])
+    (file,) = merge(tmp_path, [replace(RECORD, time_us=9.5)])
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(record["version"], record["time_us"]) for record in kept] == [(1, 9.0), (2, 10.0)]
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    (tmp_path / "cpu.matmul.jsonl").write_text("{}\n")
+    with pytest.raises(ScheduleError, match=r"cpu\.matmul\.jsonl:1"):
+        merge(tmp_path, [RECORD])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TuningError, match="cannot write"):
+        merge(tmp_path / "file", [RECORD])
+
+
+def test_an_installed_package_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvm_attn.tuning.records.resource_dir", lambda name: tmp_path / "_data" / name)
+    with pytest.raises(TuningError, match="--out"):
+        records_folder(None, "cpu-x")
+    assert records_folder("there", "cpu-x") == Path("there/cpu-x")
+
+
+def test_time_and_fraction_are_geometric_means() -> None:
+    space = Space.of(KERNEL, replace(TARGET, peak=Peak(float32_gflops=1.0, memory_gbytes=1e9)))
+    # 128 and 1024 rows at 1 GFLOP/s take 524 and 4194 us.
+    record = to_record(space, Measurement(space.default, (1e-3, 5e-3)))
+    assert record.time_us == pytest.approx((1e3 * 5e3) ** 0.5, rel=1e-3)
+    assert record.fraction_of_peak == pytest.approx((0.524288 * 4.194304 / 5) ** 0.5, abs=1e-3)
+    assert record.decisions == {choice.name: choice.default for choice in space.choices}
+    unknown = Space.of(KERNEL, replace(TARGET, peak=None))
+    assert to_record(unknown, Measurement(space.default, (1e-3, 5e-3))).fraction_of_peak is None
+
+
+def test_two_measurements_of_a_candidate() -> None:
+    known: dict[tuple[int, ...], Measurement] = {}
+    note(known, Measurement((0,), (2.0, 1.0)))
+    note(known, Measurement((0,), (1.0, 3.0)))
+    assert known[(0,)].seconds == (1.0, 1.0)
+    note(known, Measurement((0,), None))
+    note(known, Measurement((0,), (1.0, 1.0)))
+    assert known[(0,)].seconds is None

@@ -1,0 +1,52 @@
+"""Other runtimes on the same weights, each in a process of its own; one file a runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PeerInfo:
+    """A runtime to compare with.
+
+    Attributes:
+        name: as `--against` names it, and the module in this package that runs it.
+        modules: what its process must be able to import.
+        install: the command that installs them.
+        precisions: what it can run here; the first is the default where nothing like the artifact's is among them.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    install: str
+    precisions: tuple[str, ...]
+
+    def precision(self, wanted: str | None, ours: str) -> str | None:
+        """The precision to run: `wanted`, or None where the peer lacks it; by default what is nearest to `ours`."""
+        if wanted is not None:
+            return wanted if wanted in self.precisions else None
+        nearest = [ours, _SIMILAR.get(ours), self.precisions[0]]
+        return next(precision for precision in nearest if precision in self.precisions)
+
+
+_SIMILAR = {"int8": "q8_0", "int4": "q4_0"}
+"""What others call formats like ours."""
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        PeerInfo(
+            "torch", ("torch", "transformers"), "pip install torch transformers", ("float32", "bfloat16", "float16")
+        ),
+        PeerInfo("onnxruntime", ("onnx", "onnxruntime"), "pip install onnx onnxruntime", ("float32",)),
+        PeerInfo("openvino", ("openvino",), "pip install openvino", ("float32", "bfloat16")),
+        PeerInfo("ctranslate2", ("ctranslate2",), "pip install ctranslate2", ("float32", "int8")),
+        PeerInfo(
+            "llamacpp",
+            ("gguf", "llama_cpp"),
+            "pip install gguf llama-cpp-python",
+            ("float32", "float16", "bfloat16", "q8_0", "q4_0"),
+        ),
+    )
+}
+"""Every peer by name."""

@@ -1,0 +1,249 @@
+"""This machine's limits, measured: arithmetic in registers, and reading memory, over all threads.
+
+The loops are TensorIR, compiled for the machine's target, with independent accumulators in vector registers: as many as
+the target's matrix multiplication has. The dot products of 16- and 8-bit numbers are LLVM IR text, since TVM rewrites
+calls of those intrinsics into something LLVM refuses.
+"""
+
+# The annotations of a kernel, `x: T.Buffer((lanes,), "float32")`, are no Python types.
+# mypy: disable-error-code="no-untyped-def, valid-type"
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.script import tirx as T
+
+from tvm_attn.benchmark.counts import Work
+from tvm_attn.targets import Target
+
+# About 0.05 s of work a thread at 4 GHz: long against starting threads, short against a time slice.
+_STEPS = 10_000_000
+_REPEATS = 8
+_MAX_BUFFER_BYTES = 1 << 30
+_VECTOR_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured limits over `threads` threads, the best of several runs each.
+
+    Attributes:
+        threads: threads that ran.
+        float32_gflops: float32 multiply-adds, GFLOP/s.
+        read_gbytes: reading memory, GB/s.
+        bfloat16_gflops: dot products of bfloat16 pairs into float32 (AVX-512 BF16), GFLOP/s; None without them.
+        int8_gops: dot products of four 8-bit numbers into int32 (AVX-512 VNNI), GOP/s; None without them.
+        buffer_bytes: size of the buffer that was read.
+    """
+
+    threads: int
+    float32_gflops: float
+    read_gbytes: float
+    bfloat16_gflops: float | None
+    int8_gops: float | None
+    buffer_bytes: int
+
+    def best(self, other: Limits) -> Limits:
+        """The higher of each limit of two measurements: whatever disturbs one only ever lowers it."""
+        bfloat16 = [value for value in (self.bfloat16_gflops, other.bfloat16_gflops) if value is not None]
+        int8 = [value for value in (self.int8_gops, other.int8_gops) if value is not None]
+        return replace(
+            self,
+            float32_gflops=max(self.float32_gflops, other.float32_gflops),
+            read_gbytes=max(self.read_gbytes, other.read_gbytes),
+            bfloat16_gflops=max(bfloat16, default=None),
+            int8_gops=max(int8, default=None),
+        )
+
+    def compute(self, arithmetic: str) -> float:
+        """GFLOP/s of "float32", "bfloat16" or "int8"; of float32 where the processor has no such instructions."""
+        limit = {"bfloat16": self.bfloat16_gflops, "int8": self.int8_gops}.get(arithmetic)
+        return limit or self.float32_gflops
+
+    def bound(self, work: Work, arithmetic: str = "float32") -> tuple[float, str]:
+        """The least seconds that a call can take, and what binds: "compute" or "memory", whichever takes longer.
+
+        The roofline model (Williams et al., 2009). Matrix products run in `arithmetic`, attention in float32.
+        """
+        compute = (work.products / self.compute(arithmetic) + work.attention / self.float32_gflops) / 1e9
+        return max((compute, "compute"), (work.bytes / self.read_gbytes / 1e9, "memory"))
+
+
+def measure_limits(target: Target, threads: int, max_buffer_bytes: int = _MAX_BUFFER_BYTES) -> Limits:
+    """Measures the limits in a few seconds.
+
+    Args:
+        target: a target of this machine; its vector width and instruction sets are used.
+        threads: threads of TVM's pool, which must have been set before.
+        max_buffer_bytes: most memory to read; a quarter of the free memory is never passed.
+    """
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    features = set(target.features)
+    read_gbytes, buffer_bytes = _read(target, threads, min(max_buffer_bytes, free // 4))
+    return Limits(
+        threads=threads,
+        float32_gflops=_multiply_add(target, threads),
+        read_gbytes=read_gbytes,
+        bfloat16_gflops=_dot_product(target, threads, _BFLOAT16) if "avx512_bf16" in features else None,
+        int8_gops=_dot_product(target, threads, _INT8) if "avx512_vnni" in features else None,
+        buffer_bytes=buffer_bytes,
+    )
+
+
+def _accumulators(target: Target) -> int:
+    return max(1, target.tile_rows * target.tile_columns // target.lanes)
+
+
+def _build(function: tirx.PrimFunc, target: Target) -> Callable[..., None]:
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    compiled: Callable[..., None] = tvm.tirx.build(module, target=tvm.target.Target(target.tvm))["main"]
+    return compiled
+
+
+def _best_seconds(call: Callable[[], None]) -> float:
+    call()  # starts the thread pool
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _multiply_add(target: Target, threads: int) -> float:
+    """GFLOP/s of float32 multiply-adds."""
+    lanes, count, steps = target.lanes, _accumulators(target), _STEPS
+
+    @T.prim_func(s_tir=True)
+    def multiply_add(
+        x: T.Buffer((lanes,), "float32"),
+        y: T.Buffer((lanes,), "float32"),
+        out: T.Buffer((threads, count, lanes), "float32"),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        for thread in T.parallel(threads):
+            with T.sblock("thread"):
+                vt = T.axis.spatial(threads, thread)
+                T.reads(x[0:lanes], y[0:lanes])
+                T.writes(out[vt, 0:count, 0:lanes])
+                acc = T.sblock_alloc_buffer((count, lanes), "float32", scope="local")
+                for i in T.unroll(count):
+                    for lane in T.vectorized(lanes):
+                        acc[i, lane] = y[lane]
+                for _step in range(steps):
+                    for i in T.unroll(count):
+                        for lane in T.vectorized(lanes):
+                            acc[i, lane] = acc[i, lane] * x[lane] + y[lane]
+                for i in T.unroll(count):
+                    for lane in T.vectorized(lanes):
+                        out[vt, i, lane] = acc[i, lane]
+
+    run = _build(multiply_add, target)
+    # Converges to 2: no overflow, and no denormal numbers, which are slow.
+    x, y = tvm.runtime.tensor(np.full(lanes, 0.5, np.float32)), tvm.runtime.tensor(np.ones(lanes, np.float32))
+    out = tvm.runtime.empty((threads, count, lanes), "float32")
+    return 2e-9 * threads * count * lanes * steps / _best_seconds(lambda: run(x, y, out))
+
+
+def _read(target: Target, threads: int, buffer_bytes: int) -> tuple[float, int]:
+    """GB/s of summing a buffer up, and the bytes it had."""
+    lanes, count = target.lanes, _accumulators(target)
+    steps = max(1, buffer_bytes // (4 * threads * count * lanes))
+
+    @T.prim_func(s_tir=True)
+    def read(
+        data: T.Buffer((threads, steps, count, lanes), "float32"), out: T.Buffer((threads, count, lanes), "float32")
+    ):
+        T.func_attr({"tirx.noalias": True})
+        for thread in T.parallel(threads):
+            with T.sblock("thread"):
+                vt = T.axis.spatial(threads, thread)
+                T.reads(data[vt, 0:steps, 0:count, 0:lanes])
+                T.writes(out[vt, 0:count, 0:lanes])
+                acc = T.sblock_alloc_buffer((count, lanes), "float32", scope="local")
+                for i in T.unroll(count):
+                    for lane in T.vectorized(lanes):
+                        acc[i, lane] = T.float32(0.0)
+                for step in range(steps):
+                    for i in T.unroll(count):
+                        for lane in T.vectorized(lanes):
+                            acc[i, lane] = acc[i, lane] + data[vt, step, i, lane]
+                for i in T.unroll(count):
+                    for lane in T.vectorized(lanes):
+                        out[vt, i, lane] = acc[i, lane]
+
+    run = _build(read, target)
+    # Written once: pages that never were all map to one page of zeros.
+    data = tvm.runtime.empty((threads, steps, count, lanes), "float32")
+    np.from_dlpack(data).fill(1.0)
+    out = tvm.runtime.empty((threads, count, lanes), "float32")
+    moved = 4 * threads * steps * count * lanes
+    return moved / 1e9 / _best_seconds(lambda: run(data, out)), moved
+
+
+@dataclass(frozen=True)
+class _Dot:
+    """A dot-product instruction: LLVM's intrinsic, its types, operations a call, and an operand of ones as int32."""
+
+    intrinsic: str
+    accumulator: str
+    operand: str
+    operations: int
+    ones: int
+
+
+_BFLOAT16 = _Dot("llvm.x86.avx512bf16.dpbf16ps.512", "<16 x float>", "<32 x bfloat>", 64, 0x3F803F80)
+_INT8 = _Dot("llvm.x86.avx512.vpdpbusd.512", "<16 x i32>", "<64 x i8>", 128, 0x01010101)
+
+
+def _dot_product(target: Target, threads: int, dot: _Dot) -> float:
+    """GFLOP/s (or GOP/s) of a dot-product instruction on 512-bit vectors."""
+    count, steps = _accumulators(target), _STEPS
+    text, words = _dot_loop(dot, count), _VECTOR_BYTES // 4
+
+    @T.prim_func(s_tir=True)
+    def dot_product(x: T.Buffer((words,), "int32"), out: T.Buffer((threads, count, words), "int32")):
+        T.func_attr({"tirx.noalias": True})
+        with T.attr(0, "pragma_import_llvm", text):
+            for thread in T.parallel(threads):
+                T.evaluate(
+                    T.call_extern(
+                        "void", "tvm_attn_dot", T.address_of(x[0]), T.address_of(out[thread, 0, 0]), T.int64(steps)
+                    )
+                )
+
+    run = _build(dot_product, target)
+    x = tvm.runtime.tensor(np.full(words, dot.ones, np.int32))
+    out = tvm.runtime.empty((threads, count, words), "int32")
+    return 1e-9 * dot.operations * threads * count * steps / _best_seconds(lambda: run(x, out))
+
+
+def _dot_loop(dot: _Dot, count: int) -> str:
+    """LLVM IR: `steps` times, each of `count` accumulators takes the dot product of x with itself."""
+    acc, operand, each = dot.accumulator, dot.operand, range(count)
+    lines = [
+        f"declare {acc} @{dot.intrinsic}({acc}, {operand}, {operand})",
+        "define void @tvm_attn_dot(ptr %x, ptr %out, i64 %steps) alwaysinline {",
+        "entry:",
+        f"  %v = load {operand}, ptr %x, align 4",
+        "  br label %loop",
+        "loop:",
+        "  %step = phi i64 [ 0, %entry ], [ %next, %loop ]",
+        *(f"  %a{i} = phi {acc} [ zeroinitializer, %entry ], [ %b{i}, %loop ]" for i in each),
+        *(f"  %b{i} = call {acc} @{dot.intrinsic}({acc} %a{i}, {operand} %v, {operand} %v)" for i in each),
+        "  %next = add i64 %step, 1",
+        "  %done = icmp eq i64 %next, %steps",
+        "  br i1 %done, label %exit, label %loop",
+        "exit:",
+        *(f"  %p{i} = getelementptr i8, ptr %out, i64 {_VECTOR_BYTES * i}" for i in each),
+        *(f"  store {acc} %b{i}, ptr %p{i}, align 4" for i in each),
+        "  ret void",
+        "}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,241 @@
+"""A benchmark as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from tvm_attn.benchmark.ours import KernelTime
+from tvm_attn.benchmark.probe import Limits
+from tvm_attn.benchmark.session import OURS, Benchmark, Measurement
+from tvm_attn.benchmark.system import Case
+from tvm_attn.errors import BenchmarkError
+
+FORMAT = 1
+"""Version of the JSON's layout."""
+
+
+def tables(benchmark: Benchmark) -> Iterator[Table]:
+    """The tables to print: limits, agreement of the peers, cases by phase, kernels."""
+    yield _limits_table(benchmark)
+    if len(benchmark.systems) > 1:
+        yield _agreement_table(benchmark)
+    for phase in ("prefill", "decode"):
+        measurements = [entry for entry in benchmark.measurements if entry.case.phase == phase]
+        if measurements:
+            yield _case_table(benchmark, phase, measurements)
+            if len(benchmark.systems) > 1:
+                yield _peer_table(benchmark, phase, measurements)
+    for case, times in benchmark.kernels:
+        yield _kernel_table(case, times, benchmark.limits, benchmark.arithmetic)
+
+
+def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in words:
+        table.add_column(heading)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _limits_table(benchmark: Benchmark) -> Table:
+    machine, limits = benchmark.machine, benchmark.limits
+    title = f"Limits of this machine: {machine['processor']}, {limits.threads} of {machine['cores']} cores"
+    table = _table(title, ("limit",), ("measured", "unit"))
+    table.add_row("float32 multiply-adds", f"{limits.float32_gflops:.0f}", "GFLOP/s")
+    table.add_row("memory read", f"{limits.read_gbytes:.1f}", "GB/s")
+    if limits.bfloat16_gflops is not None:
+        table.add_row("bfloat16 dot products", f"{limits.bfloat16_gflops:.0f}", "GFLOP/s")
+    if limits.int8_gops is not None:
+        table.add_row("int8 dot products", f"{limits.int8_gops:.0f}", "GOP/s")
+    return table
+
+
+def _agreement_table(benchmark: Benchmark) -> Table:
+    table = _table(
+        "Logits of the peers against ours, same weights", ("peer", "runtime", "precision"), ("NMSE", "top-1")
+    )
+    for system in benchmark.systems:
+        if system.agreement is not None:
+            figures = (f"{system.agreement.nmse:.1e}", "same" if system.agreement.top1 else "differs")
+            table.add_row(system.label, f"{system.name} {system.version}", system.precision, *figures)
+    return table
+
+
+def _case_table(benchmark: Benchmark, phase: str, measurements: list[Measurement]) -> Table:
+    words = ("prompt tokens",) if phase == "prefill" else ("context", "batch")
+    numbers = ("median ms", "best ms", "tokens/s", "GFLOP/s", "GB/s", "of limit", "binding")
+    table = _table(f"{phase.capitalize()}{_what(benchmark)}", words, numbers)
+    for entry in measurements:
+        figures = case_figures(entry, OURS, benchmark)
+        table.add_row(
+            *_case_cells(entry.case),
+            _milliseconds(figures["median_seconds"]),
+            _milliseconds(figures["best_seconds"]),
+            f"{figures['tokens_per_second']:.1f}",
+            f"{figures['gflops']:.1f}",
+            f"{figures['gbytes_per_second']:.1f}",
+            f"{figures['fraction_of_limit']:.0%}",
+            figures["bound_by"],
+        )
+    table.caption = "rates are of the median; of limit: the least time that the binding limit allows / median time"
+    table.caption_justify = "left"
+    return table
+
+
+def _peer_table(benchmark: Benchmark, phase: str, measurements: list[Measurement]) -> Table:
+    words = ("prompt tokens",) if phase == "prefill" else ("context", "batch")
+    labels = [system.label for system in benchmark.systems]
+    table = _table(f"{phase.capitalize()}{_what(benchmark)}: tokens/s, and peer's time / ours", words, tuple(labels))
+    for entry in measurements:
+        ours = entry.median(OURS)
+        cells = [f"{entry.case.tokens_per_call / ours:.1f}"]
+        for label in labels[1:]:
+            if label in entry.rounds:
+                median = entry.median(label)
+                cells.append(f"{entry.case.tokens_per_call / median:.1f}  {median / ours:.2f}x")
+            else:
+                cells.append("-")
+        table.add_row(*_case_cells(entry.case), *cells)
+    table.caption = "medians; above 1x ours is faster"
+    table.caption_justify = "left"
+    return table
+
+
+def _what(benchmark: Benchmark) -> str:
+    return f" of {benchmark.artifact['folder']}, {benchmark.artifact['weight_format']} weights, greedy"
+
+
+def _case_cells(case: Case) -> tuple[str, ...]:
+    return (str(case.tokens),) if case.phase == "prefill" else (str(case.tokens), str(case.batch))
+
+
+def _kernel_table(case: Case, times: list[KernelTime], limits: Limits, arithmetic: str) -> Table:
+    table = _table(
+        f"Kernels of {case}",
+        ("kernel", "sizes"),
+        ("calls", "ms", "share", "GFLOP/s", "GB/s", "of limit", "binding"),
+    )
+    total = sum(entry.seconds for entry in times)
+    for entry in times:
+        figures = kernel_figures(entry, total, limits, arithmetic)
+        table.add_row(
+            entry.name,
+            entry.sizes,
+            str(entry.calls),
+            _milliseconds(entry.seconds),
+            f"{figures['share']:.1%}",
+            "-" if not figures["gflops"] else f"{figures['gflops']:.1f}",
+            "-" if figures["gbytes_per_second"] is None else f"{figures['gbytes_per_second']:.1f}",
+            "-" if figures["bound_by"] is None else f"{figures['fraction_of_limit']:.0%}",
+            figures["bound_by"] or "-",
+        )
+    table.add_row("all kernels", "", "", _milliseconds(total), "", "", "", "", "")
+    table.caption = "rows that pad a group are counted; above 100 % of memory the data was in a cache"
+    table.caption_justify = "left"
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def case_figures(entry: Measurement, label: str, benchmark: Benchmark) -> dict[str, Any]:
+    """Derived figures of a system's case; rates are of the median, the fraction is of the limit that binds."""
+    median = entry.median(label)
+    bound, bound_by = benchmark.limits.bound(entry.work, benchmark.arithmetic)
+    return {
+        "median_seconds": median,
+        "best_seconds": entry.best(label),
+        "tokens_per_second": entry.case.tokens_per_call / median,
+        "gflops": entry.work.flops / median / 1e9,
+        "gbytes_per_second": entry.work.bytes / median / 1e9,
+        "bound_by": bound_by,
+        "fraction_of_limit": bound / median,
+    }
+
+
+def kernel_figures(entry: KernelTime, total: float, limits: Limits, arithmetic: str) -> dict[str, Any]:
+    """Derived figures of a kernel, None where its work is not known; `total` is the time of all kernels."""
+    figures: dict[str, Any] = {"share": entry.seconds / total}
+    if entry.work is None:
+        return figures | dict.fromkeys(("gflops", "gbytes_per_second", "bound_by", "fraction_of_limit"))
+    bound, bound_by = limits.bound(entry.work, arithmetic)
+    return figures | {
+        "gflops": entry.work.flops / entry.seconds / 1e9,
+        "gbytes_per_second": entry.work.bytes / entry.seconds / 1e9,
+        "bound_by": bound_by,
+        "fraction_of_limit": bound / entry.seconds,
+    }
+
+
+def to_dict(benchmark: Benchmark) -> dict[str, Any]:
+    """The benchmark as JSON: every call's time in seconds, and what was derived from them."""
+    return {
+        "format": FORMAT,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": benchmark.machine,
+        "versions": benchmark.versions,
+        "artifact": benchmark.artifact,
+        "limits": asdict(benchmark.limits),
+        "systems": [asdict(system) for system in benchmark.systems],
+        "skipped": benchmark.skipped,
+        "cases": [_case_dict(entry, benchmark) for entry in benchmark.measurements],
+        "kernels": [
+            {"case": case.to_dict(), "kernels": _kernel_dicts(times, benchmark.limits, benchmark.arithmetic)}
+            for case, times in benchmark.kernels
+        ],
+    }
+
+
+def _case_dict(entry: Measurement, benchmark: Benchmark) -> dict[str, Any]:
+    systems = {
+        label: case_figures(entry, label, benchmark) | {"rounds_seconds": rounds}
+        for label, rounds in entry.rounds.items()
+    }
+    return entry.case.to_dict() | {"flops": entry.work.flops, "bytes": entry.work.bytes, "systems": systems}
+
+
+def _kernel_dicts(times: list[KernelTime], limits: Limits, arithmetic: str) -> list[dict[str, Any]]:
+    total = sum(entry.seconds for entry in times)
+    return [asdict(entry) | kernel_figures(entry, total, limits, arithmetic) for entry in times]
+
+
+def write_json(benchmark: Benchmark, path: Path) -> None:
+    """Writes the JSON; the file appears whole or not at all.
+
+    Raises:
+        BenchmarkError: it cannot be written.
+    """
+    write_file(path, json.dumps(to_dict(benchmark), indent=1).encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it.
+
+    Raises:
+        BenchmarkError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be written ({error.strerror}); name another file") from error

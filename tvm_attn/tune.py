@@ -1,0 +1,148 @@
+"""`python -m tvm_attn.tune`: search the schedules' decisions on this machine, write tuned records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from tvm_attn.cli import run
+
+if TYPE_CHECKING:
+    from tvm_attn.tuning.tuner import Progress, Tuned
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's arguments) and return its exit status."""
+    return run(lambda: _tune(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tvm_attn.tune",
+        description="Search the decisions of the schedule templates on this machine, and write tuned records. "
+        "Ctrl-C keeps what was found, and the same command goes on from there.",
+    )
+    parser.add_argument("--target", required=True, help="cpu (this machine), or a target of targets/*.toml that fits")
+    parser.add_argument(
+        "--model",
+        default="gpt2",
+        help="whose kernels: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint's folder, a hub id, or demo; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s"
+    )
+    parser.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="default: %(default)s")
+    parser.add_argument(
+        "--trials", type=int, default=64, metavar="N", help="most candidates of a kernel; default: %(default)s"
+    )
+    parser.add_argument("--kernels", metavar="FAMILY,...", help="search only these kernel families, e.g. linear,head")
+    parser.add_argument("--out", metavar="FOLDER", help="write records there instead of this checkout's schedules/")
+    parser.add_argument(
+        "--work", metavar="FOLDER", help="remembers measurements and logs; default: ~/.cache/tvm-attn/tune/TARGET"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from tvm_attn.tuning.tuner import tune
+
+    start = time.perf_counter()
+    kernels = None if args.kernels is None else [name.strip() for name in args.kernels.split(",")]
+    with _progress_bar() as progress:
+        tuned = tune(
+            args.model,
+            args.target,
+            args.dtype,
+            args.quant,
+            args.trials,
+            kernels,
+            args.out,
+            args.work,
+            progress,
+        )
+    seconds = time.perf_counter() - start
+    if args.json:
+        result = asdict(tuned) | {"seconds": seconds}
+        print(json.dumps(result, default=str))
+    else:
+        _print(tuned, seconds)
+    return 130 if tuned.interrupted else 0
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A function that shows how far a search is: a bar on a terminal's stderr, nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(progress: Progress) -> None:
+            text = progress.kernel
+            if progress.best_us is not None:
+                text += f": best {progress.best_us:.4g} us"
+            if progress.speedup is not None:
+                text += f", {progress.speedup:.2f} x the default's speed"
+            bar.update(task, completed=progress.done, total=progress.total, description=text)
+
+        yield show
+
+
+def _print(tuned: Tuned, seconds: float) -> None:
+    table = Table(title=f"tuned for {tuned.target}", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("kernel", "decisions"):
+        table.add_column(heading)
+    for heading in ("us", "of peak", "x default", "measured", "failed"):
+        table.add_column(heading, justify="right")
+    for found in tuned.found:
+        record = found.record
+        table.add_row(
+            found.kernel,
+            ", ".join(f"{name}={value}" for name, value in record.decisions.items()),
+            f"{record.time_us:.4g}",
+            "-" if record.fraction_of_peak is None else f"{record.fraction_of_peak:.0%}",
+            "-" if found.speedup is None else f"{found.speedup:.2f}",
+            str(found.measured),
+            str(found.failed),
+        )
+    # Off a terminal, rich assumes 80 columns and would cut the decisions.
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    for file in tuned.files:
+        print(f"wrote {file}")
+    if tuned.interrupted:
+        print("interrupted; the same command goes on from here")
+    print(f"searched {len(tuned.found)} kernels in {seconds:.1f} s; measurements and logs are in {tuned.work}")
+
+
+class _CallableModule(ModuleType):
+    """`tvm_attn.tune` names this module and, in Python, the function: calling the module searches."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from tvm_attn.tuning.tuner import tune
+
+        return tune(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+sys.modules[__name__].__class__ = _CallableModule

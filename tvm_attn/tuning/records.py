@@ -1,0 +1,100 @@
+"""From measurements to tuned records, and the files that keep them."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+
+import tvm
+
+from tvm_attn._resources import resource_dir
+from tvm_attn.errors import TuningError
+from tvm_attn.kernels.base import shape_of
+from tvm_attn.schedule import Record
+from tvm_attn.schedule.records import read_records
+from tvm_attn.tuning.calls import calls_of
+from tvm_attn.tuning.search import Measurement
+from tvm_attn.tuning.space import Space
+
+
+def mean_seconds(measurement: Measurement) -> float:
+    """Geometric mean of a candidate's times: every size counts the same; infinite for a candidate that failed."""
+    return math.inf if measurement.seconds is None else _geometric_mean(measurement.seconds)
+
+
+def _geometric_mean(values: Iterable[float]) -> float:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def to_record(space: Space, measurement: Measurement) -> Record:
+    """The record of a candidate that was measured."""
+    assert measurement.seconds is not None
+    limits = [call.limit_seconds(space.target.peak) for call in calls_of(space.kernel)]
+    shares = [limit / time for limit, time in zip(limits, measurement.seconds, strict=True) if limit is not None]
+    return Record(
+        template=space.template.name,
+        version=space.template.version,
+        shape=shape_of(space.kernel),
+        decisions=space.decisions(measurement.indices),
+        time_us=float(f"{mean_seconds(measurement) * 1e6:.4g}"),
+        fraction_of_peak=round(_geometric_mean(shares), 3) if len(shares) == len(limits) else None,
+        tvm=tvm.__version__,
+        date=date.today().isoformat(),
+    )
+
+
+def records_folder(out: str | Path | None, target: str) -> Path:
+    """Where the records of a target are written: into `out`, or into this checkout.
+
+    Raises:
+        TuningError: neither is there.
+    """
+    if out is not None:
+        return Path(out) / target
+    folder = resource_dir("schedules")
+    if not (folder.parent / "pyproject.toml").is_file():
+        raise TuningError("an installed package is not changed: say where to write the records (--out FOLDER)")
+    return folder / target
+
+
+def merge(folder: Path, records: Iterable[Record]) -> list[Path]:
+    """Adds records to the files of a target's folder; of two for the same kernel the faster one stays.
+
+    Returns:
+        The files of the given records' templates.
+
+    Raises:
+        ScheduleError: a file that is there is malformed.
+        TuningError: a file cannot be written.
+    """
+    by_file: dict[Path, list[Record]] = {}
+    for record in records:
+        by_file.setdefault(folder / f"{record.template}.jsonl", []).append(record)
+    for path, added in by_file.items():
+        merged = {record.key: record for record in (read_records(path) if path.exists() else [])}
+        for record in added:
+            if record.key not in merged or record.time_us < merged[record.key].time_us:
+                merged[record.key] = record
+        _write(path, "".join(merged[key].to_line() + "\n" for key in sorted(merged)))
+    return sorted(by_file)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise TuningError(f"cannot write {path}: {error.strerror}; choose another --out") from error

@@ -1,0 +1,111 @@
+"""What runs in the worker processes of a search: compiling a candidate, checking it, timing it.
+
+A worker is a process of its own, so that a candidate that crashes or hangs ends itself only.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm.tirx import build as build_module
+
+from tvm_attn.errors import VerificationError
+from tvm_attn.kernels import Case, Kernel
+from tvm_attn.runtime.machine import set_threads
+from tvm_attn.tuning.calls import calls_of
+
+# Calls walk through copies of their inputs that are larger than a cache: in a model, weights and KV cache come from
+# memory, because all the other layers were used in between.
+_COLD_BYTES = 128 << 20
+_MAX_COPIES = 1024
+_REPEATS = 5
+_REPEAT_SECONDS = 0.05
+
+
+class _Prepared:
+    """The tensors of a case, several times over."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        size = sum(array.nbytes for array in (*case.inputs, *case.outputs))
+        copies = min(_MAX_COPIES, max(1, math.ceil(_COLD_BYTES / size)))
+        arrays = (*case.inputs, *case.outputs)
+        self.arguments = [[tvm.runtime.tensor(array) for array in arrays] for _ in range(copies)]
+
+
+_prepared: list[_Prepared] = []
+
+
+def start(log: str) -> None:
+    """Begins a worker: what TVM or LLVM print goes to the log, and Ctrl-C is left to the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.close(file)
+
+
+def start_runner(log: str, kernel: Kernel) -> None:
+    """Begins a worker that measures candidates of a kernel: makes the inputs."""
+    start(log)
+    set_threads(None)
+    _prepared.extend(_Prepared(call.case()) for call in calls_of(kernel))
+
+
+def build(module: tvm.IRModule, target: tvm.target.Target, library: str) -> str:
+    """Compiles a candidate into a shared library."""
+    build_module(module, target=target).export_library(library)
+    return library
+
+
+def no_arguments(_device: Any, _args_info: Any, _repeats: int) -> list[Any]:
+    """Stands in for MetaSchedule's random inputs; `start_runner` has made better ones."""
+    return []
+
+
+def measure(library: Any, _device: Any, _config: Any, _arguments: Any) -> list[float]:
+    """Checks a candidate, and returns the time of each call in seconds.
+
+    Raises:
+        VerificationError: a result is not what the float64 reference says.
+    """
+    function = library["main"]
+    for prepared in _prepared:
+        _check(function, prepared.case, prepared.arguments[0])
+    return [_seconds(function, prepared.arguments) for prepared in _prepared]
+
+
+def _check(function: Any, case: Case, arguments: list[Any]) -> None:
+    inputs = len(case.inputs)
+    # The candidate before has left its results there.
+    for index, array in [*((i, case.inputs[i]) for i in case.in_place), *enumerate(case.outputs, inputs)]:
+        arguments[index].copyfrom(array)
+    function(*arguments)
+    results = [arguments[index] for index in (*case.in_place, *range(inputs, len(arguments)))]
+    for result, expected in zip(results, case.expected, strict=True):
+        error = np.square(result.numpy().astype(np.float64) - expected).sum()
+        if not error <= case.nmse * np.square(expected).sum():  # not: NaN compares false
+            raise VerificationError(f"{case.name}: the result disagrees with the float64 reference")
+
+
+def _seconds(function: Any, copies: list[list[Any]]) -> float:
+    """Time of a call: the best of several means, because whatever else runs can only add to it."""
+    start = time.perf_counter()
+    for arguments in copies:
+        function(*arguments)
+    once = (time.perf_counter() - start) / len(copies)
+    rounds = max(1, math.ceil(_REPEAT_SECONDS / (once * len(copies))))
+    best = math.inf
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        for _ in range(rounds):
+            for arguments in copies:
+                function(*arguments)
+        best = min(best, (time.perf_counter() - start) / (rounds * len(copies)))
+    return best
