@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from tvm import tirx
+from tvm import ir, tirx
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,12 @@ def shape_of(kernel: Any) -> dict[str, Any]:
 def row_groups(groups: int | None) -> int | tirx.Var:
     """The number of row groups of a TensorIR function: the static one, or a symbolic "g" where that is None."""
     return tirx.Var("g", "int32") if groups is None else groups
+
+
+def without_unused(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function less the parameters that were never matched with a buffer.
+
+    TVMScript's signatures are fixed; a kernel with optional operands declares them all.
+    """
+    used = [parameter for parameter in function.params if not isinstance(parameter.ty, ir.PointerType)]
+    return tirx.PrimFunc(used, function.body, function.ret_type, function.attrs)

@@ -10,7 +10,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tvm_attn.kernels.base import Case, row_groups
+from tvm_attn.kernels.base import Case, row_groups, without_unused
 from tvm_attn.kernels.weights import PLAIN, dequantize, element, pack, pack_words, packed_types, quantize
 from tvm_attn.storage import numpy_dtype
 
@@ -43,53 +43,33 @@ class Embedding:
         dtype, weights, g = self.dtype, self.weights, row_groups(self.groups)
         types = packed_types(weights, width, self.vocabulary, columns)
 
-        def token(packed, token_id, column):
-            return element(weights, packed, width, token_id // columns, column, token_id % columns)
+        scaled = len(types) == 2
 
-        if len(types) == 1:
+        def token(wte, scales, token_id, column):
+            return element(weights, [wte, scales], width, token_id // columns, column, token_id % columns)
 
-            @T.prim_func(s_tir=True)
-            def embedding(
-                token_ids_handle: T.handle,
-                positions_handle: T.handle,
-                wte: T.Buffer(types[0][0], types[0][1]),
-                wpe: T.Buffer((context, width), dtype),
-                x_handle: T.handle,
-            ):
-                T.func_attr({"tirx.noalias": True})
-                token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
-                positions = T.match_buffer(positions_handle, (g, rows), "int32")
-                x = T.match_buffer(x_handle, (g, rows, width), "float32")
-                for group, row, column in T.grid(g, rows, width):
-                    with T.sblock("embed"):
-                        vg, vr, vc = T.axis.remap("SSS", [group, row, column])
-                        x[vg, vr, vc] = token([wte], token_ids[vg, vr], vc) + T.Cast(
-                            "float32", wpe[T.max(positions[vg, vr], 0), vc]
-                        )
+        @T.prim_func(s_tir=True)
+        def embedding(
+            token_ids_handle: T.handle,
+            positions_handle: T.handle,
+            wte: T.Buffer(types[0][0], types[0][1]),
+            scales_handle: T.handle,
+            wpe: T.Buffer((context, width), dtype),
+            x_handle: T.handle,
+        ):
+            T.func_attr({"tirx.noalias": True})
+            token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
+            positions = T.match_buffer(positions_handle, (g, rows), "int32")
+            scales = T.meta_var(T.match_buffer(scales_handle, types[1][0], types[1][1]) if scaled else None)
+            x = T.match_buffer(x_handle, (g, rows, width), "float32")
+            for group, row, column in T.grid(g, rows, width):
+                with T.sblock("embed"):
+                    vg, vr, vc = T.axis.remap("SSS", [group, row, column])
+                    x[vg, vr, vc] = token(wte, scales, token_ids[vg, vr], vc) + T.Cast(
+                        "float32", wpe[T.max(positions[vg, vr], 0), vc]
+                    )
 
-        else:
-
-            @T.prim_func(s_tir=True)
-            def embedding(
-                token_ids_handle: T.handle,
-                positions_handle: T.handle,
-                wte: T.Buffer(types[0][0], types[0][1]),
-                scales: T.Buffer(types[1][0], types[1][1]),
-                wpe: T.Buffer((context, width), dtype),
-                x_handle: T.handle,
-            ):
-                T.func_attr({"tirx.noalias": True})
-                token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
-                positions = T.match_buffer(positions_handle, (g, rows), "int32")
-                x = T.match_buffer(x_handle, (g, rows, width), "float32")
-                for group, row, column in T.grid(g, rows, width):
-                    with T.sblock("embed"):
-                        vg, vr, vc = T.axis.remap("SSS", [group, row, column])
-                        x[vg, vr, vc] = token([wte, scales], token_ids[vg, vr], vc) + T.Cast(
-                            "float32", wpe[T.max(positions[vg, vr], 0), vc]
-                        )
-
-        return embedding
+        return without_unused(embedding)
 
     @staticmethod
     def cases() -> Iterator[Case]:

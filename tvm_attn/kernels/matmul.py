@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from tvm import ir, tirx
+from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.activation import EXPRESSIONS, REFERENCES
-from tvm_attn.kernels.base import Case, row_groups
+from tvm_attn.kernels.base import Case, row_groups, without_unused
 from tvm_attn.kernels.quant import pair_words, quantize_rows
 from tvm_attn.kernels.weights import (
     PLAIN,
@@ -148,8 +148,7 @@ class _Matmul:
                     else:
                         y[vg, vr, at] = activate(total) + residual_in[vg, vr, at] if residual else activate(total)
 
-        used = [parameter for parameter in matmul.params if not _is_handle(parameter)]
-        return tirx.PrimFunc(used, matmul.body, matmul.ret_type, matmul.attrs)
+        return without_unused(matmul)
 
 
 @dataclass(frozen=True)
@@ -159,11 +158,6 @@ class _Cache:
     heads: int
     context: int
     dtype: str
-
-
-def _is_handle(parameter: tirx.Var) -> bool:
-    """Whether a parameter was never matched with a buffer."""
-    return isinstance(parameter.ty, ir.PointerType)
 
 
 def _accumulate_plain(kernel: _Matmul) -> Callable[..., None]:

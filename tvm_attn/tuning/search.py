@@ -95,9 +95,9 @@ def _result(future: Any) -> Any:
 class _InOrder(ms.search_strategy.PySearchStrategy):
     """Gives every schedule of the design space to be measured, once, a batch at a time."""
 
-    def __init__(self, batch: int, notify: Callable[[Measurement, str | None], None]) -> None:
+    def __init__(self, batch: int) -> None:
         super().__init__()
-        self._batch, self._notify = batch, notify
+        self._batch = batch
         self._schedules: list[Any] = []
 
     def _initialize_with_tune_context(self, context: Any) -> None:
@@ -116,7 +116,27 @@ class _InOrder(ms.search_strategy.PySearchStrategy):
         return [ms.search_strategy.MeasureCandidate(schedule, []) for schedule in batch] or None
 
     def notify_runner_results(self, measure_candidates: list[Any], results: list[Any]) -> None:
-        for candidate, result in zip(measure_candidates, results, strict=True):
+        pass
+
+
+@derived_object
+class _Notify(ms.measure_callback.PyMeasureCallback):
+    """Tells of every result. It comes after the database, so that what was told of is stored, whatever happens then."""
+
+    def __init__(self, notify: Callable[[Measurement, str | None], None]) -> None:
+        super().__init__()
+        self._notify = notify
+
+    def apply(
+        self,
+        _scheduler: Any,
+        _task_id: int,
+        measure_candidates: list[Any],
+        _builder_results: list[Any],
+        runner_results: list[Any],
+    ) -> None:
+        """See `ms.measure_callback.PyMeasureCallback`."""
+        for candidate, result in zip(measure_candidates, runner_results, strict=True):
             message = result.error_msg
             seconds = None if message is not None else tuple(map(float, result.run_secs))
             self._notify(Measurement(indices_of(candidate.sch.trace), seconds), message)
@@ -186,7 +206,7 @@ class Session:
                         postprocs=[],
                         mutator_probs={},
                     ),
-                    search_strategy=_InOrder(self._builders, notify),
+                    search_strategy=_InOrder(self._builders),
                     task_name=space.kernel.family,
                     num_threads=self._threads,
                     rand_state=1,
@@ -199,7 +219,11 @@ class Session:
                 num_trials_per_iter=self._builders,
                 builder=self._builder,
                 runner=runner,
-                measure_callbacks=[ms.measure_callback.AddToDatabase(), ms.measure_callback.RemoveBuildArtifact()],
+                measure_callbacks=[
+                    ms.measure_callback.AddToDatabase(),
+                    ms.measure_callback.RemoveBuildArtifact(),
+                    _Notify(notify),
+                ],
                 database=self._database,
                 cost_model=None,
             )
