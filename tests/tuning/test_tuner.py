@@ -33,6 +33,7 @@ def database_lines(work: Path) -> int:
     return len((work / "database_tuning_record.json").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_interrupted_resumed_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     program = build_program(CONFIG, layout_for(CONFIG, TARGET, "float32", "none"), 16, 1)
     kernels = [kernel for kernel in program.kernels.values() if kernel.family == "linear" and kernel.groups is None]
@@ -62,7 +63,7 @@ def test_interrupted_resumed_and_used(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with (work / "database_tuning_record.json").open("a") as file:
         file.write('[0, [["half a li')
-    monkeypatch.setattr(Session, "measure", lambda *_: pytest.fail("everything was measured before"))
+    monkeypatch.setattr(Session, "measuring", lambda *_: pytest.fail("everything was measured before"))
     again = search(kernels, TARGET, 4, folder, work)
     assert again.found == resumed.found
     assert database_lines(work) == lines

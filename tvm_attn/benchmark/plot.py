@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,8 +38,8 @@ def write_plot(benchmark: Benchmark, path: Path) -> None:
     figure = Figure(figsize=(13, 9), layout="constrained", dpi=120)
     measured = {entry.case.phase for entry in benchmark.measurements}
     phases = [phase for phase in ("prefill", "decode") if phase in measured]
-    rows: list[list[str]] = [phases, ["roofline"] * len(phases)] if phases else [["roofline"]]
-    panels = figure.subplot_mosaic([list(row) for row in rows])
+    rows: list[Any] = [phases, ["roofline"] * len(phases)] if phases else [["roofline"]]
+    panels = figure.subplot_mosaic(rows)
     for phase in phases:
         _bars(panels[phase], benchmark, phase)
     _roofline(panels["roofline"], benchmark)

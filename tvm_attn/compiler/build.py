@@ -217,7 +217,7 @@ def _compile(config: GPT2Config, target: Target, dtype: str, quant: str, folder:
         "parameters": program.parameters,
         "tvm_target": target.tvm,
         "records": [record.to_line() for record in records],
-        "kernels": {name: {"family": kernel.family, **shape_of(kernel)} for name, kernel in program.kernels.items()},
+        "kernels": {name: shape_of(kernel) for name, kernel in program.kernels.items()},
         "verification": None,
     }
 

@@ -58,8 +58,8 @@ class Kernel(Protocol):
 
 
 def shape_of(kernel: Any) -> dict[str, Any]:
-    """The static sizes of a kernel as a plain dictionary; with the family's name it keys the tuned records."""
-    return {field.name: getattr(kernel, field.name) for field in fields(kernel)}
+    """A kernel's family and static sizes as a plain dictionary, which keys the tuned records."""
+    return {"family": kernel.family} | {field.name: getattr(kernel, field.name) for field in fields(kernel)}
 
 
 def row_groups(groups: int | None) -> int | tirx.Var:

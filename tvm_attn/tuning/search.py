@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import tvm
 import tvm_ffi
@@ -184,11 +183,14 @@ class Session:
                 note(known, Measurement(indices_of(record.trace), measured))
         return known
 
-    def measure(
-        self, space: Space, candidates: list[Candidate], notify: Callable[[Measurement, str | None], None]
-    ) -> None:
-        """Measures candidates of a kernel; `notify` gets each result, and what went wrong where it has no times."""
-        target = tvm.target.Target({**space.target.tvm, "num-cores": self._threads})
+    @contextmanager
+    def measuring(
+        self, space: Space, notify: Callable[[Measurement, str | None], None]
+    ) -> Iterator[Callable[[list[Candidate]], None]]:
+        """A function that measures candidates of a kernel.
+
+        `notify` gets each result, and what went wrong where it has no times.
+        """
         runner = ms.runner.LocalRunner(
             timeout_sec=_TIMEOUT_SECONDS,
             f_alloc_argument=workers.no_arguments,
@@ -196,39 +198,48 @@ class Session:
             initializer=partial(workers.start_runner, str(self._log), space.kernel),
         )
         try:
-            with _without_tensor_intrinsics():
-                context = ms.TuneContext(
-                    self._workload(space),
-                    target=target,
-                    space_generator=ms.space_generator.ScheduleFn(
-                        lambda _: [space.to_schedule(candidate) for candidate in candidates],
-                        sch_rules=[],
-                        postprocs=[],
-                        mutator_probs={},
-                    ),
-                    search_strategy=_InOrder(self._builders),
-                    task_name=space.kernel.family,
-                    num_threads=self._threads,
-                    rand_state=1,
-                )
-            ms.task_scheduler.RoundRobin().tune(
-                tasks=[context],
-                task_weights=[1.0],
-                max_trials_global=len(candidates),
-                max_trials_per_task=len(candidates),
-                num_trials_per_iter=self._builders,
-                builder=self._builder,
-                runner=runner,
-                measure_callbacks=[
-                    ms.measure_callback.AddToDatabase(),
-                    ms.measure_callback.RemoveBuildArtifact(),
-                    _Notify(notify),
-                ],
-                database=self._database,
-                cost_model=None,
-            )
+            yield lambda candidates: self._measure(space, candidates, runner, notify)
         finally:
             runner.pool.shutdown()
+
+    def _measure(
+        self,
+        space: Space,
+        candidates: list[Candidate],
+        runner: Any,
+        notify: Callable[[Measurement, str | None], None],
+    ) -> None:
+        with _without_tensor_intrinsics():
+            context = ms.TuneContext(
+                self._workload(space),
+                target=tvm.target.Target({**space.target.tvm, "num-cores": self._threads}),
+                space_generator=ms.space_generator.ScheduleFn(
+                    lambda _: [space.to_schedule(candidate) for candidate in candidates],
+                    sch_rules=[],
+                    postprocs=[],
+                    mutator_probs={},
+                ),
+                search_strategy=_InOrder(self._builders),
+                task_name=space.kernel.family,
+                num_threads=self._threads,
+                rand_state=1,
+            )
+        ms.task_scheduler.RoundRobin().tune(
+            tasks=[context],
+            task_weights=[1.0],
+            max_trials_global=len(candidates),
+            max_trials_per_task=len(candidates),
+            num_trials_per_iter=self._builders,
+            builder=self._builder,
+            runner=runner,
+            measure_callbacks=[
+                ms.measure_callback.AddToDatabase(),
+                ms.measure_callback.RemoveBuildArtifact(),
+                _Notify(notify),
+            ],
+            database=self._database,
+            cost_model=None,
+        )
 
     def _workload(self, space: Space) -> tvm.IRModule:
         """The kernel as MetaSchedule's database knows it.
@@ -265,8 +276,14 @@ def _open_database(work: Path) -> Any:
 def _without_tensor_intrinsics() -> Iterator[None]:
     """Hides the tensor intrinsics, which MetaSchedule would import for 20 s and no template here uses."""
     name = "tvm.s_tir.tensor_intrin"
-    with patch.dict(sys.modules, {} if name in sys.modules else {name: ModuleType(name)}):
+    hide = name not in sys.modules
+    if hide:
+        sys.modules[name] = ModuleType(name)
+    try:
         yield
+    finally:
+        if hide:
+            del sys.modules[name]
 
 
 @contextmanager
@@ -274,5 +291,14 @@ def worker_environment(threads: int) -> Iterator[None]:
     """Environment variables that worker processes inherit: number of threads, and where this package lies."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-    with patch.dict(os.environ, {"TVM_NUM_THREADS": str(threads), "PYTHONPATH": path}):
+    wanted = {"TVM_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
         yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -233,9 +233,10 @@ class _State:
 
         try:
             if left:
-                session.measure(space, left, notify)
-                # Other processes come and go, and may have slowed the defaults only: the best ones meet once more.
-                session.measure(space, sorted(candidates, key=order)[:finalists], notify)
+                with session.measuring(space, notify) as measure:
+                    measure(left)
+                    # Other processes come and go, and may have slowed the defaults only: the best ones meet once more.
+                    measure(sorted(candidates, key=order)[:finalists])
             else:
                 self._done += finalists
         finally:

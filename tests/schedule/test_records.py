@@ -1,0 +1,305 @@
+"""Templates and tuned records: every kernel has a template, every target compiles, decisions change no result."""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+import tvm_ffi
+
+import tvm_attn
+from tvm_attn import kernels, targets
+from tvm_attn.compiler.build import build, layout_for
+from tvm_attn.compiler.pipeline import compile_program
+from tvm_attn.config import GPT2Config
+from tvm_attn.errors import ScheduleError
+from tvm_attn.kernels import Case, DecodeAttention, Head, Linear, PackPlain, PrefillAttention
+from tvm_attn.kernels.base import shape_of
+from tvm_attn.model.checkpoint import random_params
+from tvm_attn.model.gpt2 import Program, build_program
+from tvm_attn.schedule import Record, RecordBook, Template, cpu, records, schedule, template_for
+from tvm_attn.targets import Target
+
+CONFIG = GPT2Config(
+    vocab_size=300, n_positions=40, n_embd=64, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None
+)
+KERNEL = Linear(64, 256, 8, 32, "float32")
+RECORD = Record("cpu.matmul", 1, shape_of(KERNEL), {"group_block": 2}, 12.5, 0.75, "0.27.0", "2026-01-02")
+MATMUL = next(template for template in cpu.TEMPLATES if template.name == "cpu.matmul")
+
+
+@pytest.fixture
+def book_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Takes the place of `schedules/`."""
+    folder = tmp_path / "schedules"
+    folder.mkdir()
+    monkeypatch.setattr(records, "resource_dir", lambda name: {"schedules": folder}[name])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from safetensors.numpy import save_file
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_file(dict(random_params(CONFIG)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    return folder
+
+
+@cache
+def program_for(name: str) -> Program:
+    target = targets.read(name)
+    return build_program(CONFIG, layout_for(CONFIG, target, "float32", "none"), 40, 8)
+
+
+def write(folder: Path, target: str, *given: Record | str) -> None:
+    (folder / target).mkdir(exist_ok=True)
+    lines = [record if isinstance(record, str) else record.to_line() for record in given]
+    (folder / target / "cpu.matmul.jsonl").write_text("\n".join(lines) + "\n")
+
+
+# --- templates ---
+
+
+@pytest.mark.parametrize("name", targets.names())
+def test_every_family_has_one_template(name: str) -> None:
+    target = targets.read(name)
+    for family in kernels.FAMILIES:
+        kernel = next(iter(family.cases())).kernel
+        assert isinstance(kernel, family)
+        assert family.family in template_for(kernel, target).families
+    scheduled = [family for template in cpu.TEMPLATES for family in template.families]
+    assert sorted(scheduled) == sorted(family.family for family in kernels.FAMILIES)
+    assert len({template.name for template in cpu.TEMPLATES}) == len(cpu.TEMPLATES)
+
+
+def test_missing_template_is_named() -> None:
+    target = replace(targets.detect_cpu(), device="abacus")
+    with pytest.raises(ScheduleError, match=r"no schedule template for kernel 'linear' on device class 'abacus'"):
+        schedule(KERNEL, target)
+
+
+@pytest.mark.parametrize(
+    "decisions", [{"group_block": 3}, {"group_block": 0}, {"group_block": "2"}, {"k_unroll": None}, {"k_unroll": 16}]
+)
+def test_decision_that_is_no_candidate(decisions: dict[str, Any]) -> None:
+    with pytest.raises(ScheduleError, match=r"is none of \[1, 2, 4, 8"):
+        schedule(KERNEL, targets.detect_cpu(), decisions)
+
+
+def small_cases() -> Iterator[Case]:
+    """A kernel of every template that has choices, small enough to compile quickly and large enough to need loops."""
+    wanted = (
+        Linear(32, 64, 8, 32, "float32", activation="relu"),
+        Linear(96, 24, 8, 8, "int8"),
+        Head(128, 1021, 1, 32, "float32", groups=1),
+        PrefillAttention(3, 20, 45, 8, "float32", 0.3, dim_tile=4),
+        DecodeAttention(2, 64, 600, 8, "float16", 0.125),
+    )
+    for kernel in wanted:
+        yield next(case for case in type(kernel).cases() if case.kernel == kernel)
+    yield next(case for case in PackPlain.cases() if case.kernel.transposed)
+
+
+CASES = list(small_cases())
+
+
+def choices_of(case: Case, target: Target) -> dict[str, list[int]]:
+    """The candidates of each decision that are not its default."""
+    others: dict[str, list[int]] = {}
+
+    def choose(name: str, candidates: Any, default: int) -> int:
+        assert default in candidates
+        others[name] = [candidate for candidate in candidates if candidate != default]
+        return default
+
+    template_for(case.kernel, target).apply(case.kernel, target, choose)
+    return others
+
+
+def assert_correct(case: Case, target: Target, decisions: dict[str, int]) -> None:
+    module = tvm.IRModule({"main": schedule(case.kernel, target, decisions).with_attr("global_symbol", "main")})
+    inputs, outputs = ([tvm.runtime.tensor(array) for array in arrays] for arrays in (case.inputs, case.outputs))
+    tvm.tirx.build(module, target=tvm.target.Target(target.tvm))["main"](*inputs, *outputs)
+    results = [inputs[index] for index in case.in_place] + outputs
+    for result, expected in zip(results, case.expected, strict=True):
+        difference = result.numpy().astype(np.float64) - expected
+        assert np.square(difference).sum() <= case.nmse * np.square(expected).sum(), decisions
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel.family}-{case.name}")
+def test_every_candidate_gives_the_same_result(case: Case) -> None:
+    """What a search may choose, one decision at a time; the defaults are tested with the kernels."""
+    target = targets.detect_cpu()
+    choices = choices_of(case, target)
+    assert choices
+    for name, candidates in choices.items():
+        for candidate in candidates:
+            assert_correct(case, target, {name: candidate})
+
+
+def test_every_template_with_choices_is_tested() -> None:
+    target = targets.detect_cpu()
+    tested = {template_for(case.kernel, target).name for case in CASES}
+    for family in kernels.FAMILIES:
+        for case in islice(family.cases(), 2):
+            assert not choices_of(case, target) or template_for(case.kernel, target).name in tested
+
+
+# --- records ---
+
+
+def test_a_record_is_one_line_of_json() -> None:
+    line = RECORD.to_line()
+    assert "\n" not in line
+    assert Record.from_line(line, "here") == RECORD
+    assert json.loads(line)["decisions"] == {"group_block": 2}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "5",
+        "null",
+        "{}",
+        "nonsense",
+        '{"template": "x"}',
+        replace(RECORD, date="").to_line()[:-1] + ', "a": 1}',
+    ],
+)
+def test_malformed_line_is_named(book_folder: Path, line: str) -> None:
+    write(book_folder, "cpu-x", RECORD, "", line)
+    with pytest.raises(ScheduleError, match=r"cpu-x/cpu\.matmul\.jsonl:3 is not a tuned record") as error:
+        RecordBook.load("cpu-x")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", ["shape", "decisions"])
+def test_objects_must_be_objects(field: str) -> None:
+    line = json.dumps(json.loads(RECORD.to_line()) | {field: [1]})
+    with pytest.raises(ScheduleError, match=r"^x:7 is not a tuned record"):
+        Record.from_line(line, "x:7")
+
+
+def test_a_record_is_found_by_template_version_shape_and_dtype(book_folder: Path) -> None:
+    write(book_folder, "cpu-x", RECORD)
+    book = RecordBook.load("cpu-x")
+    assert book.find(MATMUL, KERNEL) == RECORD
+    for other in (
+        replace(KERNEL, in_features=128),
+        replace(KERNEL, weights="float16"),
+        replace(KERNEL, activation="relu"),
+        replace(KERNEL, rows=1, groups=1),
+    ):
+        assert book.find(MATMUL, other) is None
+    assert book.find(replace(MATMUL, version=2), KERNEL) is None
+    assert book.find(Template("cpu.other", 1, MATMUL.families, MATMUL.apply), KERNEL) is None
+    assert RecordBook.load("cpu-y").find(MATMUL, KERNEL) is None
+
+
+def test_the_last_of_two_records_counts(book_folder: Path) -> None:
+    newer = replace(RECORD, decisions={"group_block": 8})
+    write(book_folder, "cpu-x", RECORD, newer)
+    assert RecordBook.load("cpu-x").find(MATMUL, KERNEL) == newer
+
+
+def test_bundled_records_fit_their_templates() -> None:
+    """Every line in schedules/ is a record of a template that exists, for a target that exists."""
+    folder = Path(__file__).parents[2] / "schedules"
+    versions = {template.name: template.version for template in cpu.TEMPLATES}
+    for path in folder.glob("*/*.jsonl"):
+        assert path.parent.name in targets.names()
+        for record in records.read_records(path):
+            assert path.stem == record.template
+            assert record.version <= versions[record.template]
+    assert {path.name for path in folder.iterdir()} <= {"README.md", *targets.names()}
+
+
+# --- the compiler ---
+
+
+def linear_of(program: Program) -> Linear:
+    return next(kernel for kernel in program.kernels.values() if isinstance(kernel, Linear) and kernel.rows > 1)
+
+
+def test_decisions_of_a_record_are_used(book_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The manifest tells which, the function is another one, and its results are right."""
+    target = targets.detect_cpu()
+    kernel, decisions = linear_of(program_for(target.name)), {"group_block": 1, "k_unroll": 8}
+    assert not tvm_ffi.structural_equal(schedule(kernel, target, decisions), schedule(kernel, target))
+    version = template_for(kernel, target).version
+    record = replace(RECORD, version=version, shape=shape_of(kernel), decisions=decisions)
+    write(book_folder, target.name, record, replace(record, shape=record.shape | {"in_features": 9999}))
+    built = build(checkpoint, target.name, out=tmp_path / "artifact")
+    (library,) = json.loads((built.folder / "manifest.json").read_bytes())["libraries"]
+    assert library["records"] == [record.to_line()]
+    assert all(check["passed"] for check in library["verification"]["checks"])
+
+
+def test_record_that_does_not_fit_stops_the_compiler(book_folder: Path, tmp_path: Path) -> None:
+    target = targets.detect_cpu()
+    program = program_for(target.name)
+    kernel = linear_of(program)
+    version = template_for(kernel, target).version
+    write(book_folder, target.name, replace(RECORD, version=version, shape=shape_of(kernel), decisions={"k_unroll": 3}))
+    with pytest.raises(ScheduleError, match="k_unroll=3 is none of"):
+        compile_program(program, target, tmp_path / "lib.so")
+    assert not list(tmp_path.glob("lib*"))
+
+
+# --- targets ---
+
+
+def others() -> list[str]:
+    """The targets of this architecture that the rest of the tests does not compile for."""
+    here = targets.detect_cpu()
+    return [
+        name for name in targets.names() if name != here.name and targets.read(name).architecture == here.architecture
+    ]
+
+
+def test_all_targets_of_this_architecture_in_one_artifact(checkpoint: Path, tmp_path: Path) -> None:
+    """Each is compiled, and checked where this machine can run it; the widest is loaded."""
+    names = others()
+    built = build(checkpoint, ",".join(names), out=tmp_path / "artifact")
+    fitting = [name for name in names if targets.read(name).fits_this_machine()]
+    assert "cpu-x86-64" in names or "cpu-aarch64" in names
+    assert {name for name, report in built.reports.items() if report} == set(fitting)
+    assert all(check.passed for report in built.reports.values() if report for check in report.checks)
+    for name in set(names) - set(fitting):
+        assert any(f"lib-{name}.so was compiled but not checked" in note for note in built.notes)
+    manifest = json.loads((tmp_path / "artifact" / "manifest.json").read_bytes())
+    assert [library["target"] for library in manifest["libraries"]] == names
+    for library, name in zip(manifest["libraries"], names, strict=True):
+        assert (library["verification"] is not None) == (name in fitting)
+        assert library["features"] == list(targets.read(name).features)
+    assert tvm_attn.load(tmp_path / "artifact").logits([[1, 2, 3]]).shape == (1, 3, CONFIG.vocab_size)
+
+
+MACHINES = {"x86_64": 62, "aarch64": 183}
+"""`e_machine` of an ELF file."""
+
+
+@pytest.mark.parametrize("name", [n for n in targets.names() if targets.read(n).architecture != os.uname().machine])
+def test_other_architectures_compile_to_object_files(name: str, tmp_path: Path) -> None:
+    """Linking would need a cross compiler; TVM leaves the object files in an archive."""
+    target = targets.read(name)
+    compile_program(program_for(target.name), target, tmp_path / "lib.tar")
+    with tarfile.open(tmp_path / "lib.tar") as archive:
+        objects = [archive.extractfile(member).read() for member in archive if member.name.endswith(".o")]  # type: ignore[union-attr]
+    assert objects
+    for content in objects:
+        assert content[:4] == b"\x7fELF"
+        assert int.from_bytes(content[18:20], "little") == MACHINES[target.architecture]
+    assert any(b"prefill_attention" in content for content in objects)

@@ -1,0 +1,303 @@
+"""The build and verify commands: how they end, what they print, and `tvm_attn.build` as a function."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tvm_attn
+from tvm_attn import build, targets, verify
+from tvm_attn.compiler import build as building
+from tvm_attn.compiler import verification
+from tvm_attn.compiler.verification import Bounds
+from tvm_attn.config import GPT2Config
+from tvm_attn.errors import CompileError, TargetError
+from tvm_attn.model.checkpoint import CheckpointUnavailable
+from tvm_attn.runtime.artifact import Artifact
+
+TINY = GPT2Config(vocab_size=60, n_positions=9, n_embd=16, n_layer=1, n_head=1, bos_token_id=None, eos_token_id=None)
+
+
+def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr; nothing else was printed."""
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture
+def ready_library(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler hands out the library that the demo artifact has, which saves seconds."""
+    (library,) = demo_artifact.glob("*.so")
+    monkeypatch.setattr(building, "compile_program", lambda program, target, path: [shutil.copy(library, path)][1:])
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize("command", [build, verify])
+def test_help(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr()
+    name = command.__name__.split(".")[-1]
+    assert printed.out.startswith(f"usage: python -m tvm_attn.{name}")
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--target"),
+        (["--target", "cpu", "--dtype", "float8"], "'float8'"),
+        (["--target", "cpu", "--quant", "int2"], "'int2'"),
+        (["--target", "cpu", "--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_misused_options(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build.main(arguments)
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert named in printed.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "cpu-8086"], f"unknown target 'cpu-8086'; known targets: cpu, {', '.join(targets.names())}"),
+        (["--target", ""], "unknown target ''"),
+        (["--target", "../targets/cpu-x86-64"], "unknown target '../targets/cpu-x86-64'"),
+        (["--target", "cpu-x86-64, cpu-x86-64"], "named twice"),
+        (["--target", "cpu,"], "unknown target ''"),
+        (["--target", "cpu", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--target", "cpu", "--model", "nobody/nothing"], "nobody/nothing"),
+        (["--target", "cpu", "--model", "gpt3"], "gpt3"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert build.main(arguments) == 2
+    assert message in error_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dtype_that_the_target_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = replace(targets.detect_cpu(), dtypes=("float32",))
+    monkeypatch.setattr(targets, "resolve", lambda name: only)
+    with pytest.raises(TargetError, match=f"'bfloat16' is not available for {only.name}; available: float32"):
+        tvm_attn.build("demo", "cpu", "bfloat16")
+
+
+@pytest.mark.parametrize("quant", ["int2", "", None])
+def test_unknown_quantization(quant: Any) -> None:
+    with pytest.raises(TargetError, match=r"quantization .* is not available; available: none"):
+        tvm_attn.build("demo", "cpu", quant=quant)
+
+
+# --- the compiler ---
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/g++", "/bin/false"])
+def test_no_cxx_compiler_that_works(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(building, "open_checkpoint", unavailable)
+    monkeypatch.setitem(building.PRESETS, "gpt2", TINY)
+    with pytest.raises(CompileError) as error:
+        tvm_attn.build("gpt2", "cpu", out=tmp_path / "artifact")
+    assert len(str(error.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def unavailable(model: Any, **_options: Any) -> None:
+    raise CheckpointUnavailable(f"{model} is not on this machine;\nget it with a network")
+
+
+def test_published_size_without_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is compiled and checked with random weights, goes to dist/MODEL, and says so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(building, "open_checkpoint", unavailable)
+    monkeypatch.setitem(building.PRESETS, "gpt2-xl", TINY)
+    assert build.main(["--model", "gpt2-xl", "--target", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "\nnote: random weights: gpt2-xl is not on this machine; get it with a network" in printed.out
+    assert printed.out.splitlines()[-1].startswith("built dist/gpt2-xl (random weights, seed 0, float32) in ")
+    artifact = Artifact(tmp_path / "dist" / "gpt2-xl")
+    assert artifact.config == TINY
+    assert artifact.tokenizer_json() is None
+    model = tvm_attn.load(artifact.folder)
+    assert len(model.generate([1, 2], max_new_tokens=3).token_ids) == 3
+    with pytest.raises(CheckpointUnavailable):
+        tvm_attn.build("somebody/something", "cpu")
+
+
+# --- output ---
+
+
+def test_json_of_a_real_process(demo_model_dir: Path, tmp_path: Path) -> None:
+    """Nothing but one line of JSON, neither warnings nor progress."""
+    out = tmp_path / "artifact"
+    done = python("-m", "tvm_attn.build", "--model", demo_model_dir, "--target", "cpu", "--out", out, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["artifact"] == str(out)
+    assert result["weights"] == str(demo_model_dir)
+    assert result["seconds"] > 0
+    assert result["notes"] == []
+    ((target, report),) = result["verification"].items()
+    assert target == targets.detect_cpu().name
+    assert all(check["passed"] for check in report["checks"])
+
+    done = python("-m", "tvm_attn.verify", out, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    again = json.loads(done.stdout)
+    assert [(check["function"], check["case"]) for check in again["checks"]] == [
+        (check["function"], check["case"]) for check in report["checks"]
+    ]
+
+
+def test_tables(ready_library: None, demo_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "artifact"
+    assert build.main(["--model", str(demo_model_dir), "--target", "cpu", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert lines[0].strip() == f"{targets.detect_cpu().name} against PyTorch"
+    assert sum(line.rstrip().endswith(" ok") for line in lines) == 16
+    assert not any("FAILED" in line for line in lines)
+    assert any(line.startswith("bounds: NMSE 1e-11, max abs / RMS 1e-04; PyTorch's own") for line in lines)
+    assert lines[-1].startswith(f"built {out} ({demo_model_dir}, float32) in ")
+    assert verify.main([str(out)]) == 0
+    again = capsys.readouterr()
+    assert again.err == ""
+    assert sum(line.rstrip().endswith(" ok") for line in again.out.splitlines()) == 16
+
+
+def test_without_verification(
+    ready_library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    out = tmp_path / "artifact"
+    assert build.main(["--model", "demo", "--target", "cpu", "--out", str(out), "--no-verify", "--json"]) == 0
+    (verification_result,) = json.loads(capsys.readouterr().out)["verification"].values()
+    assert verification_result is None
+    assert json.loads((out / "manifest.json").read_bytes())["libraries"][0]["verification"] is None
+
+
+def test_without_pytorch(
+    ready_library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A build goes on and tells that nothing was checked; the verify command cannot."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    out = tmp_path / "artifact"
+    assert build.main(["--model", "demo", "--target", "cpu", "--out", str(out)]) == 0
+    assert "note: " in capsys.readouterr().out
+    assert verify.main([str(out)]) == 2
+    assert "pip install 'tvm-attn[verify]'" in error_line(capsys)
+
+
+# --- verify ---
+
+
+def test_verify_of_a_library_that_is_out_of_bounds(
+    demo_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table is printed all the same, and shows which."""
+    monkeypatch.setitem(verification.BOUNDS, "float32", Bounds(nmse=1e-11, max_abs=0.0))
+    assert verify.main([str(demo_artifact)]) == 2
+    printed = capsys.readouterr()
+    assert sum(line.rstrip().endswith("FAILED") for line in printed.out.splitlines()) == 16
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: {demo_artifact} disagrees with PyTorch in 16 of 16 checks")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["/nowhere/at/all"], "manifest.json is missing"),
+        (["DEMO", "--device", "tpu"], "unknown device 'tpu'"),
+        (["DEMO", "--device", "cuda:0"], "no library for 'cuda'"),
+    ],
+)
+def test_verify_errors_are_one_line(
+    options: list[str], message: str, demo_artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify.main([str(demo_artifact) if option == "DEMO" else option for option in options]) == 2
+    assert message in error_line(capsys)
+
+
+# --- the function ---
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import tvm_attn",
+        "import tvm_attn, tvm_attn.build",
+        "import tvm_attn.build, tvm_attn",
+        "import tvm_attn; from tvm_attn import build; assert tvm_attn.build is build",
+        "from tvm_attn.build import main; import tvm_attn",
+    ],
+)
+def test_the_command_module_is_callable(imports: str) -> None:
+    done = python("-c", f"{imports}; print(callable(tvm_attn.build), hasattr(tvm_attn.build, 'main'))")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "True True\n")
+
+
+def test_calling_the_command_module_builds() -> None:
+    code = """
+import tvm_attn
+
+def attempt():
+    try:
+        tvm_attn.build(model="demo", target="cpu-8086")
+    except tvm_attn.TvmAttnError as error:
+        print(type(error).__name__)
+
+attempt()
+import tvm_attn.build
+attempt()
+from tvm_attn.compiler.build import build
+attempt()
+"""
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["TargetError"] * 3
+
+
+def test_the_function_returns_what_was_built(ready_library: None, demo_model_dir: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    built = tvm_attn.build(model=demo_model_dir, target="cpu", out=tmp_path / "artifact", progress=told.append)
+    assert built.folder == tmp_path / "artifact"
+    assert built.source == str(demo_model_dir)
+    assert built.notes == ()
+    (report,) = built.reports.values()
+    assert report is not None
+    report.raise_if_failed("lib")
+    assert told[0] == "reading the checkpoint"
+    assert any(line.startswith("compiling for") for line in told)
