@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def demo_model_dir() -> Path:
     """The bundled demo checkpoint: config.json, model.safetensors, tokenizer.json."""
     return Path(__file__).parents[1] / "models" / "demo"
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """For small models, which only wait for further threads, and TVM's threads with them."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -158,7 +158,7 @@ def test_published_size_without_weights(
 # --- output ---
 
 
-def test_json_of_a_real_process(demo_model_dir: Path, tmp_path: Path) -> None:
+def test_json_of_a_real_process(demo_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing but one line of JSON, neither warnings nor progress."""
     out = tmp_path / "artifact"
     done = python("-m", "tvm_attn.build", "--model", demo_model_dir, "--target", "cpu", "--out", out, "--json")
@@ -173,9 +173,8 @@ def test_json_of_a_real_process(demo_model_dir: Path, tmp_path: Path) -> None:
     assert target == targets.detect_cpu().name
     assert all(check["passed"] for check in report["checks"])
 
-    done = python("-m", "tvm_attn.verify", out, "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    again = json.loads(done.stdout)
+    assert verify.main([str(out), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
     assert [(check["function"], check["case"]) for check in again["checks"]] == [
         (check["function"], check["case"]) for check in report["checks"]
     ]

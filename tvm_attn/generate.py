@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -86,11 +85,12 @@ def _generate(args: argparse.Namespace) -> int:
     GenerationOptions(**options)  # refuse a wrong value before the model is loaded, which takes seconds
     prompts: list[Any] = args.prompt_ids or [_read_stdin() if text == "-" else text for text in args.prompt]
 
-    # Generating needs TVM's runtime only, and that library loads faster than the one with the compiler.
-    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
     import tvm_attn
+    from tvm_attn.runtime.tvm_import import runtime_only
 
-    model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads)
+    # Generating needs TVM's runtime only, and that library loads faster than the one with the compiler.
+    with runtime_only():
+        model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads)
     options["stats"] = stats = GenerationStats()
     if args.json:
         print(json.dumps(_json_object(model.generate(prompts, **options), stats)))

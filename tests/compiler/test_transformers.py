@@ -1,6 +1,5 @@
 """Compiled models against transformers' GPT2LMHeadModel on random weights, over the configurations that GPT-2 knows."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 DEFAULTS: dict[str, Any] = {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 80, "vocab_size": 300}
 LOGIT_ERROR = 2e-4
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -116,15 +117,6 @@ def compiled(model: GPT2LMHeadModel, folder: Path, dtype: str = "float32") -> Mo
     model.save_pretrained(folder / "checkpoint")
     tvm_attn.build(model=folder / "checkpoint", target="cpu", dtype=dtype, out=folder / "artifact", verify=False)
     return tvm_attn.load(folder / "artifact", max_batch=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Models as small as these only wait for further threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

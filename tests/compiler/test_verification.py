@@ -21,6 +21,8 @@ from tvm_attn.model.reference import Reference
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.engine import CompiledEngine
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 # --- the bounds ---
 
 TOKENS = 256

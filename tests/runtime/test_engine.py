@@ -1,12 +1,10 @@
 """The engine and its KV cache on the demo model: whatever the batches and slots, what full recomputation gives."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,12 +37,9 @@ def forget(engine: CompiledEngine) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(demo_artifact: Path) -> Iterator[Reference]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model only waits for further threads
+def reference(demo_artifact: Path, one_torch_thread: None) -> Reference:
     artifact = Artifact(demo_artifact)
-    yield Reference(artifact.config, {name: artifact.parameters.read(name) for name in param_shapes(artifact.config)})
-    torch.set_num_threads(threads)
+    return Reference(artifact.config, {name: artifact.parameters.read(name) for name in param_shapes(artifact.config)})
 
 
 def random_ids(length: int, seed: int) -> np.ndarray:

@@ -234,17 +234,16 @@ def linear_of(program: Program) -> Linear:
 
 
 def test_decisions_of_a_record_are_used(book_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """The manifest tells which, the function is another one, and its results are right."""
+    """The manifest tells which, and the function is another one; its results are tested above."""
     target = targets.detect_cpu()
     kernel, decisions = linear_of(program_for(target.name)), {"group_block": 1, "k_unroll": 8}
     assert not tvm_ffi.structural_equal(schedule(kernel, target, decisions), schedule(kernel, target))
     version = template_for(kernel, target).version
     record = replace(RECORD, version=version, shape=shape_of(kernel), decisions=decisions)
     write(book_folder, target.name, record, replace(record, shape=record.shape | {"in_features": 9999}))
-    built = build(checkpoint, target.name, out=tmp_path / "artifact")
+    built = build(checkpoint, target.name, out=tmp_path / "artifact", verify=False)
     (library,) = json.loads((built.folder / "manifest.json").read_bytes())["libraries"]
     assert library["records"] == [record.to_line()]
-    assert all(check["passed"] for check in library["verification"]["checks"])
 
 
 def test_record_that_does_not_fit_stops_the_compiler(book_folder: Path, tmp_path: Path) -> None:

@@ -142,8 +142,8 @@ def load(folder: str | Path, device: str = "auto", *, threads: int | None = None
     kind = "cpu" if device == "auto" else device.partition(":")[0]
     if kind not in ("cpu", "cuda", "vulkan"):
         raise DeviceError(f"unknown device {device!r}; use auto, cpu, cuda:0 or vulkan:0")
-    import_tvm()
     artifact = Artifact(folder)
+    import_tvm()
     artifact.check_versions()
     # Says what the artifact has where it has no library for the device.
     artifact.library(kind)

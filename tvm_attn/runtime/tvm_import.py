@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def import_tvm() -> None:
@@ -21,3 +23,19 @@ def import_tvm() -> None:
     finally:
         if hide:
             del sys.modules["torch"]
+
+
+@contextmanager
+def runtime_only() -> Iterator[None]:
+    """Inside, TVM is imported in runtime-only mode, unless the environment says otherwise.
+
+    The variable is gone afterwards: processes started later may want the compiler.
+    """
+    name = "TVM_USE_RUNTIME_LIB"
+    was_set = name in os.environ
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if not was_set:
+            del os.environ[name]
