@@ -43,14 +43,14 @@ class Bounds:
 # The reference uses the weights as they are stored, so what differs is the order of float32 sums, and what is rounded
 # on the way: keys and values to the storage dtype, activations to bfloat16 where its dot products are used,
 # activations to 8 bits with quantized weights. With u the rounding unit of the storage dtype (2**-11, 2**-8), the
-# bounds on the NMSE are 4 u**2. The worst measured on the demo model and on random 124M weights (NMSE, max abs /
-# RMS): float32 8e-13 and 9e-6, float16 6e-9 and 5e-4, bfloat16 5e-6 and 1.2e-2, int8 and int4 6e-5 and 5e-2; tiny
-# models with sharp attention come to 1.4e-7 in float16. tests/compiler/test_verification.py repeats the roundings in
-# a float64 run of the reference.
+# bounds on the NMSE are at most 4 u**2. The worst measured on the demo model and on random 124M weights (NMSE, max
+# abs / RMS): float32 8e-13 and 9e-6, float16 6e-9 and 5e-4, bfloat16 5e-6 and 1.2e-2, int8 and int4 6e-5 and 5e-2;
+# tiny models with sharp attention come to 1.4e-7 in float16. tests/compiler/test_verification.py repeats the
+# roundings in a float64 run of the reference.
 BOUNDS = {
     "float32": Bounds(nmse=1e-11, max_abs=1e-4),
     "float16": Bounds(nmse=1e-6, max_abs=2e-2),
-    "bfloat16": Bounds(nmse=6e-5, max_abs=1e-1),
+    "bfloat16": Bounds(nmse=5e-5, max_abs=1e-1),
     "int8": Bounds(nmse=5e-4, max_abs=5e-1),
     "int4": Bounds(nmse=5e-4, max_abs=5e-1),
 }

@@ -2,8 +2,8 @@
 
 LLVM leaves exp, tanh and erf as one library call an element, even in vectorised loops (2.5-10 ns each). These are
 branch-free expressions of adds, multiplies and selects, so they run in vector registers and look the same on every
-target. The coefficients are minimax fits (Lawson's algorithm on Chebyshev nodes); relative error of each function in
-float32 is at most 3e-7 where the result is a normal number.
+target. The coefficients are minimax fits (Lawson's algorithm on Chebyshev nodes); in float32, exp2, tanh and
+erf are within 3e-7 (relative); exp and sigmoid within 1.3e-7 * max(1, |x|), from rounding x * log2(e).
 
 The functions take and return float32 expressions. They are meant for the epilogue of a kernel: `value` is repeated in
 the expression, and the code generator shares it.
