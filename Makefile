@@ -8,10 +8,11 @@ TORCH  ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := $(shell find tvm_attn targets schedules models/demo -type f -not -name '*.pyc')
+SOURCES := $(shell find tvm_attn targets schedules models/demo -type f -not -name '*.pyc' -not -name '*.so*')
+VULKAN_SOURCES := CMakeLists.txt hatch_build.py $(wildcard tvm_attn/vulkan/src/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean system
+.PHONY: help demo test lint bench clean system system-vulkan
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,7 +33,7 @@ bench: dist/gpt2/manifest.json ## measure GPT-2 124M on this CPU
 	$(BIN)/python -m tvm_attn.bench dist/gpt2
 
 clean: ## remove what was built and every cache, but not $(VENV)
-	rm -rf dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis tvm_attn/vulkan/*.so*
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 dist/demo/manifest.json: $(VENV)/.installed-verify $(SOURCES)
@@ -41,10 +42,13 @@ dist/demo/manifest.json: $(VENV)/.installed-verify $(SOURCES)
 dist/gpt2/manifest.json: $(VENV)/.installed-verify $(SOURCES)
 	$(BIN)/python -m tvm_attn.build --model gpt2 --target cpu --out dist/gpt2
 
-# $(VENV)/.installed-EXTRA: this checkout, editable, with one extra of pyproject.toml.
-$(VENV)/.installed-%: pyproject.toml $(VENV)/.installed-torch
+# $(VENV)/.installed-EXTRA: this checkout, editable, with one extra of pyproject.toml. Compiles the Vulkan runtime where
+# the machine has what it takes.
+$(VENV)/.installed-%: pyproject.toml $(VULKAN_SOURCES) $(VENV)/.installed-torch
 	$(PIP) --editable '.[$*]'
 	@touch $@
+
+$(VENV)/.installed-test: | system-vulkan
 
 $(VENV)/.installed-torch: | $(BIN)/pip
 	$(PIP) $(TORCH)
@@ -63,3 +67,17 @@ system:
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" -ne 0 ]; then echo "missing:$$missing; the way out: apt-get install$$missing" >&2; exit 1; fi; \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing
+
+# What the Vulkan runtime is compiled and tested with, a driver only where there is none. Nothing else needs it: where it
+# cannot be had, the tests go on without it.
+system-vulkan: | system
+	@missing=; \
+	command -v cmake >/dev/null || missing="$$missing cmake"; \
+	command -v spirv-val >/dev/null || missing="$$missing spirv-tools"; \
+	[ -e /usr/include/vulkan/vulkan_core.h ] || missing="$$missing libvulkan-dev"; \
+	ls /usr/share/vulkan/icd.d/*.json /etc/vulkan/icd.d/*.json >/dev/null 2>&1 || missing="$$missing mesa-vulkan-drivers"; \
+	ls /usr/share/vulkan/explicit_layer.d/*khronos_validation*.json >/dev/null 2>&1 || missing="$$missing vulkan-validationlayers"; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; then exit 0; fi; \
+	echo "missing for Vulkan:$$missing; tests are skipped until: apt-get install$$missing" >&2

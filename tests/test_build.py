@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import tvm_attn
 from tvm_attn import build, targets, verify
@@ -80,7 +82,10 @@ def test_misused_options(arguments: list[str], named: str, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "cpu-8086"], f"unknown target 'cpu-8086'; known targets: cpu, {', '.join(targets.names())}"),
+        (
+            ["--target", "cpu-8086"],
+            f"unknown target 'cpu-8086'; known targets: cpu, vulkan, {', '.join(targets.names())}",
+        ),
         (["--target", ""], "unknown target ''"),
         (["--target", "../targets/cpu-x86-64"], "unknown target '../targets/cpu-x86-64'"),
         (["--target", "cpu-x86-64, cpu-x86-64"], "named twice"),
@@ -153,6 +158,49 @@ def test_published_size_without_weights(
     assert len(model.generate([1, 2], max_new_tokens=3).token_ids) == 3
     with pytest.raises(CheckpointUnavailable):
         tvm_attn.build("somebody/something", "cpu")
+
+
+@pytest.mark.parametrize(("model", "name"), [(".", "checkpoint"), ("..", "deep"), ("../checkpoint/", "checkpoint")])
+def test_default_folder_has_the_checkpoints_name(
+    model: str, name: str, ready_library: None, demo_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "deep" / "checkpoint"
+    folder.mkdir(parents=True)
+    for file in demo_model_dir.iterdir():
+        (folder if name == "checkpoint" else folder.parent).joinpath(file.name).symlink_to(file)
+    monkeypatch.chdir(folder)
+    assert tvm_attn.build(model, "cpu", verify=False).folder == Path("dist") / name
+    assert (folder / "dist" / name / "manifest.json").is_file()
+
+
+def test_checkpoint_as_old_ones_are(
+    ready_library: None, demo_model_dir: Path, demo_artifact: Path, tmp_path: Path
+) -> None:
+    """Shards, the prefix, mask buffers, vocab.json and merges.txt: the same artifact comes out."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    shutil.copy(demo_model_dir / "config.json", folder)
+    bpe = json.loads((demo_model_dir / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(bpe["vocab"]), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in bpe["merges"]), "utf-8")
+    tensors = load_file(demo_model_dir / "model.safetensors")
+    tensors = {f"transformer.{name.removeprefix('transformer.')}": array for name, array in tensors.items()}
+    mask = np.tril(np.ones((1, 1, 256, 256), np.float32))
+    tensors |= {f"transformer.h.{layer}.attn.bias": mask for layer in range(6)}
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": sorted(tensors)[i::2] for i in range(2)}
+    for file, names in shards.items():
+        save_file({name: tensors[name] for name in names}, folder / file)
+    index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+    built = tvm_attn.build(folder, "cpu", out=tmp_path / "artifact", verify=False)
+    assert built.notes == ()
+    shard = "params/params_shard_0.bin"
+    assert (built.folder / shard).read_bytes() == (demo_artifact / shard).read_bytes()
+    options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.8, "seed": 1}
+    assert tvm_attn.load(built.folder).generate("Return the", **options) == tvm_attn.load(demo_artifact).generate(
+        "Return the", **options
+    )
 
 
 # --- output ---

@@ -127,12 +127,17 @@ def test_a_dash_reads_stdin_less_one_newline(model, monkeypatch, data, prompt):
     assert model.prompts == [prompt]
 
 
+def test_token_ids_that_are_none(model, capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["dist/x", "--prompt-ids", "1,two"])
+    assert "argument --prompt-ids: '1,two' is no list of integers such as 1,2,3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["dist/x"],
         ["dist/x", "--prompt", "a", "--prompt-ids", "1"],
-        ["dist/x", "--prompt-ids", "1,two"],
         ["dist/x", "--prompt", "a", "--top-k", "many"],
     ],
 )

@@ -67,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _token_ids(text: str) -> list[int]:
-    return [int(token_id) for token_id in text.split(",")]
+    try:
+        return [int(token_id) for token_id in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 1,2,3") from None
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,44 +36,80 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One kind of hardware, as its file says.
+class Target(ABC):
+    """One kind of hardware, as its file says; `CpuTarget` or `GpuTarget`.
 
     Attributes:
         name: the file's name without `.toml`, e.g. "cpu-znver4".
-        device: "cpu".
+        device: "cpu" or "vulkan".
         description: one line for people.
-        architecture: `platform.machine()` of the hardware, e.g. "x86_64".
-        processor: LLVM's name of the processor, or None in a generic file.
-        rank: among generic targets that fit, the highest is taken; 0 where `processor` is given.
         tvm: what `tvm.target.Target` takes.
-        features: instruction sets that compiled code may use, as Linux names them.
-        lanes: float32 values in a vector register.
         tile_rows: rows of a register tile and of a row group.
         tile_columns: columns of a packed weight strip, a power of two.
-        l2_bytes: level-2 cache of a core.
         dtypes: storage dtypes that can be compiled.
         peak: measured limits, or None where nobody has measured.
+        architecture: `platform.machine()` of the processor that runs the code, or the host's part of it, e.g. "x86_64".
+        features: instruction sets of that processor that the code may use, as Linux names them.
     """
 
     name: str
     device: str
     description: str
-    architecture: str
-    processor: str | None
-    rank: int
     tvm: dict[str, Any]
-    features: tuple[str, ...]
-    lanes: int
     tile_rows: int
     tile_columns: int
-    l2_bytes: int
     dtypes: tuple[str, ...]
     peak: Peak | None
+    architecture: str
+    features: tuple[str, ...]
 
+    @abstractmethod
     def fits_this_machine(self) -> bool:
         """Whether code for this target can run here."""
+
+
+@dataclass(frozen=True)
+class CpuTarget(Target):
+    """A processor with vector units.
+
+    Attributes:
+        processor: LLVM's name of the processor, or None in a generic file.
+        rank: among generic targets that fit, the highest is taken; 0 where `processor` is given.
+        lanes: float32 values in a vector register.
+        l2_bytes: level-2 cache of a core.
+    """
+
+    processor: str | None
+    rank: int
+    lanes: int
+    l2_bytes: int
+
+    def fits_this_machine(self) -> bool:
+        """Whether the architecture is this machine's and the processor has the instruction sets."""
         return self.architecture == platform.machine() and set(self.features) <= cpu_features()
+
+
+@dataclass(frozen=True)
+class GpuTarget(Target):
+    """A GPU; the host's part of its libraries is compiled for any processor of this machine's architecture.
+
+    Attributes:
+        max_threads: threads of a block (a workgroup).
+        shared_bytes: shared (workgroup) memory of a block.
+        subgroup: threads of a subgroup (a warp) that may exchange registers, or None where nothing is assumed.
+        vector_bytes: the widest load of a thread.
+    """
+
+    max_threads: int
+    shared_bytes: int
+    subgroup: int | None
+    vector_bytes: int
+
+    def fits_this_machine(self) -> bool:
+        """Whether there is such a device."""
+        from tvm_attn.runtime.device import obstacle
+
+        return obstacle(self.device) is None
 
 
 def names() -> list[str]:
@@ -87,48 +124,71 @@ def read(name: str) -> Target:
         TargetError: no such file, or the file is malformed.
     """
     if name not in names():
-        raise TargetError(f"unknown target {name!r}; known targets: cpu, {', '.join(names())}")
+        raise TargetError(f"unknown target {name!r}; known targets: cpu, vulkan, {', '.join(names())}")
     return _read_file(resource_dir("targets") / f"{name}.toml")
 
 
 def _read_file(path: Path) -> Target:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        detect, peak = table["detect"], table.get("peak")
-        return Target(
-            name=path.stem,
-            device=table["device"],
-            description=table["description"],
-            architecture=detect["architecture"],
-            processor=detect.get("processor"),
-            rank=detect.get("rank", 0),
-            tvm=table["tvm"],
-            features=tuple(table["features"]),
-            lanes=table["vector"]["lanes"],
-            tile_rows=table["tile"]["rows"],
-            tile_columns=table["tile"]["columns"],
-            l2_bytes=table["cache"]["l2_bytes"],
-            dtypes=tuple(table["dtypes"]),
-            peak=Peak(peak["float32_gflops"], peak["memory_gbytes"]) if peak else None,
-        )
+        peak = table.get("peak")
+        common = {
+            "name": path.stem,
+            "device": table["device"],
+            "description": table["description"],
+            "tvm": table["tvm"],
+            "tile_rows": table["tile"]["rows"],
+            "tile_columns": table["tile"]["columns"],
+            "dtypes": tuple(table["dtypes"]),
+            "peak": Peak(peak["float32_gflops"], peak["memory_gbytes"]) if peak else None,
+        }
+        return _cpu_target(common, table) if table["device"] == "cpu" else _gpu_target(common, table["gpu"])
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TargetError(f"{path} is not valid TOML: {error}") from error
     except KeyError as error:
         raise TargetError(f"{path} lacks the key {error}; targets/README.md lists what a target file holds") from error
 
 
+def _cpu_target(common: dict[str, Any], table: dict[str, Any]) -> CpuTarget:
+    detect = table["detect"]
+    return CpuTarget(
+        **common,
+        architecture=detect["architecture"],
+        features=tuple(table["features"]),
+        processor=detect.get("processor"),
+        rank=detect.get("rank", 0),
+        lanes=table["vector"]["lanes"],
+        l2_bytes=table["cache"]["l2_bytes"],
+    )
+
+
+def _gpu_target(common: dict[str, Any], gpu: dict[str, Any]) -> GpuTarget:
+    return GpuTarget(
+        **common,
+        architecture=platform.machine(),
+        features=(),
+        max_threads=gpu["max_threads"],
+        shared_bytes=gpu["shared_bytes"],
+        subgroup=gpu.get("subgroup"),
+        vector_bytes=gpu["vector_bytes"],
+    )
+
+
 def resolve(name: str) -> Target:
-    """The target that `--target` names: "cpu" is this machine's processor, anything else a file's name.
+    """The target that `--target` names: "cpu" is this machine's processor, "vulkan" any Vulkan device, anything else a
+    file's name.
 
     Raises:
         TargetError: the target is unknown, or no file fits this machine.
     """
-    if name in ("cuda", "vulkan"):
-        raise TargetError(f"target {name!r} is not implemented yet; available: cpu, {', '.join(names())}")
-    return detect_cpu() if name == "cpu" else read(name)
+    if name == "cuda":
+        raise TargetError(f"target {name!r} is not implemented yet; available: cpu, vulkan, {', '.join(names())}")
+    if name == "cpu":
+        return detect_cpu()
+    return read("vulkan-generic" if name == "vulkan" else name)
 
 
-def detect_cpu() -> Target:
+def detect_cpu() -> CpuTarget:
     """The target for this machine's processor: the file made for it, else the widest generic one that fits.
 
     Raises:
@@ -137,7 +197,7 @@ def detect_cpu() -> Target:
     from tvm.target.codegen import llvm_get_system_cpu
 
     processor = llvm_get_system_cpu()
-    fitting = [target for target in map(read, names()) if target.device == "cpu" and target.fits_this_machine()]
+    fitting = [target for target in map(read, names()) if isinstance(target, CpuTarget) and target.fits_this_machine()]
     exact = [target for target in fitting if target.processor == processor]
     generic = sorted((target for target in fitting if target.processor is None), key=lambda target: target.rank)
     candidates = exact or generic[-1:]

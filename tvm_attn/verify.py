@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare an artifact's compiled functions with PyTorch in float32 on the artifact's weights.",
     )
     parser.add_argument("artifact", metavar="ARTIFACT", help="folder that tvm_attn.build wrote")
-    parser.add_argument("--device", default="auto", help="auto or cpu; default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 

@@ -203,11 +203,11 @@ def test_edit_with_new_hash_of_something_harmless(altered: Path) -> None:
 
 
 TOP_LEVEL: list[tuple[str, Any, str]] = [
-    ("format", 2, "format 2 is not this version's format 1"),
-    ("format", "1", "format '1'"),
+    ("format", 1, "format 1 is not this version's format 2"),
+    ("format", "2", "format '2'"),
     ("dtype", "float64", "dtype 'float64'"),
     ("dtype", [], r"dtype \[\]"),
-    ("dtype", "float16", "instead of float16"),
+    ("dtype", "float16", "compiled for dtype 'float32', not 'float16'"),
     ("quantization", "int3", "quantization 'int3'"),
     ("quantization", None, "quantization None"),
     ("versions", {"tvm": "0.1"}, r"built with tvm 0\.1, here .* is installed"),
@@ -276,14 +276,53 @@ def test_edited_hash(altered: Path, value: Any) -> None:
         tvm_attn.load(altered)
 
 
-CONFIG = {"vocab_size": 5, "n_positions": 512, "n_embd": 64, "n_inner": 100, "n_layer": 7}
+CONFIG: dict[str, Any] = {"vocab_size": 5, "n_positions": 512, "n_embd": 64, "n_inner": 100, "n_layer": 7}
+# These leave every parameter's shape as it was: only the library knows.
+COMPILED_IN: dict[str, Any] = {
+    "n_head": 1,
+    "activation_function": "gelu",
+    "layer_norm_epsilon": 1e-6,
+    "scale_attn_weights": False,
+    "scale_attn_by_inverse_layer_idx": True,
+}
 
 
-@pytest.mark.parametrize(("key", "value"), CONFIG.items())
-def test_configuration_of_another_model(altered: Path, key: str, value: int) -> None:
+@pytest.mark.parametrize(("key", "value"), (CONFIG | COMPILED_IN).items())
+def test_configuration_of_another_model(altered: Path, key: str, value: Any) -> None:
     edit_manifest(altered, lambda manifest: manifest["model"].update({key: value}))
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match=f"compiled for {key} .*, not {value!r} as" if key in COMPILED_IN else None):
         tvm_attn.load(altered)
+
+
+def _swapped(parameters: list[str]) -> list[str]:
+    """The weights of two LayerNorms, which have one shape, in each other's place."""
+    exchange = {"h.0.ln_1.weight": "h.1.ln_1.weight", "h.1.ln_1.weight": "h.0.ln_1.weight"}
+    return [exchange.get(name, name) for name in parameters]
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("target", lambda target: "another"),
+        ("features", lambda features: features[1:]),
+        ("rows", lambda rows: rows // 2),
+        ("vocabulary", lambda columns: columns + 16),
+        ("max_prefill_rows", lambda rows: rows * 2),
+        ("max_batch", lambda batch: batch + 1),
+        ("parameters", _swapped),
+    ],
+)
+def test_library_that_is_another_than_the_manifest_says(altered: Path, key: str, change: Callable[[Any], Any]) -> None:
+    """Each of these alone would load, and then fail inside TVM, exceed what was planned, or compute something else."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        (library,) = manifest["libraries"]
+        library[key] = change(library[key])
+
+    edit_manifest(altered, edit)
+    with pytest.raises(ArtifactError, match=rf"lib-.*\.so was compiled for {key} .* as manifest\.json says") as caught:
+        tvm_attn.load(altered)
+    assert "\n" not in str(caught.value)
 
 
 GARBAGE = st.one_of(
@@ -325,6 +364,14 @@ def test_garbage_anywhere(demo_artifact: Path, name: str, data: st.DataObject) -
             tvm_attn.load(folder)
         except TvmAttnError as error:
             assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "null", "5", "[]", "{}", '{"n_head": 2}', "\n", "[" * 100_000])
+def test_library_that_says_something_else(demo_artifact: Path, text: str) -> None:
+    artifact = Artifact(demo_artifact)
+    with pytest.raises(ArtifactError, match="was compiled for something else") as caught:
+        artifact.check_identity(artifact.libraries[0], text)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_cpu_feature_of_this_machine(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,6 +571,31 @@ def test_artifact_folder_takes_an_empty_folder_and_replaces_an_artifact(tmp_path
     mask = os.umask(0)
     os.umask(mask)
     assert out.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.parametrize("moment", [0, 1])
+def test_interrupted_replacement(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C before or after one of the two renames: the old artifact stays."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+    rename, calls = Path.rename, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 2 and moment == 0:
+            raise KeyboardInterrupt
+        result = rename(self, target)
+        if len(calls) == 1 and moment == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), writing.artifact_folder(out) as temporary:
+        (temporary / "manifest.json").write_text("new")
+    assert calls[-1] == out
+    assert contents(tmp_path) == {"out/manifest.json": b"old"}
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_manifest_lists_every_file(demo_artifact: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel
 
 import tvm_attn
 from tvm_attn.compiler.verification import BOUNDS
+from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.model import Model
 
 # Every configuration differs from GPT-2 in several ways at once, since each one is compiled.
@@ -113,10 +114,11 @@ def random_model(**changes: Any) -> GPT2LMHeadModel:
     return model
 
 
-def compiled(model: GPT2LMHeadModel, folder: Path, dtype: str = "float32") -> Model:
+def compiled(model: GPT2LMHeadModel, folder: Path, dtype: str = "float32", quant: str = "none") -> Model:
     model.save_pretrained(folder / "checkpoint")
-    tvm_attn.build(model=folder / "checkpoint", target="cpu", dtype=dtype, out=folder / "artifact", verify=False)
-    return tvm_attn.load(folder / "artifact", max_batch=4)
+    out = folder / "artifact"
+    tvm_attn.build(model=folder / "checkpoint", target="cpu", dtype=dtype, quant=quant, out=out, verify=False)
+    return tvm_attn.load(out, max_batch=4)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -207,7 +209,119 @@ def test_storage_dtype(dtype: str, tmp_path: Path) -> None:
     pair = Pair(model, ours)
     ids = pair.ids(pair.context)
     expected, actual = pair.expected_logits(ids), ours.logits([ids])[0]
-    bounds, power = BOUNDS[dtype], np.square(expected).mean()
-    assert np.square(actual - expected).mean() / power <= bounds.nmse
-    assert np.abs(actual - expected).max() / np.sqrt(power) <= bounds.max_abs
+    assert_within(dtype, actual, expected)
     assert ours.generate(ids[:9], max_new_tokens=8).token_ids == pair.expected_tokens(ids[:9], 8)
+
+
+def assert_within(bounds_of: str, actual: np.ndarray, expected: np.ndarray) -> None:
+    bounds = BOUNDS[bounds_of]
+    assert nmse(actual, expected) <= bounds.nmse
+    assert np.abs(actual - expected).max() / np.sqrt(np.square(expected).mean()) <= bounds.max_abs
+
+
+def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.square(actual - expected).mean() / np.square(expected).mean())
+
+
+# --- quantized weights ---
+
+GROUP = 32  # weights that share a scale; they are neighbours along a matrix's input
+
+
+def dequantized(artifact: Path, quant: str, name: str, original: np.ndarray) -> np.ndarray:
+    """What the artifact's bytes stand for, as tvm_attn/storage.py documents them; shaped like `original`."""
+    read = Artifact(artifact).parameters.read
+    table = name in ("wte.weight", "lm_head.weight")  # (outputs, inputs); the other matrices are (inputs, outputs)
+    stored, scales = read(name), read(f"{name}_scales")
+    assert scales.dtype == np.float16
+    values, scales = (stored.T, scales.T) if table else (stored, scales)
+    if quant == "int4":  # two inputs a byte, the even one in the low half, each plus 8
+        assert values.dtype == np.uint8
+        values = np.stack([values & 15, values >> 4], axis=1).reshape(-1, values.shape[1]).astype(np.int64) - 8
+    matrix = values.reshape(-1, GROUP, values.shape[1]) * scales[:, None].astype(np.float32)
+    matrix = matrix.reshape(values.shape).astype(np.float32)
+    return matrix.T if table else matrix
+
+
+def dequantize(model: GPT2LMHeadModel, artifact: Path, quant: str) -> None:
+    """Gives transformers' model the weights of the artifact, after a check that they are near its own.
+
+    Symmetric rounding to `largest` steps moves a weight by half a step at most; the step is float16, 2^-11 of it more.
+    """
+    largest = {"int8": 127, "int4": 7}[quant]
+    tied = model.config.tie_word_embeddings
+    for key, parameter in model.named_parameters():
+        name = key.removeprefix("transformer.")
+        if parameter.ndim == 1 or name == "wpe.weight":
+            continue
+        original = parameter.detach().numpy()
+        matrix = dequantized(artifact, quant, name, original)
+        inputs = original.T if name in ("wte.weight", "lm_head.weight") else original
+        step = np.abs(inputs.reshape(-1, GROUP, inputs.shape[1])).max(1).repeat(GROUP, axis=0) / largest
+        moved = np.abs((matrix - original).T if inputs is not original else matrix - original)
+        assert (moved <= step * (0.5 + largest * 2.0**-11)).all()
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(matrix.copy()))
+    assert tied == (model.lm_head.weight is model.transformer.wte.weight)
+
+
+QUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8, gelu_new, head_dim 48": ("int8", {"n_embd": 96, "vocab_size": 1021}),
+    "int8, silu, untied head, one layer, MLP 160": (
+        "int8",
+        {"activation_function": "silu", "tie_word_embeddings": False, "n_layer": 1, "n_inner": 160},
+    ),
+    "int4, gelu, 4 heads of 24, context 65": (
+        "int4",
+        {"activation_function": "gelu", "n_embd": 96, "n_head": 4, "n_positions": 65},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized(name: str, tmp_path: Path) -> None:
+    """Against transformers in float32 on the dequantized weights.
+
+    What differs is the 8-bit rounding of activations, which the bounds of int8 and int4 are for. The library must be
+    further away from the weights as they were: int4 moves logits by more than the bounds allow.
+    """
+    quant, changes = QUANTIZED[name]
+    model = random_model(**changes)
+    ours = compiled(model, tmp_path, quant=quant)
+    pair = Pair(model, ours)
+    ids = pair.ids(pair.context)
+    unquantized, actual = pair.expected_logits(ids), ours.logits([ids])[0]
+    dequantize(model, tmp_path / "artifact", quant)
+    expected = pair.expected_logits(ids)
+    assert_within(quant, actual, expected)
+    assert nmse(actual, unquantized) > nmse(actual, expected)
+    assert quant == "int8" or nmse(actual, unquantized) > BOUNDS[quant].nmse
+    assert_decodes_within(quant, pair, ids, expected)
+
+
+def assert_decodes_within(quant: str, pair: Pair, ids: list[int], expected: np.ndarray) -> None:
+    """Cached decoding of the second half, one sequence alone and two at once."""
+    engine, array, start = pair.ours.engine, np.array(ids, np.int32), len(ids) // 2
+    for slots in ([1], [2, 0]):
+        engine.prefill([array[:start]] * len(slots), slots)
+        rows = []
+        for position in range(start, len(ids)):
+            positions = np.full(len(slots), position, np.int32)
+            rows.append(engine.decode(array[positions], np.array(slots, np.int32), positions).numpy())
+        for index in range(len(slots)):
+            assert_within(quant, np.stack(rows)[:, index], expected[start:])
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantized_trained_model(quant: str, demo_model_dir: Path, tmp_path: Path) -> None:
+    """The demo model reads text like what it was trained on, up to the end of its context."""
+    theirs = GPT2LMHeadModel.from_pretrained(demo_model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    tvm_attn.build(model=demo_model_dir, target="cpu", quant=quant, out=tmp_path / "artifact", verify=False)
+    pair = Pair(theirs, tvm_attn.load(tmp_path / "artifact"))
+    dequantize(theirs, tmp_path / "artifact", quant)
+    assert pair.ours.tokenizer is not None
+    text = (demo_model_dir / "validation.txt").read_text(encoding="utf-8")
+    ids = pair.ours.tokenizer.encode(text)[: pair.context]
+    expected = pair.expected_logits(ids)
+    assert_within(quant, pair.ours.logits([ids])[0], expected)
+    assert_decodes_within(quant, pair, ids, expected)

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,9 +180,9 @@ def test_a_position_can_be_written_again(engine: CompiledEngine, reference: Refe
 # --- limits ---
 
 
-@pytest.mark.parametrize("max_batch", [0, -1, 65, 10**6])
-def test_max_batch_out_of_range(demo_artifact: Path, max_batch: int) -> None:
-    with pytest.raises(DeviceError, match=f"max_batch must be 1 to 64, not {max_batch}"):
+@pytest.mark.parametrize("max_batch", [0, -1, 65, 10**6, 2.0, "4", None])
+def test_max_batch_out_of_range(demo_artifact: Path, max_batch: Any) -> None:
+    with pytest.raises(DeviceError, match=f"max_batch must be 1 to 64, not {max_batch!r}"):
         tvm_attn.load(demo_artifact, max_batch=max_batch)
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,9 +131,9 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {"fpu", "sse2", "lm"} <= cpu_features()
 
 
-@pytest.mark.parametrize("threads", [0, -1, -(10**9)])
-def test_number_of_threads_must_be_positive(threads: int) -> None:
-    with pytest.raises(DeviceError, match=f"must be positive, not {threads}"):
+@pytest.mark.parametrize("threads", [0, -1, -(10**9), 1.5, "2"])
+def test_number_of_threads_must_be_positive(threads: Any) -> None:
+    with pytest.raises(DeviceError, match=f"must be a positive integer, not {threads!r}"):
         set_threads(threads)
 
 

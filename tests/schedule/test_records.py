@@ -25,8 +25,8 @@ from tvm_attn.kernels import Case, DecodeAttention, Head, Linear, PackPlain, Pre
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.model.checkpoint import random_params
 from tvm_attn.model.gpt2 import Program, build_program
-from tvm_attn.schedule import Record, RecordBook, Template, cpu, records, schedule, template_for
-from tvm_attn.targets import Target
+from tvm_attn.schedule import Record, RecordBook, Template, cpu, gpu, records, schedule, template_for
+from tvm_attn.targets import CpuTarget, Target
 
 CONFIG = GPT2Config(
     vocab_size=300, n_positions=40, n_embd=64, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None
@@ -77,9 +77,13 @@ def test_every_family_has_one_template(name: str) -> None:
         kernel = next(iter(family.cases())).kernel
         assert isinstance(kernel, family)
         assert family.family in template_for(kernel, target).families
-    scheduled = [family for template in cpu.TEMPLATES for family in template.families]
+
+
+@pytest.mark.parametrize("templates", [cpu.TEMPLATES, gpu.TEMPLATES], ids=["cpu", "gpu"])
+def test_templates_of_a_device_class(templates: tuple[Template, ...]) -> None:
+    scheduled = [family for template in templates for family in template.families]
     assert sorted(scheduled) == sorted(family.family for family in kernels.FAMILIES)
-    assert len({template.name for template in cpu.TEMPLATES}) == len(cpu.TEMPLATES)
+    assert len({template.name for template in templates}) == len(templates)
 
 
 def test_missing_template_is_named() -> None:
@@ -217,7 +221,7 @@ def test_the_last_of_two_records_counts(book_folder: Path) -> None:
 def test_bundled_records_fit_their_templates() -> None:
     """Every line in schedules/ is a record of a template that exists, for a target that exists."""
     folder = Path(__file__).parents[2] / "schedules"
-    versions = {template.name: template.version for template in cpu.TEMPLATES}
+    versions = {template.name: template.version for template in (*cpu.TEMPLATES, *gpu.TEMPLATES)}
     for path in folder.glob("*/*.jsonl"):
         assert path.parent.name in targets.names()
         for record in records.read_records(path):
@@ -261,11 +265,10 @@ def test_record_that_does_not_fit_stops_the_compiler(book_folder: Path, tmp_path
 
 
 def others() -> list[str]:
-    """The targets of this architecture that the rest of the tests does not compile for."""
-    here = targets.detect_cpu()
-    return [
-        name for name in targets.names() if name != here.name and targets.read(name).architecture == here.architecture
-    ]
+    """The processors of this architecture that the rest of the tests does not compile for."""
+    here, known = targets.detect_cpu(), map(targets.read, targets.names())
+    fitting = [target for target in known if isinstance(target, CpuTarget) and target.architecture == here.architecture]
+    return [target.name for target in fitting if target.name != here.name]
 
 
 def test_all_targets_of_this_architecture_in_one_artifact(checkpoint: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.benchmark.counts import Work
-from tvm_attn.targets import Target
+from tvm_attn.targets import CpuTarget
 
 # About 0.05 s of work a thread at 4 GHz: long against starting threads, short against a time slice.
 _STEPS = 10_000_000
@@ -75,7 +75,7 @@ class Limits:
         return max((compute, "compute"), (work.bytes / self.read_gbytes / 1e9, "memory"))
 
 
-def measure_limits(target: Target, threads: int, max_buffer_bytes: int = _MAX_BUFFER_BYTES) -> Limits:
+def measure_limits(target: CpuTarget, threads: int, max_buffer_bytes: int = _MAX_BUFFER_BYTES) -> Limits:
     """Measures the limits in a few seconds.
 
     Args:
@@ -96,11 +96,11 @@ def measure_limits(target: Target, threads: int, max_buffer_bytes: int = _MAX_BU
     )
 
 
-def _accumulators(target: Target) -> int:
+def _accumulators(target: CpuTarget) -> int:
     return max(1, target.tile_rows * target.tile_columns // target.lanes)
 
 
-def _build(function: tirx.PrimFunc, target: Target) -> Callable[..., None]:
+def _build(function: tirx.PrimFunc, target: CpuTarget) -> Callable[..., None]:
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     compiled: Callable[..., None] = tvm.tirx.build(module, target=tvm.target.Target(target.tvm))["main"]
     return compiled
@@ -116,7 +116,7 @@ def _best_seconds(call: Callable[[], None]) -> float:
     return min(seconds)
 
 
-def _multiply_add(target: Target, threads: int) -> float:
+def _multiply_add(target: CpuTarget, threads: int) -> float:
     """GFLOP/s of float32 multiply-adds."""
     lanes, count, steps = target.lanes, _accumulators(target), _STEPS
 
@@ -151,7 +151,7 @@ def _multiply_add(target: Target, threads: int) -> float:
     return 2e-9 * threads * count * lanes * steps / _best_seconds(lambda: run(x, y, out))
 
 
-def _read(target: Target, threads: int, buffer_bytes: int) -> tuple[float, int]:
+def _read(target: CpuTarget, threads: int, buffer_bytes: int) -> tuple[float, int]:
     """GB/s of summing a buffer up, and the bytes it had."""
     lanes, count = target.lanes, _accumulators(target)
     steps = max(1, buffer_bytes // (4 * threads * count * lanes))
@@ -202,7 +202,7 @@ _BFLOAT16 = _Dot("llvm.x86.avx512bf16.dpbf16ps.512", "<16 x float>", "<32 x bflo
 _INT8 = _Dot("llvm.x86.avx512.vpdpbusd.512", "<16 x i32>", "<64 x i8>", 128, 0x01010101)
 
 
-def _dot_product(target: Target, threads: int, dot: _Dot) -> float:
+def _dot_product(target: CpuTarget, threads: int, dot: _Dot) -> float:
     """GFLOP/s (or GOP/s) of a dot-product instruction on 512-bit vectors."""
     count, steps = _accumulators(target), _STEPS
     text, words = _dot_loop(dot, count), _VECTOR_BYTES // 4

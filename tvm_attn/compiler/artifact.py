@@ -36,13 +36,13 @@ def artifact_folder(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+        raise ArtifactError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
         _replace(temporary, out)
     except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror}") from error
+        raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -59,11 +59,12 @@ def _replace(new: Path, out: Path) -> None:
         new.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    out.rename(old / "artifact")
     try:
+        out.rename(old / "artifact")
         new.rename(out)
-    except OSError:
-        (old / "artifact").rename(out)
+    except BaseException:  # Ctrl-C too must not end between the two
+        if not out.exists():
+            (old / "artifact").rename(out)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

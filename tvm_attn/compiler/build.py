@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import tvm
 import tvm_ffi
+from tvm import relax
 
 import tvm_attn
 from tvm_attn import targets
@@ -29,9 +31,10 @@ from tvm_attn.model.checkpoint import (
     open_checkpoint,
     random_params,
 )
-from tvm_attn.model.gpt2 import Layout, build_program, padded_vocabulary
+from tvm_attn.model.gpt2 import Layout, Program, build_program, padded_vocabulary
 from tvm_attn.model.params import stored_params
-from tvm_attn.runtime.artifact import FORMAT, Artifact
+from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
+from tvm_attn.runtime.device import obstacle as device_obstacle
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.storage import QUANTIZATIONS, stored_types
@@ -108,7 +111,8 @@ def build(
     progress("reading the checkpoint")
     weights = _open_weights(model, notes, progress)
     stored_types(weights.config, dtype, quant)  # refuses what cannot be quantized, before minutes of work
-    folder = Path(out) if out is not None else Path("dist") / Path(str(model)).name
+    # abspath: "." and ".." have names too.
+    folder = Path(out) if out is not None else Path("dist") / Path(os.path.abspath(model)).name
     reports: dict[str, Report | None] = {}
     with artifact_folder(folder) as temporary:
         progress("writing the parameters")
@@ -202,24 +206,32 @@ def _compile(config: GPT2Config, target: Target, dtype: str, quant: str, folder:
     layout = layout_for(config, target, dtype, quant)
     max_prefill_rows = -(-config.n_positions // layout.rows) * layout.rows
     program = build_program(config, layout, max_prefill_rows, MAX_BATCH)
-    file = f"lib-{target.name}.so"
-    records = compile_program(program, target, folder / file)
-    return {
-        "file": file,
-        "target": target.name,
-        "device": target.device,
-        "platform": f"linux-{target.architecture}",
-        "features": list(target.features),
-        "rows": layout.rows,
-        "vocabulary": padded_vocabulary(config, layout),
-        "max_prefill_rows": max_prefill_rows,
-        "max_batch": MAX_BATCH,
-        "parameters": program.parameters,
+    library = Library(
+        file=f"lib-{target.name}.so",
+        target=target.name,
+        device=target.device,
+        platform=f"linux-{target.architecture}",
+        features=target.features,
+        rows=layout.rows,
+        vocabulary=padded_vocabulary(config, layout),
+        max_prefill_rows=max_prefill_rows,
+        max_batch=MAX_BATCH,
+        parameters=tuple(program.parameters),
+    )
+    _add_identity(program, identity(config, dtype, quant, library))
+    records = compile_program(program, target, folder / library.file)
+    return asdict(library) | {
         "tvm_target": target.tvm,
         "records": [record.to_line() for record in records],
         "kernels": {name: shape_of(kernel) for name, kernel in program.kernels.items()},
         "verification": None,
     }
+
+
+def _add_identity(program: Program, text: str) -> None:
+    """Adds a function "identity" that returns the text; see `tvm_attn.runtime.artifact.identity`."""
+    function = relax.Function([], tvm.ir.StringImm(text), is_pure=True)
+    program.module["identity"] = function.with_attr("global_symbol", "identity")
 
 
 def _verify_libraries(
@@ -236,13 +248,14 @@ def _verify_libraries(
     set_threads(None)
     reports: dict[str, Report | None] = {}
     for target, library in zip(resolved, Artifact(folder).libraries, strict=True):
-        obstacle = library.obstacle()
+        obstacle = library.obstacle() or device_obstacle(library.device)
         if obstacle:
             reports[target.name] = None
             notes.append(f"{library.file} was compiled but not checked: {obstacle}; run tvm_attn.verify where it runs")
             continue
         artifact = Artifact(folder)
-        engine = CompiledEngine(artifact, library, tvm.cpu(0), min(_VERIFY_BATCH, library.max_batch))
+        device = tvm.runtime.device(library.device, 0)
+        engine = CompiledEngine(artifact, library, device, min(_VERIFY_BATCH, library.max_batch))
         report = verify(artifact, engine, progress)
         report.raise_if_failed(library.file)
         reports[target.name] = report

@@ -79,6 +79,13 @@ def _lower() -> tvm.transform.Pass:
     )
 
 
+def tvm_target(target: Target) -> tvm.target.Target:
+    """The TVM target, with the processor that starts the kernels of a GPU."""
+    if target.device == "cpu":
+        return tvm.target.Target(target.tvm)
+    return tvm.target.Target(target.tvm, {"kind": "llvm", "mtriple": f"{target.architecture}-linux-gnu"})
+
+
 def compile_program(program: Program, target: Target, library: Path) -> list[Record]:
     """Compiles a program for a target and writes the shared library.
 
@@ -103,7 +110,7 @@ def compile_program(program: Program, target: Target, library: Path) -> list[Rec
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         temporary = Path(folder) / library.name
         try:
-            executable = relax.build(module, tvm.target.Target(target.tvm), relax_pipeline=_lower())
+            executable = relax.build(module, tvm_target(target), relax_pipeline=_lower())
             executable.export_library(str(temporary))
         except Exception as error:  # TVM raises whatever its C++ code maps to
             last_line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

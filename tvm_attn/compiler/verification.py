@@ -132,7 +132,10 @@ def verify(
     """
     config = artifact.config
     bounds = BOUNDS[artifact.dtype if artifact.quantization == "none" else artifact.quantization]
-    params = dict(effective_params(config, artifact.parameters.read, artifact.quantization))
+    # In stored order: in any other, shards would be read again, and each copy stay in memory with what it was read for.
+    stored = {name: artifact.parameters.read(name) for name in artifact.parameters.names()}
+    params = dict(effective_params(config, stored.__getitem__, artifact.quantization))
+    del stored
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, (2, config.n_positions), dtype=np.int32)
     progress("PyTorch reference, float32")

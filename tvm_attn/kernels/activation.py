@@ -50,18 +50,18 @@ _ERFC = (
 )
 
 
-def _f32(value: float) -> tirx.PrimExpr:
+def _f32(value: float) -> tirx.Expr:
     return T.float32(value)
 
 
-def _horner(x: tirx.PrimExpr, coefficients: Sequence[float]) -> tirx.PrimExpr:
+def _horner(x: tirx.Expr, coefficients: Sequence[float]) -> tirx.Expr:
     result = _f32(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         result = result * x + _f32(coefficient)
     return result
 
 
-def exp2(x: tirx.PrimExpr) -> tirx.PrimExpr:
+def exp2(x: tirx.Expr) -> tirx.Expr:
     """2**x for float32; x is clamped to [-126, 126], so the result is finite, positive and a normal number.
 
     The range is reduced to ``x = n + f`` with n an integer and ``|f| <= 0.5``; 2**n is built from its exponent bits.
@@ -74,17 +74,17 @@ def exp2(x: tirx.PrimExpr) -> tirx.PrimExpr:
     return power + power * f * _horner(f, _EXP2)
 
 
-def exp(x: tirx.PrimExpr) -> tirx.PrimExpr:
+def exp(x: tirx.Expr) -> tirx.Expr:
     """e**x for float32, |x| clamped near 87; relative error 3e-7 near 1 and 1e-7 * |x| at large |x|."""
     return exp2(x * _f32(math.log2(math.e)))
 
 
-def sigmoid(x: tirx.PrimExpr) -> tirx.PrimExpr:
+def sigmoid(x: tirx.Expr) -> tirx.Expr:
     """1 / (1 + e**-x) for float32."""
     return _f32(1.0) / (_f32(1.0) + exp(-x))
 
 
-def tanh(x: tirx.PrimExpr) -> tirx.PrimExpr:
+def tanh(x: tirx.Expr) -> tirx.Expr:
     """tanh for float32: an odd polynomial near zero, where the formula over exp would cancel, else that formula."""
     square = x * x
     small = x + x * square * _horner(square, _TANH)
@@ -92,7 +92,7 @@ def tanh(x: tirx.PrimExpr) -> tirx.PrimExpr:
     return T.Select(T.abs(x) < _f32(0.625), small, large)
 
 
-def erf(x: tirx.PrimExpr) -> tirx.PrimExpr:
+def erf(x: tirx.Expr) -> tirx.Expr:
     """The error function for float32: an odd polynomial for |x| < 1, else 1 - erfc(|x|) with the sign of x."""
     small = x * _horner(x * x, _ERF)
     a = T.min(T.abs(x), _f32(4.0))
@@ -101,25 +101,25 @@ def erf(x: tirx.PrimExpr) -> tirx.PrimExpr:
     return T.Select(T.abs(x) < _f32(1.0), small, T.Select(x < _f32(0.0), -large, large))
 
 
-def _gelu_new(x: tirx.PrimExpr) -> tirx.PrimExpr:
+def _gelu_new(x: tirx.Expr) -> tirx.Expr:
     # 0.5 x (1 + tanh(u)) = x * sigmoid(2 u): one exp and no cancellation.
     u = _f32(math.sqrt(2.0 / math.pi)) * x * (_f32(1.0) + _f32(0.044715) * x * x)
     return x * sigmoid(u + u)
 
 
-def _gelu(x: tirx.PrimExpr) -> tirx.PrimExpr:
+def _gelu(x: tirx.Expr) -> tirx.Expr:
     return _f32(0.5) * x * (_f32(1.0) + erf(x * _f32(math.sqrt(0.5))))
 
 
-def _relu(x: tirx.PrimExpr) -> tirx.PrimExpr:
+def _relu(x: tirx.Expr) -> tirx.Expr:
     return T.max(x, _f32(0.0))
 
 
-def _silu(x: tirx.PrimExpr) -> tirx.PrimExpr:
+def _silu(x: tirx.Expr) -> tirx.Expr:
     return x * sigmoid(x)
 
 
-EXPRESSIONS: dict[str, Callable[[tirx.PrimExpr], tirx.PrimExpr]] = {
+EXPRESSIONS: dict[str, Callable[[tirx.Expr], tirx.Expr]] = {
     "gelu_new": _gelu_new,
     "gelu": _gelu,
     "relu": _relu,

@@ -26,7 +26,7 @@ from tvm_attn.kernels.base import Case, row_groups
 from tvm_attn.storage import numpy_dtype
 
 # Below every score that float32 can reach in practice, and far enough from its limit that differences stay finite.
-_MASKED = -1.0e30
+MASKED = -1.0e30
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class PrefillAttention:
                         for i in range(query_tile):
                             with T.sblock("init_softmax"):
                                 vi = T.axis.spatial(query_tile, i)
-                                maximum[vi] = T.float32(_MASKED)
+                                maximum[vi] = T.float32(MASKED)
                                 total[vi] = T.float32(0.0)
                         for d, i in T.grid(head_dim, query_tile):
                             with T.sblock("init_output"):
@@ -145,7 +145,7 @@ class PrefillAttention:
                                         with T.sblock("mask"):
                                             vj, vi = T.axis.remap("SS", [j, i])
                                             scores[vj, vi] = T.Select(
-                                                vk * key_block + vj <= first + vi, scores[vj, vi], T.float32(_MASKED)
+                                                vk * key_block + vj <= first + vi, scores[vj, vi], T.float32(MASKED)
                                             )
                                 for i in range(query_tile):
                                     with T.sblock("keep_maximum"):
@@ -286,7 +286,7 @@ class DecodeAttention:
                     total = T.sblock_alloc_buffer((1,), "float32", scope="local")
                     slot: T.let[T.int32] = slots[vg, vr]
                     end: T.let[T.int32] = T.min(positions[vg, vr] + 1, vk * key_chunk + key_chunk)
-                    maximum[0] = T.float32(_MASKED)
+                    maximum[0] = T.float32(MASKED)
                     total[0] = T.float32(0.0)
                     for d in range(head_dim):
                         with T.sblock("init_output"):
@@ -318,7 +318,7 @@ class DecodeAttention:
                                 with T.sblock("mask"):
                                     vj = T.axis.spatial(key_block, j)
                                     scores[vj] = T.Select(
-                                        first + vj < end, scores[vj] * T.float32(scale), T.float32(_MASKED)
+                                        first + vj < end, scores[vj] * T.float32(scale), T.float32(MASKED)
                                     )
                             previous[0] = maximum[0]
                             for j in range(key_block):
@@ -365,7 +365,7 @@ class DecodeAttention:
                     weights = T.sblock_alloc_buffer((chunks,), "float32", scope="local")
                     total = T.sblock_alloc_buffer((1,), "float32", scope="local")
                     output = T.sblock_alloc_buffer((head_dim,), "float32", scope="local")
-                    maximum[0] = T.float32(_MASKED)
+                    maximum[0] = T.float32(MASKED)
                     total[0] = T.float32(0.0)
                     for chunk in range(chunks):
                         with T.sblock("merge_maximum"):

@@ -263,16 +263,16 @@ def _accumulate_quantized(kernel: _Matmul) -> Callable[..., None]:
     return accumulate
 
 
-def _lanes(first: tirx.PrimExpr | int, lanes: int) -> tirx.PrimExpr | int:
+def _lanes(first: tirx.Expr | int, lanes: int) -> tirx.Expr | int:
     """The indices of `lanes` neighbours; TVM has no vectors of one."""
     return T.ramp(first, 1, lanes) if lanes > 1 else first
 
 
-def _spread(value: tirx.PrimExpr, lanes: int) -> tirx.PrimExpr:
+def _spread(value: tirx.Expr, lanes: int) -> tirx.Expr:
     return T.broadcast(value, lanes) if lanes > 1 else value
 
 
-def _to_float32(value: tirx.PrimExpr, lanes: int) -> tirx.PrimExpr:
+def _to_float32(value: tirx.Expr, lanes: int) -> tirx.Expr:
     return T.Cast(f"float32x{lanes}" if lanes > 1 else "float32", value)
 
 

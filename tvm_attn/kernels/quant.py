@@ -18,7 +18,7 @@ from tvm_attn.kernels.weights import OFFSETS
 from tvm_attn.storage import GROUP, numpy_dtype
 
 
-def _rounded_bits(value: tirx.PrimExpr) -> tirx.PrimExpr:
+def _rounded_bits(value: tirx.Expr) -> tirx.Expr:
     """The bfloat16 nearest to a float32 (ties to even), as the int32 that holds it in the high half."""
     bits = T.reinterpret("int32", value)
     return bits + T.int32(0x7FFF) + ((bits >> T.int32(16)) & T.int32(1))
@@ -168,7 +168,7 @@ class QuantizeRows:
             yield Case(kernel, f"width {width}", (x,), outputs, wanted, nmse=1e-12)
 
 
-def _quantized(value: tirx.PrimExpr, reciprocal: tirx.PrimExpr) -> tirx.PrimExpr:
+def _quantized(value: tirx.Expr, reciprocal: tirx.Expr) -> tirx.Expr:
     return T.Cast("int32", T.floor(value * reciprocal + T.float32(0.5)))
 
 

@@ -50,12 +50,12 @@ def packed_types(weights: str, k: int, n: int, columns: int) -> list[tuple[tuple
     return [words] if weights == "bfloat16_pairs" else [words, ((strips, k // GROUP, columns), "float16")]
 
 
-def low_half(word: tirx.PrimExpr) -> tirx.PrimExpr:
+def low_half(word: tirx.Expr) -> tirx.Expr:
     """The bfloat16 in the low half of an int32 word, as float32."""
     return T.reinterpret("float32", word << T.int32(16))
 
 
-def high_half(word: tirx.PrimExpr) -> tirx.PrimExpr:
+def high_half(word: tirx.Expr) -> tirx.Expr:
     """The bfloat16 in the high half of an int32 word, as float32."""
     return T.reinterpret("float32", word & T.int32(-65536))
 
@@ -64,10 +64,10 @@ def element(
     weights: str,
     packed: list[tirx.Buffer],
     features: int,
-    strip: tirx.PrimExpr,
-    row: tirx.PrimExpr,
-    column: tirx.PrimExpr,
-) -> tirx.PrimExpr:
+    strip: tirx.Expr,
+    row: tirx.Expr,
+    column: tirx.Expr,
+) -> tirx.Expr:
     """One element of a packed weight with K = `features`, as float32."""
     words = packed[0]
     if weights in PLAIN:

@@ -16,7 +16,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # also teaches numpy, and through it safetensors, the name "bfloat16"
+import ml_dtypes  # noqa: F401 - teaches numpy, and through it safetensors, the name "bfloat16"
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -25,14 +25,10 @@ from tvm_attn.errors import CheckpointError, ConfigError
 from tvm_attn.model.files import one_line, read_json
 from tvm_attn.model.hub import CheckpointUnavailable, hub_id, hub_snapshot
 from tvm_attn.model.tokenizer import tokenizer_json
+from tvm_attn.storage import numpy_dtype
 
-__all__ = ["PARAM_DTYPES", "Checkpoint", "CheckpointUnavailable", "cast_params", "open_checkpoint", "random_params"]
+__all__ = ["Checkpoint", "CheckpointUnavailable", "cast_params", "open_checkpoint", "random_params"]
 
-PARAM_DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -164,12 +160,12 @@ def _fill_normal(flat: np.ndarray, seeds: list[int], start: int) -> None:
 def cast_params(params: Iterable[tuple[str, np.ndarray]], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Bring parameters to their stored form: matrices to `dtype`, vectors (biases, LayerNorm) always to float32.
 
-    `dtype` is a key of PARAM_DTYPES: "float32", "float16" or "bfloat16" (ml_dtypes). Values round to nearest even.
+    `dtype` is "float32", "float16" or "bfloat16" (ml_dtypes). Values round to nearest even.
 
     Raises CheckpointError, naming the tensor, where a finite value would become infinite.
     """
     for name, array in params:
-        target = PARAM_DTYPES[dtype if array.ndim > 1 else "float32"]
+        target = numpy_dtype(dtype if array.ndim > 1 else "float32")
         if array.dtype == target:
             yield name, array
             continue

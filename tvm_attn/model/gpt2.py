@@ -66,8 +66,8 @@ class Program:
     """GPT-2 as Relax.
 
     Attributes:
-        module: the Relax functions and the unscheduled kernels.
-        kernels: the kernel behind each TensorIR function of the module, by its name there.
+        module: the Relax functions, and a declaration of each kernel, which has no body.
+        kernels: the kernel behind each declaration, by its name there; the compiler puts its scheduled function there.
         parameters: names of the canonical tensors that `transform_params` asks for, by its index.
     """
 
@@ -120,6 +120,12 @@ def padded_vocabulary(config: GPT2Config, layout: Layout) -> int:
     return -(-config.vocab_size // layout.columns) * layout.columns
 
 
+def _declaration(name: str, operands: int) -> tirx.PrimFunc:
+    """A function without a body, in a kernel's place: parsing TensorIR that scheduling parses again takes a second."""
+    parameters = [tirx.Var(f"operand_{i}", "handle") for i in range(operands)]
+    return tirx.PrimFunc(parameters, tirx.Evaluate(0)).with_attr("global_symbol", name)
+
+
 class _Module:
     """The Relax module in the making: adds every kernel once and emits calls to it."""
 
@@ -142,7 +148,8 @@ class _Module:
         """Emits a call; `in_place` gives per output the argument it updates, or -1 for a fresh tensor."""
         if kernel not in self._variables:
             name = f"{kernel.family}_{len(self.kernels)}"
-            self._variables[kernel] = self.builder.add_func(kernel.prim_func().with_attr("global_symbol", name), name)
+            fresh = len(outputs) if in_place is None else in_place.count(-1)
+            self._variables[kernel] = self.builder.add_func(_declaration(name, len(arguments) + fresh), name)
             self.kernels[self._variables[kernel].name_hint] = kernel
         variable, tuple_ = self._variables[kernel], relax.Tuple(list(arguments))
         if in_place:
@@ -372,7 +379,7 @@ def _add_transform_params(module: _Module) -> None:
 
 
 def build_program(config: GPT2Config, layout: Layout, max_prefill_rows: int, max_batch: int) -> Program:
-    """GPT-2 as a Relax module over unscheduled kernels.
+    """GPT-2 as a Relax module over declared kernels.
 
     Args:
         config: the model.

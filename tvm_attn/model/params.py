@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from tvm_attn.config import GPT2Config, param_shapes
+from tvm_attn.errors import CheckpointError
 from tvm_attn.kernels.weights import dequantize, from_nibbles, quantize, to_nibbles
 from tvm_attn.model.checkpoint import cast_params
 from tvm_attn.storage import TABLES, is_quantizable, scales_name
@@ -21,7 +22,7 @@ def stored_params(params: Iterable[tuple[str, np.ndarray]], dtype: str, quant: s
         quant: "none", "int8" or "int4"; `tvm_attn.storage` says what is stored.
 
     Raises:
-        CheckpointError: a value does not fit float16.
+        CheckpointError: a value, or the scale of quantized ones, does not fit its dtype.
     """
     if quant == "none":
         yield from cast_params(params, dtype)
@@ -32,7 +33,10 @@ def stored_params(params: Iterable[tuple[str, np.ndarray]], dtype: str, quant: s
             continue
         table = name in TABLES
         matrix = array.T if table else array
-        values, scales = quantize(np.asarray(matrix, np.float32), quant)
+        with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
+            values, scales = quantize(np.asarray(matrix, np.float32), quant)
+        if not np.isfinite(scales).all():
+            raise CheckpointError(f"{name} holds values too large for {quant} with float16 scales; choose --quant none")
         stored = to_nibbles(values) if quant == "int4" else values
         yield name, np.ascontiguousarray(stored.T if table else stored)
         yield scales_name(name), np.ascontiguousarray(scales.T if table else scales)

@@ -24,7 +24,8 @@ class Reference:
     """GPT-2's forward pass; shapes below use B (batch), T (tokens), E (n_embd), H (n_head), D (head_dim), V (vocab).
 
     `params` are the canonical parameters in float32, float64, float16 or ml_dtypes.bfloat16. Arrays that already have
-    `dtype` are used where they lie, without a copy; the others are converted once.
+    `dtype` are used where they lie, without a copy; of the others, the one in use is converted each time, so that the
+    largest model in float64 needs no second copy of its weights.
 
     Raises VerificationError where PyTorch is not installed.
     """
@@ -34,7 +35,8 @@ class Reference:
     ) -> None:
         self._torch = _import_torch()
         self.config = config
-        self._params = {name: self._tensor(array, dtype) for name, array in params.items()}
+        self._dtype = getattr(self._torch, dtype)
+        self._params = {name: self._tensor(array) for name, array in params.items()}
         self._act = self._activation()
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
@@ -48,13 +50,12 @@ class Reference:
         if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
             raise ValueError(f"ids must lie in [0, {config.vocab_size})")
         with torch.inference_mode():
-            params = self._params
-            x = params["wte.weight"][torch.from_numpy(ids.astype(np.int64))]  # (B, T, E)
-            x = x + params["wpe.weight"][: ids.shape[1]]
+            x = self._params["wte.weight"][torch.from_numpy(ids.astype(np.int64))].to(self._dtype)  # (B, T, E)
+            x = x + self._param("wpe.weight")[: ids.shape[1]]
             for layer in range(config.n_layer):
                 x = x + self._attention(self._layer_norm(x, f"h.{layer}.ln_1"), layer)
                 x = x + self._mlp(self._layer_norm(x, f"h.{layer}.ln_2"), layer)
-            head = params["wte.weight" if config.tie_word_embeddings else "lm_head.weight"]
+            head = self._param("wte.weight" if config.tie_word_embeddings else "lm_head.weight")
             logits: np.ndarray = (self._layer_norm(x, "ln_f") @ head.T).numpy()
             return logits
 
@@ -72,10 +73,10 @@ class Reference:
         return self._linear(self._act(self._linear(x, f"h.{layer}.mlp.c_fc")), f"h.{layer}.mlp.c_proj")
 
     def _linear(self, x: "Tensor", name: str) -> "Tensor":
-        return x @ self._params[f"{name}.weight"] + self._params[f"{name}.bias"]
+        return x @ self._param(f"{name}.weight") + self._param(f"{name}.bias")
 
     def _layer_norm(self, x: "Tensor", name: str) -> "Tensor":
-        weight, bias = self._params[f"{name}.weight"], self._params[f"{name}.bias"]
+        weight, bias = self._param(f"{name}.weight"), self._param(f"{name}.bias")
         normed: Tensor = self._torch.nn.functional.layer_norm(
             x, x.shape[-1:], weight, bias, self.config.layer_norm_epsilon
         )
@@ -92,7 +93,12 @@ class Reference:
         }
         return activations[self.config.activation_function]
 
-    def _tensor(self, array: np.ndarray, dtype: str) -> "Tensor":
+    def _param(self, name: str) -> "Tensor":
+        converted: Tensor = self._params[name].to(self._dtype)
+        return converted
+
+    def _tensor(self, array: np.ndarray) -> "Tensor":
+        """The array's memory as a tensor of the same dtype."""
         torch = self._torch
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read here
@@ -100,8 +106,7 @@ class Reference:
                 tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
             else:
                 tensor = torch.from_numpy(array)
-        converted: Tensor = tensor.to(getattr(torch, dtype))
-        return converted
+        return tensor
 
 
 def _import_torch() -> Any:

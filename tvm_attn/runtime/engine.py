@@ -16,6 +16,7 @@ from tvm.runtime.vm import VirtualMachine
 from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.runtime.artifact import Artifact, Library
 from tvm_attn.storage import numpy_dtype
+from tvm_attn.vulkan import require_device
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -39,8 +40,8 @@ class DeviceLogits:
 
 
 def _flat_rows(tensor: tvm.runtime.Tensor) -> np.ndarray:
-    """The host's view of a (g, R, ...) tensor as (g * R, ...), without a copy on the CPU."""
-    array = np.from_dlpack(tensor)
+    """A (g, R, ...) tensor on the host as (g * R, ...); on the CPU a view, without a copy."""
+    array = np.from_dlpack(tensor) if tensor.device == tvm.cpu(0) else tensor.numpy()
     return array.reshape(-1, *array.shape[2:])
 
 
@@ -55,12 +56,12 @@ class CompiledEngine:
 
     Raises:
         ArtifactError: a file is damaged, or the library is not what the manifest says.
-        DeviceError: `max_batch` is out of range, or memory is short.
+        DeviceError: `max_batch` is out of range, the device lacks a feature, or memory is short.
     """
 
     def __init__(self, artifact: Artifact, library: Library, device: tvm.runtime.Device, max_batch: int) -> None:
-        if not 1 <= max_batch <= library.max_batch:
-            raise DeviceError(f"max_batch must be 1 to {library.max_batch}, not {max_batch}")
+        if not (isinstance(max_batch, int) and 1 <= max_batch <= library.max_batch):
+            raise DeviceError(f"max_batch must be 1 to {library.max_batch}, not {max_batch!r}")
         self.config = artifact.config
         self.max_batch = max_batch
         self._library, self._device = library, device
@@ -200,9 +201,17 @@ def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Ten
 
 def _virtual_machine(artifact: Artifact, library: Library, device: tvm.runtime.Device) -> VirtualMachine:
     try:
-        return VirtualMachine(tvm.runtime.load_module(str(artifact.folder / library.file)), device)
+        module = tvm.runtime.load_module(str(artifact.folder / library.file))
+        if library.device == "vulkan":
+            require_device(module, device.index)
+        machine = VirtualMachine(module, device)
+        identity = str(machine["identity"]())
+    except DeviceError:
+        raise
     except Exception as error:
         raise _misfit(artifact, library, error) from error
+    artifact.check_identity(library, identity)
+    return machine
 
 
 def _misfit(artifact: Artifact, library: Library, error: Exception) -> ArtifactError:

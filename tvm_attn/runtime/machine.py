@@ -90,8 +90,8 @@ def set_threads(threads: int | None) -> int:
         if given and not (given.isdecimal() and int(given) > 0):
             raise DeviceError(f"TVM_NUM_THREADS must be a positive number, not {given!r}")
         threads = int(given) if given else usable_cores()
-    if threads < 1:
-        raise DeviceError(f"the number of threads must be positive, not {threads}")
+    if not isinstance(threads, int) or threads < 1:
+        raise DeviceError(f"the number of threads must be a positive integer, not {threads!r}")
     # Affinity mode -3: the threads share the cores listed. The list also lifts TVM's own limit, half of the cores.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(threads)
     tvm_ffi.get_global_func("runtime.config_threadpool")(-3, threads, [str(core) for core in cores])

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_attn.config import GPT2Config
-from tvm_attn.errors import DeviceError, GenerationError
+from tvm_attn.errors import GenerationError
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats, Prompt
+from tvm_attn.runtime.device import parse_device
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.runtime.tokenizer import Tokenizer
 from tvm_attn.runtime.tvm_import import import_tvm
@@ -24,19 +25,21 @@ class Model:
     Attributes:
         config: the model's hyperparameters.
         tokenizer: the tokenizer, or None where the artifact has none; token ids work all the same.
-        device: where it runs, e.g. "cpu".
+        device: where it runs, e.g. "cpu" or "vulkan:0".
     """
 
     def __init__(self, artifact: Artifact, device: str, max_batch: int) -> None:
         import tvm
 
+        from tvm_attn.runtime.device import choose_device
         from tvm_attn.runtime.engine import CompiledEngine
 
+        library, kind, index = choose_device(artifact, device)
         self.config: GPT2Config = artifact.config
-        self.device = device
+        self.device = "cpu" if kind == "cpu" else f"{kind}:{index}"
         text = artifact.tokenizer_json()
         self.tokenizer = None if text is None else Tokenizer(text)
-        self.engine = CompiledEngine(artifact, artifact.library("cpu"), tvm.cpu(0), max_batch)
+        self.engine = CompiledEngine(artifact, library, tvm.runtime.device(kind, index), max_batch)
         self._loop = DecodingLoop(self.engine, self.tokenizer)
 
     def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -130,22 +133,19 @@ def load(folder: str | Path, device: str = "auto", *, threads: int | None = None
 
     Args:
         folder: what `tvm_attn.build` wrote.
-        device: "auto" or "cpu"; "cuda:0" and "vulkan:0" where the artifact has a library for them.
+        device: "cpu", "cuda:0" or "vulkan:0", where the artifact has a library for it; "auto" is a GPU where there is
+            one, else the processor.
         threads: CPU threads; None takes TVM_NUM_THREADS, else all cores that this process may use.
         max_batch: KV-cache slots, the most sequences that are decoded together; memory is taken as they are used.
 
     Raises:
         ArtifactError: the artifact is damaged, or not for this machine or TVM version.
-        DeviceError: the device is unknown, or an argument is out of range.
+        DeviceError: the device is unknown or absent, or an argument is out of range.
         TokenizerError: the artifact's tokenizer is malformed.
     """
-    kind = "cpu" if device == "auto" else device.partition(":")[0]
-    if kind not in ("cpu", "cuda", "vulkan"):
-        raise DeviceError(f"unknown device {device!r}; use auto, cpu, cuda:0 or vulkan:0")
+    parse_device(device)  # refuses a wrong name before anything is read
     artifact = Artifact(folder)
     import_tvm()
     artifact.check_versions()
-    # Says what the artifact has where it has no library for the device.
-    artifact.library(kind)
     set_threads(threads)
-    return Model(artifact, kind, max_batch)
+    return Model(artifact, device, max_batch)

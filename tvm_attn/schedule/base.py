@@ -35,8 +35,8 @@ class Template:
     name: str
     version: int
     families: tuple[str, ...]
-    # Each function takes the kernel classes of its families.
-    apply: Callable[[Any, Target, Chooser], tirx.PrimFunc]
+    # Each function takes the kernel classes of its families, and the target class of its devices.
+    apply: Callable[[Any, Any, Chooser], tirx.PrimFunc]
 
 
 class FixedChooser:
@@ -69,9 +69,9 @@ def template_for(kernel: Kernel, target: Target) -> Template:
     Raises:
         ScheduleError: there is none.
     """
-    from tvm_attn.schedule import cpu
+    from tvm_attn.schedule import cpu, gpu
 
-    templates = {"cpu": cpu.TEMPLATES}.get(target.device, ())
+    templates = {"cpu": cpu.TEMPLATES, "cuda": gpu.TEMPLATES, "vulkan": gpu.TEMPLATES}.get(target.device, ())
     for template in templates:
         if kernel.family in template.families:
             return template

@@ -27,7 +27,7 @@ from tvm_attn.kernels.matmul import DOT_BFLOAT16, DOT_INT8
 from tvm_attn.kernels.weights import PLAIN
 from tvm_attn.kernels.weights import strip_columns as largest_divisor
 from tvm_attn.schedule.base import Chooser, Template
-from tvm_attn.targets import Target
+from tvm_attn.targets import CpuTarget
 
 
 def _finish(schedule: s_tir.Schedule) -> tirx.PrimFunc:
@@ -77,7 +77,7 @@ declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8
 _DOT_FEATURES = {DOT_BFLOAT16: "avx512_bf16", DOT_INT8: "avx512_vnni"}
 
 
-def _dot_step(kernel: Any, target: Target) -> tuple[Any, str | None]:
+def _dot_step(kernel: Any, target: CpuTarget) -> tuple[Any, str | None]:
     """The kernel with its vector width, and the LLVM IR of its dot product step where the target has an instruction."""
     if kernel.weights in PLAIN:
         return kernel, None
@@ -87,7 +87,7 @@ def _dot_step(kernel: Any, target: Target) -> tuple[Any, str | None]:
     return replace(kernel, lanes=lanes, native=native), _DOT_STEPS[name] if native else None
 
 
-def _matmul(kernel: Any, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _matmul(kernel: Any, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     """Register tiles of R x C accumulators over whole columns of K.
 
     A task is one weight strip times a block of row groups that, K wide, fits half of the level-2 cache; the strip then
@@ -129,7 +129,7 @@ def _matmul(kernel: Any, target: Target, choose: Chooser) -> tirx.PrimFunc:
     return _finish(schedule)
 
 
-def _pack(kernel: PackPlain | PackWords, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _pack(kernel: PackPlain | PackWords, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
     strip, row, column = schedule.get_loops(schedule.get_sblock("pack"))
     if kernel.transposed:
@@ -143,7 +143,7 @@ def _pack(kernel: PackPlain | PackWords, target: Target, choose: Chooser) -> tir
     return _finish(schedule)
 
 
-def _pack_pairs(kernel: PackPairs, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _pack_pairs(kernel: PackPairs, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
     block = schedule.get_sblock("pack")
     group, row, _ = schedule.get_loops(block)
@@ -153,7 +153,7 @@ def _pack_pairs(kernel: PackPairs, target: Target, choose: Chooser) -> tirx.Prim
     return _finish(schedule)
 
 
-def _quantize_rows(kernel: QuantizeRows, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _quantize_rows(kernel: QuantizeRows, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
     group, row, _ = schedule.get_loops(schedule.get_sblock("group"))
     if not _is_one_row(kernel):
@@ -163,7 +163,7 @@ def _quantize_rows(kernel: QuantizeRows, target: Target, choose: Chooser) -> tir
     return _finish(schedule)
 
 
-def _rows(kernel: Embedding | GatherRows, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _rows(kernel: Embedding | GatherRows, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
     block = schedule.get_sblock("embed" if isinstance(kernel, Embedding) else "gather")
     group, row, _ = schedule.get_loops(block)
@@ -173,7 +173,7 @@ def _rows(kernel: Embedding | GatherRows, target: Target, choose: Chooser) -> ti
     return _finish(schedule)
 
 
-def _layer_norm(kernel: LayerNorm, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _layer_norm(kernel: LayerNorm, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     """Both sums are kept in one vector of partial sums, which is added up at the end of the row."""
     schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
     lanes = largest_divisor(kernel.width, target.lanes)
@@ -201,7 +201,7 @@ def _layer_norm(kernel: LayerNorm, target: Target, choose: Chooser) -> tirx.Prim
     return _finish(schedule)
 
 
-def _prefill_attention(kernel: PrefillAttention, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _prefill_attention(kernel: PrefillAttention, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     """A task is one tile of queries of one head; two vectors of queries and eight keys (or dimensions) fill the
     registers."""
     query_tile = 2 * target.lanes
@@ -232,7 +232,7 @@ def _prefill_attention(kernel: PrefillAttention, target: Target, choose: Chooser
     return _finish(schedule)
 
 
-def _decode_attention(kernel: DecodeAttention, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _decode_attention(kernel: DecodeAttention, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     """A task is one chunk of keys of one head of one row."""
     key_chunk = choose("key_chunk", (128, 256, 512, 1024), 256)
     key_block = choose("key_block", (8, 16, 32), 16)
@@ -261,7 +261,7 @@ def _decode_attention(kernel: DecodeAttention, target: Target, choose: Chooser) 
     return _finish(schedule)
 
 
-def _argmax(kernel: Argmax, target: Target, choose: Chooser) -> tirx.PrimFunc:
+def _argmax(kernel: Argmax, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     tiled = replace(kernel, lanes=largest_divisor(kernel.columns, target.lanes))
     schedule = s_tir.Schedule(tiled.prim_func(), enable_check=False)
     if not _is_one_row(kernel):

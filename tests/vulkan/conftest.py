@@ -1,0 +1,106 @@
+"""What the tests of Vulkan share. They run under the validation layer where it is installed, and it must stay silent."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read when the first device is used, long after the tests were collected.
+if any(Path("/usr/share/vulkan/explicit_layer.d").glob("*khronos_validation*")):
+    os.environ.setdefault("TVM_ATTN_VULKAN_VALIDATE", "1")
+
+KERNELS = Path(__file__).with_name("kernels")
+
+
+@pytest.fixture(scope="session")
+def vulkan() -> Any:
+    """TVM's device vulkan:0, with the backend registered. Skips where the runtime or a device is missing."""
+    import tvm
+
+    from tvm_attn import vulkan as backend
+
+    if not backend.is_built():
+        pytest.skip("tvm_attn was built without its Vulkan runtime")
+    backend.autoload()
+    device = tvm.vulkan(0)
+    if not device.exist:
+        pytest.skip("no Vulkan device: install mesa-vulkan-drivers")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def validation_stays_silent() -> Iterator[None]:
+    """Fails a test during which the validation layer said something."""
+    before = _validation_messages()
+    yield
+    assert _validation_messages() == before
+
+
+def _validation_messages() -> list[str]:
+    import tvm_ffi
+
+    validation = tvm_ffi.get_global_func("tvm_attn.vulkan.validation", allow_missing=True)
+    return [] if validation is None else list(json.loads(validation())["messages"])
+
+
+@pytest.fixture(scope="session")
+def axpy_code(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """kernels/axpy.spvasm as SPIR-V: c = a + scale * b."""
+    assembler = shutil.which("spirv-as")
+    if assembler is None:
+        pytest.skip("no spirv-as: install spirv-tools")
+    out = tmp_path_factory.mktemp("spirv") / "axpy.spv"
+    command = [assembler, "--target-env", "spv1.6", KERNELS / "axpy.spvasm", "-o", out]
+    subprocess.run(command, check=True, capture_output=True)
+    return out.read_bytes()
+
+
+@pytest.fixture
+def axpy_record(axpy_code: bytes) -> dict[str, Any]:
+    """The description of axpy in the module format; each test gets one of its own to alter."""
+    return {
+        "name": "axpy",
+        "params": ["handle", "handle", "handle", "int32", "float32"],
+        "reads": [True, True, False],
+        "writes": [False, False, True],
+        "launch_params": ["blockIdx.x", "threadIdx.x"],
+        "workgroup_size": [64, 1, 1],
+        "block_size": 48,
+        "block_offsets": [0, 8, 16, 24, 28],
+        "shared_bytes": 0,
+        "subgroup_size": None,
+        "features": [],
+        "offset": 0,
+        "size": len(axpy_code),
+    }
+
+
+@pytest.fixture(scope="session")
+def pack(axpy_code: bytes) -> Callable[..., bytes]:
+    """pack(record, ..., code=axpy) -> a module in the module format."""
+
+    def pack_module(*records: Any, code: bytes = axpy_code) -> bytes:
+        description = json.dumps({"kernels": list(records)}).encode()
+        return b"TVMATTNV" + struct.pack("<II", 1, len(description)) + description + code
+
+    return pack_module
+
+
+@pytest.fixture(scope="session")
+def create_module(vulkan: Any) -> Callable[[bytes], Any]:
+    """The runtime's own constructor of modules."""
+    import tvm_ffi
+
+    return tvm_ffi.get_global_func("tvm_attn.vulkan.create_module")
+
+
+@pytest.fixture
+def axpy(create_module: Callable[[bytes], Any], pack: Callable[..., bytes], axpy_record: dict[str, Any]) -> Any:
+    """axpy(a, b, c, n, scale, workgroups, 64) on vulkan:0."""
+    return create_module(pack(axpy_record))["axpy"]

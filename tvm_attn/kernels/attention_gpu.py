@@ -1,0 +1,461 @@
+"""The loops of causal attention on GPUs: what `tvm_attn.kernels.attention` computes, as blocks of threads.
+
+Prefill is FlashAttention-2's loop (Dao, 2023, arXiv:2307.08691) with the tiles of queries, keys and values in shared
+memory and the output in registers; tiles past the diagonal are skipped. Decode is Flash-Decoding (Dao et al., 2023): a
+block of threads takes a chunk of the keys of one row and head, and a second kernel merges the chunks.
+
+Threads are numbered along one dimension. Barriers are not written here: TVM puts them where shared memory needs one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from tvm_attn.kernels.activation import exp
+from tvm_attn.kernels.attention import MASKED, DecodeAttention, PrefillAttention
+from tvm_attn.kernels.base import row_groups
+from tvm_attn.kernels.weights import strip_columns as largest_power
+
+_PARTIALS = 16
+"""Threads that reduce a vector in shared memory to as many values, which every thread then reads."""
+
+
+@dataclass(frozen=True)
+class PrefillTiles:
+    """The sizes of `prefill_attention`, all powers of two.
+
+    Attributes:
+        queries: queries of a block.
+        keys: keys in shared memory at a time.
+        across: threads along keys and output dimensions, at most `keys`.
+        down: threads along queries, at most `queries`; across * down is a multiple of `queries`.
+        lanes: the widest vector of a load, in elements.
+    """
+
+    queries: int
+    keys: int
+    across: int
+    down: int
+    lanes: int
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Shared memory of a block."""
+        return 4 * sum(self._shared_floats(head_dim))
+
+    def _shared_floats(self, head_dim: int) -> tuple[int, int, int, int]:
+        """Queries, keys or values, scores, and what a row's threads share."""
+        width = head_dim + self.padding(head_dim)
+        return (
+            self.queries * width,
+            self.keys * width,
+            self.queries * (self.keys + self.vector(self.keys)),
+            self.across * self.down + self.queries,
+        )
+
+    def vector(self, extent: int) -> int:
+        """Lanes of a load of rows of `extent` elements."""
+        return largest_power(extent, self.lanes)
+
+    def padding(self, head_dim: int) -> int:
+        """What rows in shared memory are longer by, so that the rows that threads read lie in different banks."""
+        return self.vector(head_dim)
+
+
+def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.PrimFunc:
+    """The function of `PrefillAttention`, one block of threads for each tile of queries, head and sequence."""
+    heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
+    width, scale = heads * head_dim, kernel.scale
+    queries, keys, across, down = tiles.queries, tiles.keys, tiles.across, tiles.down
+    threads, lanes, score_lanes = across * down, tiles.vector(head_dim), tiles.vector(keys)
+    stride, score_stride = head_dim + tiles.padding(head_dim), keys + score_lanes
+    vectors = head_dim // lanes
+    thread_queries, thread_keys, thread_vectors = queries // down, keys // across, -(-vectors // across)
+    parts = threads // queries  # threads that share a row's softmax
+    part_keys = keys // parts
+
+    @T.prim_func(s_tir=True, check_well_formed=False)
+    def prefill_attention(q_handle: T.handle, cache_handle: T.handle, sequences_handle: T.handle, o_handle: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        g = T.int32()
+        cache_slots = T.int32()
+        b = T.int32()
+        q = T.match_buffer(q_handle, (g, rows, width), "float32")
+        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
+        sequences = T.match_buffer(sequences_handle, (b, 4), "int32")
+        o = T.match_buffer(o_handle, (g, rows, width), "float32")
+        for sequence in T.thread_binding(b, thread="blockIdx.z"):
+            for head in T.thread_binding(heads, thread="blockIdx.y"):
+                for tile in T.thread_binding((g * rows + queries - 1) // queries, thread="blockIdx.x"):
+                    for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                        with T.sblock("tile"):
+                            vb, vh, vt, t = T.axis.remap("SSSS", [sequence, head, tile, thread])
+                            T.reads(
+                                sequences[vb, 0:4],
+                                q[0:g, 0:rows, vh * head_dim : vh * head_dim + head_dim],
+                                cache[0:cache_slots, 0:2, vh, 0:context, 0:head_dim],
+                            )
+                            T.writes(o[0:g, 0:rows, vh * head_dim : vh * head_dim + head_dim])
+                            # One dimension each: TVM would cut the padding off a row of a second one.
+                            query = T.sblock_alloc_buffer((queries * stride,), "float32", scope="shared")
+                            # Keys, then values.
+                            block_rows = T.sblock_alloc_buffer((keys * stride,), "float32", scope="shared")
+                            scores = T.sblock_alloc_buffer((queries * score_stride,), "float32", scope="shared")
+                            shared_part = T.sblock_alloc_buffer((queries, parts), "float32", scope="shared")
+                            correction = T.sblock_alloc_buffer((queries,), "float32", scope="shared")
+                            products = T.sblock_alloc_buffer(
+                                (thread_queries, thread_keys, lanes), "float32", scope="local"
+                            )
+                            output = T.sblock_alloc_buffer(
+                                (thread_queries, thread_vectors, lanes), "float32", scope="local"
+                            )
+                            weights = T.sblock_alloc_buffer((thread_queries, score_lanes), "float32", scope="local")
+                            maximum = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            largest = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            score = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            # Scores, then weights, of this thread's part of a row.
+                            own = T.sblock_alloc_buffer((part_keys,), "float32", scope="local")
+                            slot: T.let[T.int32] = sequences[vb, 0]
+                            first_row: T.let[T.int32] = sequences[vb, 1] + vt * queries
+                            count: T.let[T.int32] = T.min(sequences[vb, 2] - vt * queries, queries)
+                            # Position of the tile's first query, and one past the last that its last query sees.
+                            first: T.let[T.int32] = sequences[vb, 3] + vt * queries
+                            visible: T.let[T.int32] = first + count
+                            tx: T.let[T.int32] = t % across
+                            ty: T.let[T.int32] = t // across
+                            row: T.let[T.int32] = t // parts
+                            part: T.let[T.int32] = t % parts
+                            if T.tvm_thread_invariant(count > 0):
+                                for i in range(-(-queries * vectors // threads)):
+                                    at = T.meta_var(i * threads + t)
+                                    if at < queries * vectors:
+                                        source: T.let[T.int32] = first_row + T.min(at // vectors, count - 1)
+                                        for lane in T.vectorized(lanes):
+                                            query[at // vectors * stride + at % vectors * lanes + lane] = q[
+                                                source // rows,
+                                                source % rows,
+                                                vh * head_dim + at % vectors * lanes + lane,
+                                            ] * T.float32(scale)
+                                maximum[0] = T.float32(MASKED)
+                                total[0] = T.float32(0.0)
+                                for i, c in T.grid(thread_queries, thread_vectors):
+                                    for lane in T.vectorized(lanes):
+                                        output[i, c, lane] = T.float32(0.0)
+                                for block in range((visible + keys - 1) // keys):
+                                    for i in range(-(-keys * vectors // threads)):
+                                        at = T.meta_var(i * threads + t)
+                                        if at < keys * vectors:
+                                            # The last block of the last positions would read past the slot.
+                                            place: T.let[T.int32] = T.min(block * keys + at // vectors, context - 1)
+                                            for lane in T.vectorized(lanes):
+                                                block_rows[at // vectors * stride + at % vectors * lanes + lane] = (
+                                                    T.Cast(
+                                                        "float32",
+                                                        cache[slot, 0, vh, place, at % vectors * lanes + lane],
+                                                    )
+                                                )
+                                    for i, j in T.grid(thread_queries, thread_keys):
+                                        for lane in T.vectorized(lanes):
+                                            products[i, j, lane] = T.float32(0.0)
+                                    for d in range(vectors):
+                                        for i in T.unroll(thread_queries):
+                                            for j in T.unroll(thread_keys):
+                                                for lane in T.vectorized(lanes):
+                                                    products[i, j, lane] = (
+                                                        products[i, j, lane]
+                                                        + query[(ty * thread_queries + i) * stride + d * lanes + lane]
+                                                        * block_rows[(tx + across * j) * stride + d * lanes + lane]
+                                                    )
+                                    for i in T.unroll(thread_queries):
+                                        for j in T.unroll(thread_keys):
+                                            score[0] = T.float32(0.0)
+                                            for lane in T.unroll(lanes):
+                                                score[0] = score[0] + products[i, j, lane]
+                                            scores[(ty * thread_queries + i) * score_stride + tx + across * j] = (
+                                                T.Select(
+                                                    block * keys + tx + across * j <= first + ty * thread_queries + i,
+                                                    score[0],
+                                                    T.float32(MASKED),
+                                                )
+                                            )
+                                    largest[0] = maximum[0]
+                                    for j in T.unroll(part_keys):
+                                        own[j] = scores[row * score_stride + part * part_keys + j]
+                                        largest[0] = T.max(largest[0], own[j])
+                                    shared_part[row, part] = largest[0]
+                                    for j in range(parts):
+                                        largest[0] = T.max(largest[0], shared_part[row, j])
+                                    maximum[0] = exp(maximum[0] - largest[0])
+                                    total[0] = total[0] * maximum[0]
+                                    correction[row] = maximum[0]
+                                    maximum[0] = largest[0]
+                                    for j in T.unroll(part_keys):
+                                        own[j] = exp(own[j] - largest[0])
+                                        total[0] = total[0] + own[j]
+                                        scores[row * score_stride + part * part_keys + j] = own[j]
+                                    for i in range(-(-keys * vectors // threads)):
+                                        at = T.meta_var(i * threads + t)
+                                        if at < keys * vectors:
+                                            place: T.let[T.int32] = block * keys + at // vectors
+                                            # What lies past the sequence may be NaN, and a weight of zero keeps that.
+                                            for lane in T.vectorized(lanes):
+                                                block_rows[at // vectors * stride + at % vectors * lanes + lane] = (
+                                                    T.if_then_else(
+                                                        place < visible,
+                                                        T.Cast(
+                                                            "float32",
+                                                            cache[slot, 1, vh, place, at % vectors * lanes + lane],
+                                                        ),
+                                                        T.float32(0.0),
+                                                    )
+                                                )
+                                    for i in T.unroll(thread_queries):
+                                        for c in T.unroll(thread_vectors):
+                                            for lane in T.vectorized(lanes):
+                                                output[i, c, lane] = (
+                                                    output[i, c, lane] * correction[ty * thread_queries + i]
+                                                )
+                                    for j in range(keys // score_lanes):
+                                        for i in T.unroll(thread_queries):
+                                            for lane in T.vectorized(score_lanes):
+                                                weights[i, lane] = scores[
+                                                    (ty * thread_queries + i) * score_stride + j * score_lanes + lane
+                                                ]
+                                        for k in T.unroll(score_lanes):
+                                            for c in T.unroll(thread_vectors):
+                                                # A thread past the last vector repeats it, and stores nothing.
+                                                vector: T.let[T.int32] = T.min(tx + across * c, vectors - 1)
+                                                for i in T.unroll(thread_queries):
+                                                    for lane in T.vectorized(lanes):
+                                                        output[i, c, lane] = (
+                                                            output[i, c, lane]
+                                                            + weights[i, k]
+                                                            * block_rows[
+                                                                (j * score_lanes + k) * stride + vector * lanes + lane
+                                                            ]
+                                                        )
+                                shared_part[row, part] = total[0]
+                                for i in T.unroll(thread_queries):
+                                    query_row: T.let[T.int32] = ty * thread_queries + i
+                                    total[0] = T.float32(0.0)
+                                    for j in range(parts):
+                                        total[0] = total[0] + shared_part[query_row, j]
+                                    if query_row < count:
+                                        target: T.let[T.int32] = first_row + query_row
+                                        for c in T.unroll(thread_vectors):
+                                            if tx + across * c < vectors:
+                                                for lane in T.vectorized(lanes):
+                                                    o[
+                                                        target // rows,
+                                                        target % rows,
+                                                        vh * head_dim + (tx + across * c) * lanes + lane,
+                                                    ] = output[i, c, lane] / total[0]
+
+    return prefill_attention
+
+
+@dataclass(frozen=True)
+class DecodeChunks:
+    """The sizes of `decode_attention`, all powers of two.
+
+    Attributes:
+        keys: keys of a block, a multiple of `_PARTIALS`.
+        threads: threads of a block, at least `_PARTIALS`.
+        key_threads: threads that share the dot product of a key.
+        lanes: the widest vector of a load, in elements.
+    """
+
+    keys: int
+    threads: int
+    key_threads: int
+    lanes: int
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Shared memory of a block."""
+        lanes = largest_power(head_dim, self.lanes)
+        return 4 * (self.keys * (self.key_threads + 2) + 2 * _PARTIALS + self.threads * lanes)
+
+
+def decode_attention(kernel: DecodeAttention, chunks: DecodeChunks) -> tirx.PrimFunc:
+    """The function of `DecodeAttention`: one block of threads for each chunk of keys, head and row; then the merge."""
+    heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
+    width, scale, g = heads * head_dim, kernel.scale, row_groups(kernel.groups)
+    keys, threads, key_threads = chunks.keys, chunks.threads, chunks.key_threads
+    lanes = largest_power(head_dim, chunks.lanes)
+    vectors = head_dim // lanes
+    pass_keys, key_vectors, stride = threads // key_threads, -(-vectors // key_threads), key_threads + 1
+    # Threads along the output's vectors; the others split the keys.
+    across = min(threads, 1 << (vectors - 1).bit_length())
+    splits, thread_vectors = threads // across, -(-vectors // across)
+    count = -(-context // keys)
+    merge_threads = min(threads, 1 << (head_dim - 1).bit_length())
+
+    def visible_keys(end, chunk):
+        """Keys of the chunk that the row sees."""
+        return T.max(T.min(end - chunk * keys, keys), 0)
+
+    @T.prim_func(s_tir=True, check_well_formed=False)
+    def decode_attention(
+        q_handle: T.handle,
+        cache_handle: T.handle,
+        slots_handle: T.handle,
+        positions_handle: T.handle,
+        o_handle: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        cache_slots = T.int32()
+        q = T.match_buffer(q_handle, (g, rows, width), "float32")
+        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
+        slots = T.match_buffer(slots_handle, (g, rows), "int32")
+        positions = T.match_buffer(positions_handle, (g, rows), "int32")
+        o = T.match_buffer(o_handle, (g, rows, width), "float32")
+        outputs = T.sblock_alloc_buffer((g, rows, heads, count, head_dim), "float32")
+        maxima = T.sblock_alloc_buffer((g, rows, heads, count), "float32")
+        totals = T.sblock_alloc_buffer((g, rows, heads, count), "float32")
+        for group_row in T.thread_binding(g * rows, thread="blockIdx.z"):
+            for head in T.thread_binding(heads, thread="blockIdx.y"):
+                for chunk in T.thread_binding(count, thread="blockIdx.x"):
+                    for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                        with T.sblock("chunk"):
+                            vg = T.axis.spatial(g, group_row // rows)
+                            vr = T.axis.spatial(rows, group_row % rows)
+                            vh, vk, t = T.axis.remap("SSS", [head, chunk, thread])
+                            T.reads(
+                                q[vg, vr, vh * head_dim : vh * head_dim + head_dim],
+                                cache[0:cache_slots, 0:2, vh, 0:context, 0:head_dim],
+                                slots[vg, vr],
+                                positions[vg, vr],
+                            )
+                            T.writes(
+                                outputs[vg, vr, vh, vk, 0:head_dim], maxima[vg, vr, vh, vk], totals[vg, vr, vh, vk]
+                            )
+                            # Rows one longer than needed, so that those of neighbouring threads lie in other banks.
+                            partial = T.sblock_alloc_buffer((keys * stride,), "float32", scope="shared")
+                            scores = T.sblock_alloc_buffer((keys,), "float32", scope="shared")
+                            maximum_part = T.sblock_alloc_buffer((_PARTIALS,), "float32", scope="shared")
+                            total_part = T.sblock_alloc_buffer((_PARTIALS,), "float32", scope="shared")
+                            output_part = T.sblock_alloc_buffer((splits, across * lanes), "float32", scope="shared")
+                            products = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+                            output = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+                            value = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            maximum = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            slot: T.let[T.int32] = slots[vg, vr]
+                            seen: T.let[T.int32] = visible_keys(positions[vg, vr] + 1, vk)
+                            lane_x: T.let[T.int32] = t % key_threads
+                            key_y: T.let[T.int32] = t // key_threads
+                            for step in range((seen + pass_keys - 1) // pass_keys):
+                                key: T.let[T.int32] = step * pass_keys + key_y
+                                place: T.let[T.int32] = vk * keys + T.min(key, seen - 1)
+                                for lane in T.vectorized(lanes):
+                                    products[lane] = T.float32(0.0)
+                                for d in T.unroll(key_vectors):
+                                    if lane_x + d * key_threads < vectors:
+                                        for lane in T.vectorized(lanes):
+                                            products[lane] = products[lane] + q[
+                                                vg, vr, vh * head_dim + (lane_x + d * key_threads) * lanes + lane
+                                            ] * T.Cast(
+                                                "float32",
+                                                cache[slot, 0, vh, place, (lane_x + d * key_threads) * lanes + lane],
+                                            )
+                                value[0] = T.float32(0.0)
+                                for lane in T.unroll(lanes):
+                                    value[0] = value[0] + products[lane]
+                                if key < keys:
+                                    partial[key * stride + lane_x] = value[0]
+                            for step in range(-(-keys // threads)):
+                                if step * threads + t < keys:
+                                    value[0] = T.float32(0.0)
+                                    for lane in T.unroll(key_threads):
+                                        value[0] = value[0] + partial[(step * threads + t) * stride + lane]
+                                    scores[step * threads + t] = T.Select(
+                                        step * threads + t < seen, value[0] * T.float32(scale), T.float32(MASKED)
+                                    )
+                            if t < _PARTIALS:
+                                value[0] = T.float32(MASKED)
+                                for j in range(keys // _PARTIALS):
+                                    value[0] = T.max(value[0], scores[j * _PARTIALS + t])
+                                maximum_part[t] = value[0]
+                            maximum[0] = T.float32(MASKED)
+                            for j in range(_PARTIALS):
+                                maximum[0] = T.max(maximum[0], maximum_part[j])
+                            for step in range(-(-keys // threads)):
+                                if step * threads + t < keys:
+                                    value[0] = T.Select(
+                                        step * threads + t < seen,
+                                        exp(scores[step * threads + t] - maximum[0]),
+                                        T.float32(0.0),
+                                    )
+                                    scores[step * threads + t] = value[0]
+                            if t < _PARTIALS:
+                                value[0] = T.float32(0.0)
+                                for j in range(keys // _PARTIALS):
+                                    value[0] = value[0] + scores[j * _PARTIALS + t]
+                                total_part[t] = value[0]
+                            for c in range(thread_vectors):
+                                vector: T.let[T.int32] = T.min(c * across + t % across, vectors - 1)
+                                for lane in T.vectorized(lanes):
+                                    output[lane] = T.float32(0.0)
+                                for step in range((seen + splits - 1) // splits):
+                                    key: T.let[T.int32] = T.min(step * splits + t // across, seen - 1)
+                                    # A thread past the last key repeats it with a weight of zero.
+                                    weight: T.let[T.float32] = T.Select(
+                                        step * splits + t // across < seen, scores[key], T.float32(0.0)
+                                    )
+                                    for lane in T.vectorized(lanes):
+                                        output[lane] = output[lane] + weight * T.Cast(
+                                            "float32", cache[slot, 1, vh, vk * keys + key, vector * lanes + lane]
+                                        )
+                                for lane in T.vectorized(lanes):
+                                    output_part[t // across, t % across * lanes + lane] = output[lane]
+                                for step in range(-(-across * lanes // threads)):
+                                    column: T.let[T.int32] = step * threads + t
+                                    if column < across * lanes and c * across * lanes + column < head_dim:
+                                        value[0] = T.float32(0.0)
+                                        for j in range(splits):
+                                            value[0] = value[0] + output_part[j, column]
+                                        outputs[vg, vr, vh, vk, c * across * lanes + column] = value[0]
+                            if t == 0:
+                                value[0] = T.float32(0.0)
+                                for j in range(_PARTIALS):
+                                    value[0] = value[0] + total_part[j]
+                                maxima[vg, vr, vh, vk] = maximum[0]
+                                totals[vg, vr, vh, vk] = value[0]
+        for group_row in T.thread_binding(g * rows, thread="blockIdx.y"):
+            for head in T.thread_binding(heads, thread="blockIdx.x"):
+                for thread in T.thread_binding(merge_threads, thread="threadIdx.x"):
+                    with T.sblock("merge"):
+                        vg = T.axis.spatial(g, group_row // rows)
+                        vr = T.axis.spatial(rows, group_row % rows)
+                        vh, t = T.axis.remap("SS", [head, thread])
+                        T.reads(
+                            positions[vg, vr],
+                            outputs[vg, vr, vh, 0:count, 0:head_dim],
+                            maxima[vg, vr, vh, 0:count],
+                            totals[vg, vr, vh, 0:count],
+                        )
+                        T.writes(o[vg, vr, vh * head_dim : vh * head_dim + head_dim])
+                        maximum = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        weight = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        output = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        used: T.let[T.int32] = T.max(positions[vg, vr], 0) // keys + 1
+                        maximum[0] = T.float32(MASKED)
+                        for k in range(used):
+                            maximum[0] = T.max(maximum[0], maxima[vg, vr, vh, k])
+                        for step in range(-(-head_dim // merge_threads)):
+                            if step * merge_threads + t < head_dim:
+                                total[0] = T.float32(0.0)
+                                output[0] = T.float32(0.0)
+                                for k in range(used):
+                                    weight[0] = exp(maxima[vg, vr, vh, k] - maximum[0])
+                                    total[0] = total[0] + weight[0] * totals[vg, vr, vh, k]
+                                    output[0] = output[0] + weight[0] * outputs[vg, vr, vh, k, step * merge_threads + t]
+                                # A padding row has seen no key: 0 / 1 instead of 0 / 0.
+                                o[vg, vr, vh * head_dim + step * merge_threads + t] = output[0] / T.Select(
+                                    positions[vg, vr] >= 0, total[0], T.float32(1.0)
+                                )
+
+    return decode_attention

@@ -1,0 +1,77 @@
+"""The device that a model runs on: reading its name, finding it, and choosing one.
+
+Functions import TVM when they are called: how it is imported is for `tvm_attn.runtime.tvm_import` to say.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tvm_attn.errors import DeviceError
+from tvm_attn.runtime.artifact import Artifact, Library
+
+GPU_KINDS = ("cuda", "vulkan")
+"""Device classes beside the processor, in the order in which "auto" tries them."""
+
+
+def parse_device(name: str) -> tuple[str, int] | None:
+    """Kind and index of a device's name, e.g. ("vulkan", 0) of "vulkan:0" or "vulkan"; None for "auto".
+
+    Raises:
+        DeviceError: it is none of auto, cpu, cuda[:INDEX], vulkan[:INDEX].
+    """
+    if name == "auto":
+        return None
+    found = re.fullmatch(r"(cpu|cuda|vulkan)(?::(\d{1,3}))?", name, re.ASCII)
+    if not found or (found[1] == "cpu" and int(found[2] or 0)):
+        raise DeviceError(f"unknown device {name!r}; use auto, cpu, cuda:0 or vulkan:0")
+    return found[1], int(found[2] or 0)
+
+
+def obstacle(kind: str, index: int = 0) -> str | None:
+    """Why a device cannot be used, in words; None where it can."""
+    if kind == "cpu":
+        return None
+    import tvm
+    import tvm_ffi
+
+    if tvm_ffi.get_global_func(f"device_api.{kind}", allow_missing=True) is None:
+        return f"the {kind} runtime is missing"
+    if not tvm.runtime.device(kind, index).exist:
+        return f"there is no device {kind}:{index}"
+    return None
+
+
+def is_software(kind: str, index: int = 0) -> bool:
+    """Whether a device that exists is a program on the processor, such as Mesa's llvmpipe."""
+    import tvm
+
+    name = str(tvm.runtime.device(kind, index).device_name).lower()
+    return "llvmpipe" in name or "swiftshader" in name
+
+
+def choose_device(artifact: Artifact, name: str) -> tuple[Library, str, int]:
+    """The library to run, and the kind and index of the device to run it on.
+
+    "auto" is the first GPU that the artifact has a library for, else the processor; a software renderer is taken only
+    where there is no library for the processor.
+
+    Raises:
+        ArtifactError: the artifact has no library that can run here.
+        DeviceError: the device is unknown, or absent.
+    """
+    chosen = parse_device(name) or _automatic(artifact)
+    kind, index = chosen
+    library = artifact.library(kind)
+    if reason := obstacle(kind, index):
+        raise DeviceError(f"device {kind}:{index}: {reason}; python -m tvm_attn.devices lists what this machine has")
+    return library, kind, index
+
+
+def _automatic(artifact: Artifact) -> tuple[str, int]:
+    available = {library.device for library in artifact.libraries if library.obstacle() is None}
+    present = [kind for kind in GPU_KINDS if kind in available and obstacle(kind) is None]
+    real = [kind for kind in present if not is_software(kind)]
+    if real:
+        return real[0], 0
+    return (present[0], 0) if present and "cpu" not in available else ("cpu", 0)

@@ -1,0 +1,135 @@
+"""Vulkan for a TVM that was built without it: code generation in Python, the device runtime in C++.
+
+`import tvm` finds `autoload` through the entry point group `tvm.backends`, with the compiler or with TVM's runtime
+alone (`TVM_USE_RUNTIME_LIB=1`). It loads the runtime library, if the package was built with it, and registers what TVM
+looks up; every name that TVM has already stays TVM's. Neither needs a Vulkan driver: libvulkan is opened at the first
+use of a device.
+
+| environment variable | does |
+|---|---|
+| `TVM_ATTN_VULKAN_DEVICE` | chooses and orders the devices: indices or parts of names, separated by commas |
+| `TVM_ATTN_VULKAN_VALIDATE=1` | the validation layer, synchronization included; see `validation_messages` |
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+from tvm_attn.errors import ArtifactError, DeviceError
+
+LIBRARY = Path(__file__).with_name("libtvm_attn_vulkan.so")
+
+
+def is_built() -> bool:
+    """Whether this installation holds the device runtime."""
+    return LIBRARY.is_file()
+
+
+def autoload() -> None:
+    """Registers the Vulkan backend with the TVM that is being imported. Calling it again changes nothing."""
+    import tvm_ffi
+
+    # The runtime library's errors arrive as these types.
+    tvm_ffi.register_error("ArtifactError", ArtifactError)
+    tvm_ffi.register_error("DeviceError", DeviceError)
+    if is_built() and not _registered("tvm_attn.vulkan.devices"):
+        ctypes.CDLL(str(LIBRARY))  # registers its functions while it is loaded
+        atexit.register(_global("tvm_attn.vulkan.flush"))
+    if not _registered("target.build.vulkan"):
+        tvm_ffi.register_global_func("target.build.vulkan", _build)
+    if not _registered("tvm_attn.vulkan.disassemble"):
+        tvm_ffi.register_global_func("tvm_attn.vulkan.disassemble", _disassemble)
+    _register_target_detection()
+
+
+def devices() -> list[dict[str, Any]]:
+    """The Vulkan devices of this machine, usable or not: name, type, versions, features, limits, what is `missing`.
+
+    `index` is the number under which TVM knows the device, or None. Raises DeviceError where there is no Vulkan.
+    """
+    return list(json.loads(_global("tvm_attn.vulkan.devices")()))
+
+
+def statistics(index: int = 0) -> dict[str, int]:
+    """Memory and stream of `vulkan:index`: bytes allocated by tensors and reserved from the driver, allocations,
+    blocks, operations recorded, submissions, barriers. Raises DeviceError where there is no such device.
+    """
+    return dict(json.loads(_global("tvm_attn.vulkan.statistics")(index)))
+
+
+def validation_messages() -> list[str]:
+    """What the validation layer has said in this process, at most 100 messages.
+
+    Raises DeviceError where the layer does not run: it is switched on by TVM_ATTN_VULKAN_VALIDATE=1 before first use.
+    """
+    report = json.loads(_global("tvm_attn.vulkan.validation")())
+    if not report["enabled"]:
+        raise DeviceError("the validation layer is not running: set TVM_ATTN_VULKAN_VALIDATE=1 and use a device first")
+    return list(report["messages"])
+
+
+def require_device(module: Any, index: int = 0) -> None:
+    """Checks that `vulkan:index` can run every Vulkan kernel in a loaded `module` (a tvm_ffi.Module) and its imports.
+
+    Raises DeviceError that names the kernel, the feature and the device. A launch checks the same.
+    """
+    _global("tvm_attn.vulkan.require_device")(module, index)
+
+
+def _registered(name: str) -> bool:
+    import tvm_ffi
+
+    return tvm_ffi.get_global_func(name, allow_missing=True) is not None
+
+
+def _global(name: str) -> Any:
+    import tvm_ffi
+
+    function = tvm_ffi.get_global_func(name, allow_missing=True)
+    if function is None and is_built():
+        import tvm  # noqa: F401  (its import calls autoload)
+
+        autoload()  # also where TVM's own autoloading is switched off
+        function = tvm_ffi.get_global_func(name, allow_missing=True)
+    if function is None:
+        raise DeviceError(
+            "tvm-attn was built without its Vulkan runtime: install CMake, a C++ compiler and Vulkan's headers "
+            "(Debian: cmake g++ libvulkan-dev), then reinstall tvm-attn"
+        )
+    return function
+
+
+def _build(mod: Any, target: Any) -> Any:
+    from tvm_attn.vulkan import codegen
+
+    return codegen.build(mod, target)
+
+
+def _disassemble(code: bytes) -> str:
+    from tvm_attn.vulkan import codegen
+
+    return codegen.disassemble(code)
+
+
+def _register_target_detection() -> None:
+    """`Target.from_device("vulkan")` as TVM has it, and with `max_num_threads`, which TVM leaves at 256."""
+    from tvm.base import _RUNTIME_ONLY
+
+    if _RUNTIME_ONLY:
+        return
+    from tvm.target import Target
+    from tvm.target.detect_target import SUPPORTED_DEVICE, register_device_target_detector
+
+    detect = SUPPORTED_DEVICE.get("vulkan")
+    if detect is None:
+        return
+
+    def detect_all(device: Any) -> Target:
+        target = detect(device)
+        return Target({**target.export(), "max_num_threads": device.max_threads_per_block})
+
+    register_device_target_detector("vulkan", detect_all)

@@ -1,0 +1,296 @@
+"""One walk over a kernel before code is emitted: its threads, its memories, how each is used.
+
+A memory (`Root`) is a buffer parameter or an allocation; buffers are views of it. What the walk finds decides how
+memory is declared: the elements of shared and local arrays, which parts of a dynamic allocation overlap, which
+loads see memory that nothing writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm_attn.errors import CompileError
+from tvm_attn.vulkan.codegen.facts import Fact, Facts
+from tvm_attn.vulkan.codegen.values import DType, from_tvm
+
+# Grid extents and with them block indices stay below this (the runtime refuses more).
+MAX_GRID = (1 << 31) - 1
+_READ, _WRITE = 1, 2
+
+
+@dataclass
+class Access:
+    """One load or store: scalar type, lanes, and the facts of its first element index (None: a gather)."""
+
+    dtype: DType
+    lanes: int
+    index: Fact | None
+
+
+@dataclass(eq=False)
+class Root:
+    """A memory: `scope` is global, shared or local; `count` is the number of elements, None where it is symbolic."""
+
+    name: str
+    scope: str
+    dtype: DType
+    count: int | None
+    parameter: int | None = None
+    reads: bool = False
+    writes: bool = False
+    dynamic: bool = False
+    atomic: bool = False
+    accesses: list[Access] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class View:
+    """A buffer: its memory and the type of its elements. `small` says that 31 bits hold every element index."""
+
+    root: Root
+    dtype: DType
+    small: bool = False
+
+
+class Analysis:
+    """The result of the walk over `function`, a device PrimFunc after TVM's lowering."""
+
+    def __init__(self, function: Any) -> None:
+        self.facts = Facts()
+        self.roots: list[Root] = []
+        self.views: dict[int, View] = {}
+        self.pointers: dict[int, Root] = {}
+        self.threads: dict[str, Any] = {}
+        # Loop variables that index local arrays: a device keeps those in registers where the loop is unrolled.
+        self.unroll: set[int] = set()
+        self._loops: list[int] = []
+        for index, parameter in enumerate(function.params):
+            if hasattr(parameter.ty, "element_type"):
+                self._parameter(index, parameter)
+        self._visit(function.body)
+
+    def _parameter(self, index: int, parameter: Any) -> None:
+        element = parameter.ty.element_type
+        dtype = from_tvm(element.dtype) if hasattr(element, "dtype") else DType("void", 0)
+        if dtype.kind in ("void", "handle"):
+            dtype = DType("uint", 32)
+        root = Root(parameter.name, "global", dtype.scalar, None, index)
+        self.roots.append(root)
+        self.pointers[parameter.__chandle__()] = root
+
+    # Memories ---------------------------------------------------------------------------------------------------
+
+    def root_of(self, data: Any) -> Root:
+        """The memory behind a pointer expression."""
+        kind = type(data).__name__
+        if kind == "Var":
+            handle = data.__chandle__()
+            if handle in self.views:
+                return self.views[handle].root
+            if handle in self.pointers:
+                return self.pointers[handle]
+            raise CompileError(f"the pointer {data.name} has no memory that the kernel knows")
+        if kind == "Call":
+            return self.root_of(data.args[1 if data.op.name == "tirx.tvm_access_ptr" else 0])
+        if kind == "TensorLoad":
+            return self.root_of(data.source)
+        raise CompileError(f"pointers of kind {kind} are not supported; pass buffers")
+
+    def _view(self, buffer: Any, root: Root) -> None:
+        ty = buffer.ty
+        count = 1
+        for extent in ty.shape:
+            if type(extent).__name__ != "IntImm":
+                count = 1 << 31
+            count *= int(getattr(extent, "value", 1))
+        lanes = from_tvm(ty.dtype.dtype)
+        self.views[buffer.__chandle__()] = View(root, lanes, count * lanes.lanes < 1 << 31)
+
+    def _allocate(self, buffer: Any) -> None:
+        ty = buffer.ty
+        scope = str(ty.storage_scope) or "local"
+        dtype = from_tvm(ty.dtype.dtype)
+        sizes = [getattr(extent, "value", None) for extent in ty.shape]
+        count: int | None = dtype.lanes
+        for size in sizes:
+            count = None if size is None or count is None else count * int(size)
+        kind = scope.split(".")[0]
+        if kind not in ("shared", "local"):
+            raise CompileError(
+                f'buffer {buffer.name} has scope "{scope}"; kernels may allocate "local" and "shared" memory'
+            )
+        if count is None and scope != "shared.dyn":
+            raise CompileError(f'buffer {buffer.name} has a symbolic size; only memory of scope "shared.dyn" may')
+        root = Root(buffer.name, kind, dtype.scalar, count, dynamic=scope == "shared.dyn")
+        self.roots.append(root)
+        self._view(buffer, root)
+
+    # The walk ---------------------------------------------------------------------------------------------------
+
+    def _visit(self, node: Any) -> None:
+        method = getattr(self, "_" + type(node).__name__, None)
+        if method is not None:
+            method(node)
+            return
+        for name in _CHILDREN.get(type(node).__name__, ()):
+            child = getattr(node, name)
+            if child is not None:
+                self._visit(child)
+
+    def _SeqStmt(self, node: Any) -> None:
+        for statement in node.seq:
+            self._visit(statement)
+
+    def _AttrStmt(self, node: Any) -> None:
+        if node.attr_key in ("thread_extent", "virtual_thread"):
+            tag, extent = str(node.node.thread_tag), node.value
+            high = int(extent.value) - 1 if type(extent).__name__ == "IntImm" else MAX_GRID - 1
+            self.facts.bind(node.node.var, Fact(0, high, 0 if high == 0 else 1))
+            self.threads.setdefault(tag, extent)
+        self._visit(node.value)
+        self._visit(node.body)
+
+    def _For(self, node: Any) -> None:
+        low, extent = self.facts.of(node.min), self.facts.of(node.extent)
+        step = int(node.step.value) if node.step is not None and hasattr(node.step, "value") else 1
+        divisor = step if low.low == low.high and low.low % step == 0 else 1
+        self.facts.bind(node.loop_var, Fact(low.low, low.high + max(extent.high - 1, 0), divisor))
+        self._visit(node.min)
+        self._visit(node.extent)
+        self._loops.append(node.loop_var.__chandle__())
+        self._visit(node.body)
+        self._loops.pop()
+
+    def _bind(self, var: Any, value: Any) -> None:
+        if hasattr(var.ty, "element_type"):
+            self.pointers[var.__chandle__()] = self.root_of(value)
+        elif var.ty.dtype.type_code in (0, 1) and var.ty.dtype.lanes == 1:
+            self.facts.bind(var, self.facts.of(value))
+        self._visit(value)
+
+    def _Bind(self, node: Any) -> None:
+        self._bind(node.var, node.value)
+
+    def _Let(self, node: Any) -> None:
+        self._bind(node.var, node.value)
+        self._visit(node.body)
+
+    def _AllocBuffer(self, node: Any) -> None:
+        self._allocate(node.buffer)
+
+    def _DeclBuffer(self, node: Any) -> None:
+        self._view(node.buffer, self.root_of(node.data))
+
+    def _TensorLoad(self, node: Any) -> None:
+        self._access(node.source, node.indices, _READ)
+
+    def _BufferStore(self, node: Any) -> None:
+        self._access(node.buffer, node.indices, _WRITE)
+        self._visit(node.value)
+
+    def _access(self, buffer: Any, indices: Any, mode: int) -> None:
+        view = self.views.get(buffer.__chandle__())
+        if view is None:
+            raise CompileError(f"buffer {buffer.name} is used but never declared")
+        root = view.root
+        root.reads |= bool(mode & _READ)
+        root.writes |= bool(mode & _WRITE)
+        index = indices[-1]
+        lanes = view.dtype.lanes
+        fact: Fact | None = None
+        if type(index).__name__ == "Ramp":
+            if type(index.stride).__name__ == "IntImm" and int(index.stride.value) == 1:
+                base = self.facts.of(index.base)
+                lanes *= int(index.lanes.value)
+                fact = _scaled(base, view.dtype.lanes)
+        elif index.ty.dtype.lanes == 1:
+            fact = _scaled(self.facts.of(index), view.dtype.lanes)
+        root.accesses.append(Access(view.dtype.scalar, lanes, fact))
+        if root.scope == "local":
+            self.unroll.update(_variables(index).intersection(self._loops))
+        for item in indices:
+            self._visit(item)
+
+    def _Shuffle(self, node: Any) -> None:
+        for vector in node.vectors:
+            self._visit(vector)
+
+    def _Call(self, node: Any) -> None:
+        name = getattr(node.op, "name", "")
+        if name == "tirx.address_of":
+            self._pointer_use(node.args[0], _READ | _WRITE)
+        elif name == "tirx.tvm_access_ptr":
+            mask = node.args[4]
+            self._pointer_use(node, int(mask.value) if hasattr(mask, "value") else _READ | _WRITE)
+            self._visit(node.args[2])
+        else:
+            for argument in node.args:
+                self._visit(argument)
+
+    def _pointer_use(self, pointer: Any, mode: int) -> None:
+        root = self.root_of(pointer)
+        root.reads |= bool(mode & _READ)
+        root.writes |= bool(mode & _WRITE)
+        root.atomic = True
+        root.accesses.append(Access(root.dtype, 1, None))
+        if type(pointer).__name__ == "TensorLoad":
+            view = self.views[pointer.source.__chandle__()]
+            root.accesses[-1] = Access(view.dtype.scalar, 1, self.facts.of(pointer.indices[-1]))
+            for index in pointer.indices:
+                self._visit(index)
+
+
+def _variables(expr: Any) -> set[int]:
+    """Handles of the variables in an index."""
+    if type(expr).__name__ == "Var":
+        return {expr.__chandle__()}
+    names = _CHILDREN.get(type(expr).__name__, ())
+    return set().union(*(_variables(getattr(expr, name)) for name in names))
+
+
+def _scaled(fact: Fact, lanes: int) -> Fact:
+    """An index in elements of a vector type, in scalars."""
+    return Fact(fact.low * lanes, fact.high * lanes, fact.divisor * lanes) if lanes > 1 else fact
+
+
+_BINARY = dict.fromkeys(
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Mod",
+        "FloorDiv",
+        "FloorMod",
+        "Min",
+        "Max",
+        "EQ",
+        "NE",
+        "LT",
+        "LE",
+        "GT",
+        "GE",
+        "And",
+        "Or",
+        "LShift",
+        "RShift",
+        "BitwiseAnd",
+        "BitwiseOr",
+        "BitwiseXor",
+    ],
+    ("a", "b"),
+)
+_CHILDREN: dict[str, tuple[str, ...]] = {
+    **_BINARY,
+    "Not": ("a",),
+    "BitwiseNot": ("a",),
+    "Cast": ("value",),
+    "Select": ("condition", "true_value", "false_value"),
+    "Ramp": ("base", "stride"),
+    "Broadcast": ("value",),
+    "Evaluate": ("value",),
+    "IfThenElse": ("condition", "then_case", "else_case"),
+    "While": ("condition", "body"),
+    "AssertStmt": ("condition",),
+}

@@ -1,0 +1,79 @@
+"""One kernel: from a device PrimFunc to SPIR-V and the record of it that the runtime reads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tvm_attn.errors import CompileError
+from tvm_attn.vulkan.codegen.analysis import Analysis
+from tvm_attn.vulkan.codegen.arithmetic import Arithmetic
+from tvm_attn.vulkan.codegen.builder import Builder
+from tvm_attn.vulkan.codegen.interface import Interface
+from tvm_attn.vulkan.codegen.memory import Memory
+from tvm_attn.vulkan.codegen.statements import Statements
+
+# SPIR-V capability -> feature of the module format.
+_FEATURES = {
+    "Float16": "float16",
+    "Float64": "float64",
+    "Int64": "int64",
+    "Int16": "int16",
+    "Int8": "int8",
+    "StorageBuffer16BitAccess": "storage16",
+    "StorageBuffer8BitAccess": "storage8",
+    "GroupNonUniformShuffle": "subgroup_shuffle",
+    "GroupNonUniformShuffleRelative": "subgroup_shuffle",
+    "GroupNonUniformArithmetic": "subgroup_arithmetic",
+    "AtomicFloat32AddEXT": "buffer_float32_atomic_add",
+    "CooperativeMatrixKHR": "cooperative_matrix",
+    "VulkanMemoryModel": "vulkan_memory_model",
+}
+
+
+class Kernel(NamedTuple):
+    """The SPIR-V words of a kernel and its record, without the place of the words."""
+
+    binary: bytes
+    record: dict[str, Any]
+
+
+def compile_kernel(function: Any, name: str) -> Kernel:
+    """Compiles a device function as TVM's lowering leaves it. Raises CompileError naming operator and kernel."""
+    try:
+        return _compile(function, name)
+    except CompileError as error:
+        raise CompileError(f"Vulkan kernel {name}: {error}") from error
+
+
+def _compile(function: Any, name: str) -> Kernel:
+    analysis = Analysis(function)
+    builder = Builder()
+    arithmetic = Arithmetic(builder)
+    memory = Memory(arithmetic, analysis)
+    interface = Interface(function, arithmetic, analysis, memory)
+    statements = Statements(analysis, arithmetic, memory)
+    size = interface.workgroup_size()
+    statements.run(interface, function.params, function.body)
+    module = builder.finish(size)
+    unknown = module.capabilities - _FEATURES.keys() - _ALWAYS
+    if unknown:
+        raise CompileError(f"the module format has no feature for {', '.join(sorted(unknown))}")
+    record = {
+        "name": name,
+        "params": interface.params,
+        "reads": [root.reads for root in interface.handles],
+        "writes": [root.writes for root in interface.handles],
+        "alignments": [memory.alignments[root] for root in interface.handles],
+        "launch_params": [str(tag) for tag in function.attrs.get("tirx.kernel_launch_params", [])],
+        "workgroup_size": size,
+        "block_size": interface.block_size,
+        "block_offsets": interface.offsets,
+        "shared_bytes": memory.shared_bytes,
+        "subgroup_size": statements.subgroup_size,
+        "features": sorted({_FEATURES[item] for item in module.capabilities if item in _FEATURES}),
+    }
+    return Kernel(module.binary, record)
+
+
+# Capabilities of every Vulkan 1.3 device that the runtime accepts.
+_ALWAYS = frozenset(("Shader", "PhysicalStorageBufferAddresses", "GroupNonUniform", "GroupNonUniformBallot"))

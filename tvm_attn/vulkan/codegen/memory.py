@@ -1,0 +1,388 @@
+"""Loads and stores: buffers by device address, shared and local arrays, vectors, dynamic shared memory.
+
+* A global buffer is a pointer in the argument block to `struct { T[]; }`; an element is an OpAccessChain, a vector or
+  another element type an OpBitcast of that pointer. Loads state the alignment that is proven, never more.
+* A shared or local array holds scalars, or vectors of 2 or 4 where every vector access is aligned to them; single
+  elements of a shared vector are addressed by component, so that threads may write neighbours.
+* Views of one allocation with elements of another size are put together from elements of the smallest size.
+* A load that was made before is used again until a store, a barrier or a loop may have changed the memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import NamedTuple
+
+from tvm_attn.errors import CompileError
+from tvm_attn.vulkan.codegen.analysis import Access, Analysis, Root, View
+from tvm_attn.vulkan.codegen.arithmetic import Arithmetic
+from tvm_attn.vulkan.codegen.facts import Fact
+from tvm_attn.vulkan.codegen.values import DType, Value, split
+
+_BYTE = DType("uint", 8)
+
+
+class Index(NamedTuple):
+    """Where an access goes: `base` in scalars of the view, `fact` about it; `gather` instead for scattered lanes."""
+
+    base: Value | None
+    fact: Fact
+    gather: tuple[Value, ...] = ()
+
+
+@dataclass(eq=False)
+class Array:
+    """A shared or local array: its variable, unit type, units in a vector, and the units before its first."""
+
+    variable: int
+    storage: str
+    unit: DType
+    width: int
+    offset: int
+    length: int
+    root: Root
+
+
+class Memory:
+    """All memories of one kernel."""
+
+    def __init__(self, arithmetic: Arithmetic, analysis: Analysis) -> None:
+        self.arith = arithmetic
+        self.builder = arithmetic.builder
+        self._analysis = analysis
+        self._bases: dict[Root, int] = {}
+        self._arrays: dict[Root, list[tuple[int, int, Array]]] = {}
+        self._any: dict[Root, int] = {}
+        self._dynamic: dict[Root, int] = {}
+        self._slots: dict[tuple[Root, int], int] = {}
+        self._clock = 0
+        self.shared_bytes = 0
+        self.alignments: dict[Root, int] = {}
+
+    # Declaration ------------------------------------------------------------------------------------------------
+
+    def global_type(self, root: Root) -> int:
+        """The type of the pointer to a global memory, as the argument block holds it."""
+        return self._buffer_type(self._stored(root.dtype))
+
+    def _buffer_type(self, dtype: DType) -> int:
+        b = self.builder
+        runtime_array = b.array(self.arith.type(dtype), 0, dtype.bytes)
+        return b.pointer("PhysicalStorageBuffer", b.block_struct([(runtime_array, 0)]))
+
+    def set_base(self, root: Root, pointer: int) -> None:
+        """Binds a global memory to its pointer."""
+        self._bases[root] = pointer
+        self.alignments[root] = root.dtype.bytes
+
+    @staticmethod
+    def _stored(dtype: DType) -> DType:
+        return _BYTE.with_lanes(dtype.lanes) if dtype.kind == "bool" else dtype
+
+    def _regions(self, root: Root) -> list[tuple[int, int, Array]]:
+        """The arrays that stand for a shared or local allocation: (first byte, end, array)."""
+        if root not in self._arrays:
+            self._arrays[root] = [self._declare(root, *region) for region in _partition(root)]
+        return self._arrays[root]
+
+    def _declare(self, root: Root, low: int, high: int | None, accesses: list[Access]) -> tuple[int, int, Array]:
+        b = self.builder
+        storage = "Workgroup" if root.scope == "shared" else "Function"
+        unit = min((access.dtype for access in accesses), key=lambda dtype: dtype.bytes, default=root.dtype)
+        kinds = {access.dtype for access in accesses}
+        if unit.kind == "bool" and len(kinds) > 1:
+            unit = _BYTE
+        if low % unit.bytes:
+            raise CompileError(f"a view of buffer {root.name} starts within an element")
+        if root.atomic and unit.kind == "float":
+            unit = DType("uint", unit.bits)
+        width = 1 if root.atomic else _vector_width(root, accesses, unit, low)
+        if high is None:
+            words = b.int_(32)
+            size = self.builder.spec_constant(words, 1, 4)
+            per_element = b.uint(unit.bytes * width)
+            length_id = b.spec_constant_op(134, words, size, per_element)  # OpUDiv
+            length = 0
+        else:
+            length = -(-(high - low) // (unit.bytes * width))
+            length_id = b.uint(length)
+            if root.scope == "shared" and not root.dynamic:
+                self.shared_bytes += length * unit.bytes * width
+        element = self.arith.type(unit, width)
+        single = length == 1 and storage == "Function"
+        variable = b.variable(storage, element if single else b.array(element, length_id), root.name)
+        array = Array(variable, storage, unit, width, low // unit.bytes, length, root)
+        return low, high if high is not None else 1 << 62, array
+
+    # Access -----------------------------------------------------------------------------------------------------
+
+    def load(self, view: View, index: Index, dtype: DType) -> Value:
+        """The value at `index`, of type `dtype` (its lanes are those of the access)."""
+        if index.base is None:
+            lanes = [self.load(view, Index(item, Fact()), dtype.scalar).id for item in index.gather]
+            return self.arith.build(dtype, lanes)
+        stored = self._stored(dtype) if view.root.scope == "global" else dtype
+        if view.root.scope == "global":
+            value = self._load_global(view.root, index, stored)
+        else:
+            value = self._load_array(self._find(view.root, index, stored), index, stored)
+        return self.arith.cast(value, dtype) if stored != dtype else value
+
+    def store(self, view: View, index: Index, value: Value) -> None:
+        """Writes `value` at `index`."""
+        if index.base is None:
+            for lane, item in zip(self.arith.lanes(value), index.gather, strict=True):
+                self.store(view, Index(item, Fact()), Value(value.dtype.scalar, [lane]))
+            return
+        root = view.root
+        if root.scope == "global":
+            stored = self._stored(value.dtype)
+            self._store_global(root, index, self.arith.cast(value, stored) if stored != value.dtype else value)
+            self._touch(root)
+        else:
+            self._store_array(self._find(root, index, value.dtype), index, self.arith.wide(value))
+
+    def pointer(self, view: View, index: Index, dtype: DType) -> int:
+        """The pointer to one element: for atomics and matrices."""
+        assert index.base is not None
+        root = view.root
+        self._touch(root)
+        if root.scope == "global":
+            return self._global_element(root, index.base, dtype)
+        array = self._find(root, index, dtype)
+        if self.arith.type(array.unit) != self.arith.type(dtype):
+            raise CompileError(f"atomics on buffer {root.name} need elements of type {array.unit}, not {dtype}")
+        return self._unit_pointer(array, index.base)
+
+    def invalidate(self, scope: str | None = None) -> None:
+        """Forgets loads of memory that is written: of `scope`, or of all memories (at loops)."""
+        for root in self._analysis.roots:
+            if root.writes and scope in (None, root.scope):
+                self._touch(root)
+
+    def _touch(self, root: Root) -> None:
+        self._clock += 1
+        self._any[root] = self._dynamic[root] = self._clock
+
+    # Global memory ----------------------------------------------------------------------------------------------
+
+    def _global_element(self, root: Root, base: Value, dtype: DType) -> int:
+        b = self.builder
+        pointer = self._bases[root]
+        if dtype.scalar != self._stored(root.dtype):
+            pointer = b.op("Bitcast", self._buffer_type(dtype.scalar), pointer)
+        element = b.pointer("PhysicalStorageBuffer", self.arith.type(dtype))
+        return b.op("AccessChain", element, pointer, b.uint(0), base.id)
+
+    def _global_parts(self, root: Root, index: Index, dtype: DType) -> list[tuple[int, int, int]]:
+        """(pointer, type, alignment) of each part of a contiguous access."""
+        b = self.builder
+        assert index.base is not None
+        parts, start = [], 0
+        for width in split(dtype.lanes):
+            base = self._offset(index.base, start)
+            pointer = self._global_element(root, base, dtype)
+            fact = Fact(divisor=gcd(index.fact.divisor, start))
+            lanes = fact.aligned(4 if width > 2 else width)
+            alignment = min(dtype.bytes * lanes, 16)
+            self.alignments[root] = max(self.alignments[root], alignment)
+            type_id = self.arith.type(dtype, width)
+            if width > 1:
+                pointer = b.op("Bitcast", b.pointer("PhysicalStorageBuffer", type_id), pointer)
+            parts.append((pointer, type_id, alignment))
+            start += width
+        return parts
+
+    def _load_global(self, root: Root, index: Index, dtype: DType) -> Value:
+        epoch = (self._any.get(root, 0),) if root.writes else None
+        parts = self._global_parts(root, index, dtype)
+        return Value(
+            dtype,
+            [
+                self.builder.op("Load", type_id, pointer, "Aligned", size, epoch=epoch)
+                for pointer, type_id, size in parts
+            ],
+        )
+
+    def _store_global(self, root: Root, index: Index, value: Value) -> None:
+        parts = self._global_parts(root, index, value.dtype)
+        for ident, (pointer, _, size) in zip(self.arith.wide(value).parts, parts, strict=True):
+            self.builder.emit("Store", None, pointer, ident, "Aligned", size)
+
+    # Shared and local memory ------------------------------------------------------------------------------------
+
+    def _find(self, root: Root, index: Index, dtype: DType) -> Array:
+        regions = self._regions(root)
+        position = index.fact.low * dtype.bytes
+        for low, high, array in regions:
+            if len(regions) == 1 or low <= position < high:
+                return array
+        raise CompileError(f"an access of buffer {root.name} lies outside of it")
+
+    def _offset(self, base: Value, amount: int) -> Value:
+        if amount == 0:
+            return base
+        return self.arith.binary("add", base, self.arith.constant(base.dtype, amount))
+
+    def _chain(self, array: Array, element_type: int, *indices: int) -> int:
+        b = self.builder
+        pointer = b.pointer(array.storage, element_type)
+        if array.length == 1 and array.storage == "Function":
+            indices = indices[1:]
+        return b.op("AccessChain", pointer, array.variable, *indices) if indices else array.variable
+
+    def _unit_pointer(self, array: Array, base: Value) -> int:
+        """The pointer to the unit `base` of the view."""
+        base = self._offset(base, -array.offset)
+        element = self.arith.type(array.unit)
+        if array.width == 1:
+            return self._chain(array, element, base.id)
+        vector = self._shifted(base, array.width)
+        mask = self.arith.constant(base.dtype, array.width - 1)
+        literal = self.arith.literal(base)
+        component = (
+            self.arith.binary("and", base, mask)
+            if literal is None
+            else self.arith.constant(base.dtype, int(literal) % array.width)
+        )
+        return self._chain(array, element, vector.id, component.id)
+
+    def _shifted(self, base: Value, width: int) -> Value:
+        literal = self.arith.literal(base)
+        if literal is not None:
+            return self.arith.constant(base.dtype, int(literal) // width)
+        return self.arith.binary("shr", base, self.arith.constant(base.dtype, width.bit_length() - 1))
+
+    def _pieces(self, array: Array, index: Index, lanes: int) -> list[tuple[int, int, int, int | None]]:
+        """(pointer, type, units, slot) of each piece of an access to `lanes` units in a row; slots are known places."""
+        base = index.base
+        assert base is not None
+        literal = self.arith.literal(base)
+        if literal is not None and literal >= 1 << 31:
+            raise CompileError(f"an access of buffer {array.root.name} lies outside of it")
+        aligned = gcd(index.fact.divisor, array.offset) % array.width == 0
+        whole = array.width > 1 and lanes % array.width == 0 and aligned
+        pieces: list[tuple[int, int, int, int | None]] = []
+        step = array.width if whole else 1
+        for start in range(0, lanes, step):
+            place = self._offset(base, start)
+            if whole:
+                vector = self._shifted(self._offset(place, -array.offset), array.width)
+                type_id = self.arith.type(array.unit, array.width)
+                pointer = self._chain(array, type_id, vector.id)
+            else:
+                type_id, pointer = self.arith.type(array.unit), self._unit_pointer(array, place)
+            pieces.append((pointer, type_id, step, None if literal is None else (int(literal) + start) // array.width))
+        return pieces
+
+    def _epoch(self, root: Root, slot: int | None) -> tuple[int, int]:
+        dynamic = self._dynamic.get(root, 0)
+        return (dynamic, self._any.get(root, 0) if slot is None else self._slots.get((root, slot), 0))
+
+    def _load_array(self, array: Array, index: Index, dtype: DType) -> Value:
+        ratio = dtype.bytes // array.unit.bytes
+        units = dtype.lanes * ratio
+        pieces = self._pieces(array, self._in_units(index, ratio), units)
+        ids = [
+            self.builder.op("Load", type_id, pointer, epoch=self._epoch(array.root, slot))
+            for pointer, type_id, _, slot in pieces
+        ]
+        raw = array.unit.with_lanes(units)
+        widths = tuple(width for _, _, width, _ in pieces)
+        if widths == split(units):
+            value = Value(raw, ids)
+        else:
+            lanes: list[int] = []
+            for ident, width in zip(ids, widths, strict=True):
+                lanes += self.arith.lanes(Value(array.unit.with_lanes(width), [ident]))
+            value = self.arith.build(raw, lanes)
+        return value if raw == dtype else self._reinterpret(value, dtype)
+
+    def _store_array(self, array: Array, index: Index, value: Value) -> None:
+        root = array.root
+        ratio = value.dtype.bytes // array.unit.bytes
+        units = value.dtype.lanes * ratio
+        raw = array.unit.with_lanes(units)
+        if raw != value.dtype:
+            value = self._reinterpret(value, raw)
+        pieces = self._pieces(array, self._in_units(index, ratio), units)
+        widths = tuple(width for _, _, width, _ in pieces)
+        if widths == split(units):
+            ids = list(value.parts)
+        else:
+            lanes, start, ids = self.arith.lanes(value), 0, []
+            for width in widths:
+                piece = self.arith.build(array.unit.with_lanes(width), lanes[start : start + width])
+                ids.append(piece.id)
+                start += width
+        for ident, (pointer, type_id, width, slot) in zip(ids, pieces, strict=True):
+            self.builder.emit("Store", None, pointer, ident)
+            self._clock += 1
+            self._any[root] = self._clock
+            if slot is None or root.scope == "shared":
+                self._dynamic[root] = self._clock
+            else:
+                self._slots[root, slot] = self._clock
+            if root.scope == "local" and width == array.width:
+                self.builder.remember(ident, "Load", type_id, pointer, epoch=self._epoch(root, slot))
+
+    def _in_units(self, index: Index, ratio: int) -> Index:
+        if ratio == 1:
+            return index
+        if ratio == 0:
+            raise AssertionError("the unit of an array is its smallest element")
+        assert index.base is not None
+        base = self.arith.binary("mul", index.base, self.arith.constant(index.base.dtype, ratio))
+        fact = index.fact
+        return Index(base, Fact(fact.low * ratio, fact.high * ratio, fact.divisor * ratio))
+
+    def _reinterpret(self, value: Value, dtype: DType) -> Value:
+        if dtype.kind == "bool":
+            return self.arith.compare("ne", value, self.arith.constant(value.dtype, 0))
+        if value.dtype.kind == "bool":
+            value = self.arith.cast(value, _BYTE.with_lanes(value.dtype.lanes))
+        return self.arith.bitcast(value, dtype)
+
+
+def _partition(root: Root) -> list[tuple[int, int | None, list[Access]]]:
+    """Splits an allocation into (first byte, end, accesses): ranges that no access crosses.
+
+    Only dynamic shared memory is split: TVM merges the shared buffers of a kernel into one allocation.
+    """
+    whole = root.dtype.bytes * root.count if root.count is not None else None
+    if not root.dynamic:
+        return [(0, whole, root.accesses)]
+    ranges: list[tuple[int, int, list[Access]]] = []
+    for access in root.accesses:
+        if access.index is None or access.index.low < 0 or access.index.high >= 1 << 31 or whole is None:
+            return [(0, whole, root.accesses)]
+        first = access.index.low * access.dtype.bytes
+        last = (access.index.high + access.lanes) * access.dtype.bytes
+        ranges.append((first, last, [access]))
+    ranges.sort(key=lambda item: item[0])
+    merged: list[tuple[int, int | None, list[Access]]] = []
+    for first, last, accesses in ranges:
+        if merged and first < (merged[-1][1] or 0):
+            low, high, others = merged[-1]
+            merged[-1] = (low, max(high or 0, last), others + accesses)
+        else:
+            merged.append((first, last, accesses))
+    return merged
+
+
+def _vector_width(root: Root, accesses: list[Access], unit: DType, low: int) -> int:
+    """4 or 2 where vector accesses of an array are aligned to it, else 1."""
+    if unit.kind == "bool":
+        return 1
+    best = 0
+    for access in accesses:
+        lanes = access.lanes * (access.dtype.bytes // unit.bytes)
+        if lanes == 1 or access.index is None:
+            if root.scope == "local":
+                return 1
+            continue
+        divisor = gcd(access.index.divisor * (access.dtype.bytes // unit.bytes), low // unit.bytes)
+        aligned = Fact(divisor=gcd(divisor, lanes)).aligned(4)
+        best = max(best, aligned) if root.scope == "shared" else min(best or 4, aligned)
+    return max(best, 1)

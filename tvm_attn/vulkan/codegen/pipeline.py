@@ -1,0 +1,124 @@
+"""Lowering for Vulkan: TVM's default pipeline, with reductions across threads by subgroup shuffles.
+
+TVM lowers cross-thread reductions to shuffles for the target kinds that it knows to have them, and `vulkan` is none of
+these. `LowerThreadAllreduce` therefore sees the kernels as ones of `metal`, whose shuffles need no mask; before and
+after it they are Vulkan's. It takes a target whose `thread_warp_size` is the device's subgroup size: a device with
+another one refuses the kernel when it is loaded. The stock pipeline needs none of this and reduces through shared
+memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.tirx import compilation_pipeline
+
+KIND="cuda"
+NAME = "tvm_attn.vulkan"
+
+
+def lower_thread_allreduce() -> Any:
+    """LowerThreadAllreduce that emits shuffles for Vulkan targets with a `thread_warp_size` above 1."""
+
+    @tvm.transform.module_pass(opt_level=0, name="tvm_attn.LowerThreadAllreduceVulkan")
+    def transform(mod: tvm.IRModule, _: Any) -> tvm.IRModule:
+        targets: dict[Any, Any] = {}
+        for variable, function in mod.functions.items():
+            target = function.attrs.get("target", None) if hasattr(function, "attrs") and function.attrs else None
+            if target is not None and target.kind.name == "vulkan" and int(target.attrs.get("thread_warp_size", 1)) > 1:
+                targets[variable] = target
+                mod[variable] = function.with_attr("target", _shuffling(target))
+        mod = s_tir.transform.LowerThreadAllreduce()(mod)
+        for variable, target in targets.items():
+            mod[variable] = mod[variable].with_attr("target", target)
+        return mod
+
+    return transform
+
+
+def _shuffling(target: Any) -> Any:
+    """A target with maskless shuffles and the limits of `target`."""
+    limits = ("thread_warp_size", "max_num_threads", "max_threads_per_block", "max_shared_memory_per_block")
+    known = {name: int(target.attrs[name]) for name in limits if name in target.attrs}
+    known.pop("max_threads_per_block" if "max_num_threads" in known else "", None)
+    config: dict[str, Any] = {"kind": KIND, **known}
+    if target.host is not None:
+        config["host"] = target.host.export()
+    return tvm.target.Target(config)
+
+
+def pipeline() -> tuple[Any, Any, Any]:
+    """The pipeline, its host and its device finalization, as `tirx.build` asks for them."""
+
+    @tvm.transform.module_pass(opt_level=0, name=NAME)
+    def lower(mod: tvm.IRModule, _: Any) -> tvm.IRModule:
+        config = tvm.transform.PassContext.current().config
+        return tvm.ir.transform.Sequential(_passes(config))(mod)
+
+    finalize_host = compilation_pipeline.finalize_host_passes
+    return lower, finalize_host, compilation_pipeline.finalize_device_passes
+
+
+def _passes(config: Any) -> list[Any]:
+    """Those of TVM's default S-TIR pipeline, in its order, without the ones for other devices."""
+    passes = [
+        s_tir.transform.CanonicalizeLoop(),
+        s_tir.transform.LowerCrossThreadReduction(),
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        s_tir.transform.LiftThreadBinding(),
+        s_tir.transform.ManifestSharedMemoryLocalStage(),
+        s_tir.transform.CompactBufferAllocation(),
+        s_tir.transform.LowerAutoCopy(),
+        s_tir.transform.UnifyThreadBinding(),
+        s_tir.transform.LowerMatchBuffer(),
+        s_tir.transform.StmtSimplify(),
+        s_tir.transform.InjectPermutedLayout(),
+        s_tir.transform.AnnotateIrregularLoop(),
+        s_tir.transform.InjectSoftwarePipeline(),
+        s_tir.transform.TransformMmaBufferLayout(),
+        s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.BF16ComputeLegalize(),
+        tirx.transform.NarrowDataType(32),
+        s_tir.transform.LoopPartition(),
+        tirx.transform.VectorizeLoop(not bool(config.get("tirx.disable_vectorize", False))),
+        s_tir.transform.InjectVirtualThread(),
+        s_tir.transform.InjectDoubleBuffer(),
+    ]
+    if not bool(config.get("tirx.disable_storage_rewrite", False)):
+        passes.append(tirx.transform.StorageRewrite())
+    passes += [
+        s_tir.transform.HoistIfThenElse(),
+        tirx.transform.UnrollLoop(),
+        s_tir.transform.RenormalizeSplitPattern(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.RemoveNoOp(),
+        s_tir.transform.RewriteUnsafeSelect(),
+    ]
+    if not bool(config.get("tirx.disable_cse_tir", False)):
+        passes.append(tirx.transform.CommonSubexprElim())
+    return [
+        *passes,
+        tirx.transform.FP8ComputeLegalize(),
+        tirx.transform.VerifyMemory(),
+        tirx.transform.AnnotateEntryFunc(),
+        s_tir.transform.ThreadSync("shared"),
+        s_tir.transform.ThreadSync("shared.dyn"),
+        s_tir.transform.ThreadSync("warp"),
+        s_tir.transform.InferFragment(),
+        lower_thread_allreduce(),
+        s_tir.transform.MergeSharedMemoryAllocations(),
+        tirx.transform.SplitHostDevice(),
+        tirx.transform.MakePackedAPI(),
+        tirx.transform.FP8StorageLegalize(),
+        tirx.transform.BF16StorageLegalize(),
+    ]
+
+
+def register() -> None:
+    """Makes the pipeline known to TVM: `tvm.compile(..., tir_pipeline="tvm_attn.vulkan")`."""
+    compilation_pipeline.register_tir_pipeline(NAME, pipeline)

@@ -1,0 +1,149 @@
+"""TIR statements to SPIR-V: stores, bindings, threads, structured control flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm_attn.errors import CompileError
+from tvm_attn.vulkan.codegen.calls import Calls
+from tvm_attn.vulkan.codegen.interface import Interface
+from tvm_attn.vulkan.codegen.values import INT32, Value, from_tvm
+
+_UNROLLED = 3
+# A loop that indexes local arrays is marked for unrolling up to this length.
+_UNROLL_LIMIT = 64
+
+
+class Statements(Calls):
+    """Visits the body of a kernel."""
+
+    interface: Interface
+
+    def run(self, interface: Interface, parameters: Any, body: Any) -> None:
+        """Emits the kernel: `parameters` are the scalar ones by position."""
+        self.interface = interface
+        for index, parameter in enumerate(parameters):
+            if not hasattr(parameter.ty, "element_type"):
+                self.variables[parameter.__chandle__()] = interface.scalar(index)
+        if any(tag.startswith("blockIdx") for tag in self.analysis.threads):
+            interface.leave_outside_grid()
+        self.statement(body)
+
+    def statement(self, node: Any) -> None:
+        """Emits one statement, unless the place cannot be reached."""
+        if self.builder.terminated:
+            return
+        method: Callable[[Any], None] | None = getattr(self, f"_stmt_{type(node).__name__}", None)
+        if method is None:
+            raise CompileError(f"statements of kind {type(node).__name__} are not supported")
+        method(node)
+
+    def _stmt_SeqStmt(self, node: Any) -> None:
+        for statement in node.seq:
+            self.statement(statement)
+
+    def _stmt_Evaluate(self, node: Any) -> None:
+        if type(node.value).__name__ == "Call":
+            self.effect(node.value)
+
+    def _stmt_Bind(self, node: Any) -> None:
+        self.bind(node.var, node.value)
+
+    def _stmt_BufferStore(self, node: Any) -> None:
+        view = self.view(node.buffer)
+        value = self.expr(node.value)
+        if getattr(node, "predicate", None) is not None:
+            raise CompileError(f"a predicated store to buffer {view.root.name} is not supported; use if")
+        self.memory.store(view, self.index(view, node.indices), value)
+
+    def _stmt_AllocBuffer(self, node: Any) -> None:
+        """The analysis has declared it."""
+
+    _stmt_DeclBuffer = _stmt_AllocBuffer
+
+    def _stmt_AssertStmt(self, node: Any) -> None:
+        """Shaders cannot report a failure: what an assertion states is taken as true."""
+
+    def _stmt_AttrStmt(self, node: Any) -> None:
+        if node.attr_key == "thread_extent":
+            var = node.node.var
+            self.variables[var.__chandle__()] = self.interface.thread(str(node.node.thread_tag), from_tvm(var.ty.dtype))
+        self.statement(node.body)
+
+    # Control flow -----------------------------------------------------------------------------------------------
+
+    def _stmt_IfThenElse(self, node: Any) -> None:
+        condition = self.expr(node.condition)
+        known = self.arith.literal(condition)
+        if known is not None:
+            taken = node.then_case if known else node.else_case
+            if taken is not None:
+                self.statement(taken)
+            return
+        otherwise = node.else_case
+        self.builder.branch(
+            condition.id,
+            lambda: self.statement(node.then_case),
+            None if otherwise is None else lambda: self.statement(otherwise),
+        )
+
+    def _stmt_For(self, node: Any) -> None:
+        low, extent = self.expr(node.min), self.expr(node.extent)
+        dtype = low.dtype
+        step = self.arith.constant(dtype, 1) if node.step is None else self.expr(node.step)
+        handle = node.loop_var.__chandle__()
+        count = getattr(node.extent, "value", None)
+        fact = self.facts.of(node.loop_var)
+        narrow = dtype.bits == 64 and low.narrow and extent.narrow and fact.fits_int32 and fact.high < (1 << 31) - 1
+        if narrow:
+            low, extent = self._as32(low), self._as32(extent)
+            step = self.arith.constant(INT32, 1) if node.step is None else self.low32(node.step)
+        low, extent, step = self.arith.wide(low), self.arith.wide(extent), self.arith.wide(step)
+        if count is not None and int(count) <= 1 and node.step is None:
+            if int(count) == 1:
+                self.variables[handle] = Value(dtype, low.parts, narrow)
+                self.statement(node.body)
+            return
+        end = self.arith.binary("add", low, extent)
+        hint = count is not None and int(count) <= _UNROLL_LIMIT and handle in self.analysis.unroll
+        control = "Unroll" if hint or node.kind == _UNROLLED else "None"
+        arithmetic = low.dtype
+        self.memory.invalidate()
+
+        def body(values: Any) -> None:
+            self.variables[handle] = Value(dtype, values, narrow)
+            self.statement(node.body)
+
+        self.builder.loop(
+            [low.id],
+            lambda values: self.arith.compare("lt", Value(arithmetic, values), end).id,
+            body,
+            lambda values: [self.arith.binary("add", Value(arithmetic, values), step).id],
+            control,
+        )
+        self.memory.invalidate()
+
+    def _stmt_While(self, node: Any) -> None:
+        self.memory.invalidate()
+        self.builder.loop(
+            [],
+            lambda _: self.expr(node.condition).id,
+            lambda _: self.statement(node.body),
+            lambda _: [],
+            simple=False,
+        )
+        self.memory.invalidate()
+
+    def _stmt_Break(self, node: Any) -> None:
+        if not self.builder.in_loop:
+            raise CompileError("break stands outside of a loop")
+        self.builder.break_()
+
+    def _stmt_Continue(self, node: Any) -> None:
+        if not self.builder.in_loop:
+            raise CompileError("continue stands outside of a loop")
+        self.builder.continue_()
+
+    def _stmt_Return(self, node: Any) -> None:
+        self.builder.emit("Return", None)

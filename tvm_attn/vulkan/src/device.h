@@ -1,0 +1,103 @@
+// A Vulkan device in use: its queue, memory, copies and pipelines, behind one lock.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "memory.h"
+#include "physical_device.h"
+#include "pipeline.h"
+#include "staging.h"
+#include "stream.h"
+#include "vulkan_api.h"
+
+namespace tvm_attn::vulkan {
+
+/// More devices than this are not looked at.
+constexpr size_t kMaxDevices = 64;
+
+/// Thread-safe. Lives until the process ends, as tensors may be freed at any time before.
+class Device {
+ public:
+  /// `vulkan:index`, opened at first use. Throws DeviceError where there is none.
+  static Device& Get(int index);
+  /// How many there are. Throws DeviceError where there is none.
+  static size_t Count();
+  /// The devices opened so far.
+  static std::vector<Device*> Opened();
+
+  Device(const PhysicalDevice& physical, int index);
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  int index() const { return index_; }
+  const PhysicalDevice& physical() const { return physical_; }
+
+  /// Memory of `size` bytes: its device address. Throws DeviceError with the figures where there is not as much.
+  uint64_t Allocate(size_t size);
+  /// Gives it back. Never throws: destructors of tensors call it, also after the device was lost.
+  void Free(uint64_t address) noexcept;
+  MemoryStats memory_stats();
+  Stream::Counters stream_counters();
+
+  /// Copies `size` bytes from the host, which may reuse its memory at once.
+  void CopyFromHost(const void* source, uint64_t destination, size_t size);
+  /// Copies `size` bytes to the host after all earlier work; they are there when this returns.
+  void CopyToHost(uint64_t source, void* destination, size_t size);
+  /// Copies `size` bytes inside the device, in the order of the stream.
+  void CopyInside(uint64_t source, uint64_t destination, size_t size);
+
+  /// Blocks until everything that was asked of the device is done.
+  void Synchronize();
+  /// The same, and writes the pipeline cache, before the process ends.
+  void Flush();
+
+  /// What a launch needs, under the device's lock; see kernel.cc.
+  class Session {
+   public:
+    explicit Session(Device* device) : lock_(device->mutex_), device_(device) {}
+    Memory& memory() { return device_->memory_; }
+    Stream& stream() { return device_->stream_; }
+    UploadRing& upload() { return device_->upload_; }
+    PipelineFactory& pipelines() { return device_->pipelines_; }
+    /// Calls `destroy` once the device has finished all that was recorded.
+    void Retire(std::function<void()> destroy) { device_->Retire(std::move(destroy)); }
+
+   private:
+    std::unique_lock<std::mutex> lock_;
+    Device* device_;
+  };
+
+  const PipelineFactory& pipelines() const { return pipelines_; }
+  VkDevice handle() const { return handle_; }
+  const DeviceFunctions& vk() const { return vk_; }
+
+ private:
+  static VkDevice CreateLogicalDevice(const PhysicalDevice& physical);
+  static DeviceFunctions LoadFunctions(VkDevice device);
+
+  // These want the lock held.
+  Allocation* FindRange(uint64_t address, size_t size);
+  void Retire(std::function<void()> destroy);
+  void DestroyRetired();
+  void RetireUnusedBlocks(bool all);
+
+  const PhysicalDevice& physical_;
+  const int index_;
+  std::mutex mutex_;
+  std::mutex readback_mutex_;  // taken before mutex_, held while the host waits for its data
+  VkDevice handle_;
+  DeviceFunctions vk_;
+  BufferFactory buffers_;
+  Memory memory_;
+  Stream stream_;
+  UploadRing upload_;
+  ReadbackBuffers readback_;
+  PipelineFactory pipelines_;
+  std::vector<std::pair<TimelineValue, std::function<void()>>> retired_;
+};
+
+}  // namespace tvm_attn::vulkan

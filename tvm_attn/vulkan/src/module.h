@@ -1,0 +1,15 @@
+// The TVM runtime module of kind "vulkan".
+#pragma once
+
+#include <tvm/ffi/extra/module.h>
+
+namespace tvm_attn::vulkan {
+
+/// A module from the bytes of the module format (kernel_blob.h). Needs no device: kernels may be built anywhere.
+/// Throws ArtifactError where the bytes are malformed.
+tvm::ffi::Module CreateModule(const tvm::ffi::Bytes& blob);
+
+/// Throws DeviceError, naming kernel, feature and device, where vulkan:`device_index` cannot run all of `module`.
+void RequireDevice(const tvm::ffi::Module& module, int device_index);
+
+}  // namespace tvm_attn::vulkan

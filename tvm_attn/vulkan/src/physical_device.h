@@ -1,0 +1,61 @@
+// What a Vulkan device can do, which devices the runtime can use, and in which order TVM sees them.
+#pragma once
+
+#include <tvm/ffi/extra/json.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "vulkan_api.h"
+
+namespace tvm_attn::vulkan {
+
+/// A device as the driver reports it.
+struct PhysicalDevice {
+  VkPhysicalDevice handle = VK_NULL_HANDLE;
+
+  VkPhysicalDeviceProperties properties{};
+  VkPhysicalDeviceVulkan11Properties properties11{};
+  VkPhysicalDeviceVulkan12Properties properties12{};
+  VkPhysicalDeviceVulkan13Properties properties13{};
+
+  VkPhysicalDeviceFeatures features{};
+  VkPhysicalDeviceVulkan11Features features11{};
+  VkPhysicalDeviceVulkan12Features features12{};
+  VkPhysicalDeviceVulkan13Features features13{};
+  VkPhysicalDeviceShaderAtomicFloatFeaturesEXT atomic_float{};
+  VkPhysicalDeviceCooperativeMatrixFeaturesKHR cooperative_matrix{};
+  bool has_memory_budget = false;
+
+  VkPhysicalDeviceMemoryProperties memory{};
+  uint32_t queue_family = 0;
+  uint32_t timestamp_bits = 0;
+
+  /// What this runtime needs and the device lacks; empty for a usable device.
+  std::vector<std::string> missing;
+  /// The kernel features of the module format (kernel_blob.h) and whether the device has each.
+  std::map<std::string, bool> kernel_features;
+
+  /// Bytes of the heap that device-local memory comes from.
+  VkDeviceSize HeapSize() const;
+  /// The same heap: bytes that this process may still allocate as far as the driver knows.
+  VkDeviceSize AvailableMemory() const;
+  /// Index of the memory type for kernels' buffers.
+  uint32_t DeviceLocalType() const;
+  /// Index of the first memory type that has all of `required` and, where there is one, all of `preferred`.
+  uint32_t MemoryType(VkMemoryPropertyFlags required, VkMemoryPropertyFlags preferred) const;
+
+  /// Name, features, limits and what is missing, for `tvm_attn.vulkan.devices()`.
+  tvm::ffi::json::Object ToJson() const;
+};
+
+/// Every device of the system, usable or not. Throws DeviceError where there is no Vulkan.
+std::vector<PhysicalDevice> EnumerateDevices();
+
+/// The usable devices in TVM's order: discrete before integrated before virtual before CPU, or those that
+/// TVM_ATTN_VULKAN_DEVICE lists: indices into that order or parts of names, separated by commas.
+/// Computed once. Throws DeviceError where there is none.
+const std::vector<PhysicalDevice>& UsableDevices();
+
+}  // namespace tvm_attn::vulkan

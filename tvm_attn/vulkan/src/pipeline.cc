@@ -1,0 +1,119 @@
+#include "pipeline.h"
+
+#include <vector>
+
+#include "error.h"
+#include "pipeline_cache_file.h"
+
+namespace tvm_attn::vulkan {
+
+PipelineFactory::PipelineFactory(const PhysicalDevice& physical, VkDevice device, const DeviceFunctions& vk)
+    : physical_(physical), device_(device), vk_(vk) {
+  const VkPushConstantRange range{VK_SHADER_STAGE_COMPUTE_BIT, 0, kMaxPushConstantBlock};
+  VkPipelineLayoutCreateInfo layout{VK_STRUCTURE_TYPE_PIPELINE_LAYOUT_CREATE_INFO};
+  layout.pushConstantRangeCount = 1;
+  layout.pPushConstantRanges = &range;
+  Check(vk_.vkCreatePipelineLayout(device_, &layout, nullptr, &layout_), "vkCreatePipelineLayout");
+
+  const std::vector<char> data = ReadPipelineCache(physical_);
+  VkPipelineCacheCreateInfo cache{VK_STRUCTURE_TYPE_PIPELINE_CACHE_CREATE_INFO};
+  cache.initialDataSize = data.size();
+  cache.pInitialData = data.data();
+  Check(vk_.vkCreatePipelineCache(device_, &cache, nullptr, &cache_), "vkCreatePipelineCache");
+}
+
+void PipelineFactory::RequireFeatures(const KernelSpec& kernel) const {
+  const VkPhysicalDeviceLimits& limits = physical_.properties.limits;
+  auto refuse = [&](const std::string& need) {
+    TVM_FFI_THROW(DeviceError) << "kernel " << kernel.name << " needs " << need << ", which "
+                               << physical_.properties.deviceName << " does not have: build for a target that fits it";
+  };
+  for (const std::string& feature : kernel.features) {
+    if (!physical_.kernel_features.at(feature)) refuse("the feature " + feature);
+  }
+  uint64_t invocations = 1;
+  for (int i = 0; i < 3; ++i) {
+    invocations *= kernel.workgroup_size[i];
+    if (kernel.workgroup_size[i] > limits.maxComputeWorkGroupSize[i]) {
+      refuse("workgroups of " + std::to_string(kernel.workgroup_size[i]) + " in dimension " + std::to_string(i));
+    }
+  }
+  if (invocations > limits.maxComputeWorkGroupInvocations) {
+    refuse("workgroups of " + std::to_string(invocations) + " invocations");
+  }
+  if (kernel.shared_bytes > limits.maxComputeSharedMemorySize) {
+    refuse(std::to_string(kernel.shared_bytes) + " bytes of shared memory");
+  }
+  const uint32_t subgroup = kernel.subgroup_size;
+  const bool any_size = physical_.features13.subgroupSizeControl &&
+                        (physical_.properties13.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT);
+  const bool fits = any_size ? subgroup >= physical_.properties13.minSubgroupSize &&
+                                   subgroup <= physical_.properties13.maxSubgroupSize
+                             : subgroup == physical_.properties11.subgroupSize;
+  if (subgroup != 0 && !fits) refuse("subgroups of " + std::to_string(subgroup));
+}
+
+VkPipeline PipelineFactory::Create(const KernelSpec& kernel, bool folded, uint32_t dynamic_shared) {
+  if (uint64_t{kernel.shared_bytes} + dynamic_shared > physical_.properties.limits.maxComputeSharedMemorySize) {
+    TVM_FFI_THROW(DeviceError) << "kernel " << kernel.name << " was launched with "
+                               << uint64_t{kernel.shared_bytes} + dynamic_shared << " bytes of shared memory, "
+                               << physical_.properties.deviceName << " has "
+                               << physical_.properties.limits.maxComputeSharedMemorySize << ": use smaller tiles";
+  }
+  VkShaderModuleCreateInfo module_info{VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO};
+  module_info.codeSize = kernel.spirv.size() * sizeof(uint32_t);
+  module_info.pCode = kernel.spirv.data();
+  VkShaderModule module = VK_NULL_HANDLE;
+  Check(vk_.vkCreateShaderModule(device_, &module_info, nullptr, &module), "vkCreateShaderModule");
+
+  const struct {
+    VkBool32 folded;
+    uint32_t dynamic_shared;
+  } constants{folded, dynamic_shared};
+  const VkSpecializationMapEntry entries[] = {{0, 0, sizeof(VkBool32)}, {1, sizeof(VkBool32), sizeof(uint32_t)}};
+  const VkSpecializationInfo specialization{2, entries, sizeof constants, &constants};
+  VkPipelineShaderStageRequiredSubgroupSizeCreateInfo subgroup{
+      VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_REQUIRED_SUBGROUP_SIZE_CREATE_INFO};
+  subgroup.requiredSubgroupSize = kernel.subgroup_size;
+
+  VkComputePipelineCreateInfo info{VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO};
+  info.stage.sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO;
+  info.stage.stage = VK_SHADER_STAGE_COMPUTE_BIT;
+  info.stage.module = module;
+  info.stage.pName = "main";
+  info.stage.pSpecializationInfo = &specialization;
+  info.layout = layout_;
+  if (kernel.subgroup_size != 0) {
+    // From SPIR-V 1.6 on a driver may choose any size unless one is required.
+    if (physical_.properties13.minSubgroupSize != physical_.properties13.maxSubgroupSize) info.stage.pNext = &subgroup;
+    if (physical_.features13.computeFullSubgroups && kernel.workgroup_size[0] % kernel.subgroup_size == 0) {
+      info.stage.flags = VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT;
+    }
+  }
+  VkPipeline pipeline = VK_NULL_HANDLE;
+  const VkResult result = vk_.vkCreateComputePipelines(device_, cache_, 1, &info, nullptr, &pipeline);
+  vk_.vkDestroyShaderModule(device_, module, nullptr);
+  if (result != VK_SUCCESS) {
+    TVM_FFI_THROW(DeviceError) << "the driver of " << physical_.properties.deviceName << " refused kernel "
+                               << kernel.name << " with " << ResultName(result)
+                               << ": set TVM_ATTN_VULKAN_VALIDATE=1 for the validation layer's view";
+  }
+  unsaved_ = true;
+  return pipeline;
+}
+
+void PipelineFactory::SaveCache(bool now) {
+  constexpr std::chrono::seconds kPause{5};
+  const auto time = std::chrono::steady_clock::now();
+  if (!unsaved_ || (!now && time - saved_at_ < kPause)) return;
+  unsaved_ = false;
+  saved_at_ = time;
+  size_t size = 0;
+  if (vk_.vkGetPipelineCacheData(device_, cache_, &size, nullptr) != VK_SUCCESS) return;
+  std::vector<char> data(size);
+  if (vk_.vkGetPipelineCacheData(device_, cache_, &size, data.data()) != VK_SUCCESS) return;
+  data.resize(size);
+  WritePipelineCache(physical_, data);
+}
+
+}  // namespace tvm_attn::vulkan

@@ -1,0 +1,42 @@
+#include "staging.h"
+
+namespace tvm_attn::vulkan {
+namespace {
+
+constexpr VkDeviceSize kAlignment = 64;
+constexpr VkMemoryPropertyFlags kHost = VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT | VK_MEMORY_PROPERTY_HOST_COHERENT_BIT;
+
+}  // namespace
+
+UploadRing::UploadRing(const BufferFactory& factory, Stream* stream)
+    : stream_(stream), buffer_(factory.Create(kSize, factory.physical().MemoryType(kHost, 0), /*map=*/true)) {}
+
+Slice UploadRing::Reserve(VkDeviceSize size) {
+  uint64_t begin = (head_ + kAlignment - 1) / kAlignment * kAlignment;
+  if (begin % kSize + size > kSize) begin = (begin / kSize + 1) * kSize;  // a slice does not wrap around
+  const uint64_t end = begin + size;
+  while (end - tail_ > kSize) {
+    if (marks_.front().value == stream_->Next()) stream_->Submit();
+    // Still the next one: nothing was recorded after the slice was handed out, so nothing reads it.
+    if (marks_.front().value != stream_->Next()) stream_->Wait(marks_.front().value);
+    tail_ = marks_.front().end;
+    marks_.pop_front();
+  }
+  head_ = end;
+  // Submitting above may have closed a batch; the slice belongs to the one that the operation will be recorded into.
+  const TimelineValue value = stream_->Next();
+  if (!marks_.empty() && marks_.back().value == value) {
+    marks_.back().end = end;
+  } else {
+    marks_.push_back({end, value});
+  }
+  const VkDeviceSize offset = begin % kSize;
+  return {buffer_.handle, offset, buffer_.address + offset, buffer_.mapped + offset};
+}
+
+ReadbackBuffers::ReadbackBuffers(const BufferFactory& factory) {
+  const uint32_t type = factory.physical().MemoryType(kHost, VK_MEMORY_PROPERTY_HOST_CACHED_BIT);
+  for (Buffer& buffer : buffers_) buffer = factory.Create(kSize, type, /*map=*/true);
+}
+
+}  // namespace tvm_attn::vulkan
