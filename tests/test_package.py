@@ -1,6 +1,7 @@
 """The distribution: what the wheel holds, and that it works away from the source tree."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,6 +14,8 @@ from tvm_attn.errors import TvmAttnError
 
 ROOT = Path(__file__).parents[1]
 DATA_FOLDERS = ("targets", "schedules", "models/demo")
+VULKAN_RUNTIME = "tvm_attn/vulkan/libtvm_attn_vulkan.so"
+VULKAN_SOURCES = "tvm_attn/vulkan/src/"
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -57,12 +60,59 @@ def installed_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    expected = files_under("tvm_attn")
+    # An editable install puts the runtime into the tree; the wheel holds one of its own.
+    expected = {path for path in files_under("tvm_attn") if not path.startswith((VULKAN_RUNTIME, VULKAN_SOURCES))}
     for folder in DATA_FOLDERS:
         data = files_under(folder)
         assert data, f"{folder} is empty"
         expected |= {f"tvm_attn/_data/{path}" for path in data}
-    assert held == expected
+    assert held - {VULKAN_RUNTIME} == expected
+
+
+def test_wheel_holds_the_vulkan_runtime(wheel: Path) -> None:
+    if not (shutil.which("cmake") and Path("/usr/include/vulkan/vulkan_core.h").is_file()):
+        pytest.skip("what the Vulkan runtime is built with is missing: install cmake and libvulkan-dev")
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.read(VULKAN_RUNTIME)
+    assert library.startswith(b"\x7fELF")
+    # A platform's wheel, for every Python; not bound to libvulkan.
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    assert not wheel.name.endswith("-any.whl")
+    assert b"libtvm_ffi.so\0" in library
+    needed = subprocess.run(["readelf", "-d", "/dev/stdin"], input=library, capture_output=True, check=True).stdout
+    assert b"[libvulkan" not in needed
+
+
+def test_wheel_without_the_tools_has_no_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build goes on and says so; pip shows it with -v."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = ("-v", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", tmp_path)
+    done = run(sys.executable, "-m", "pip", "wheel", *options, ROOT, cwd=tmp_path)
+    assert "built without the Vulkan runtime: missing cmake" in done.stdout + done.stderr
+    (built,) = tmp_path.glob("tvm_attn-*-py3-none-any.whl")
+    with zipfile.ZipFile(built) as archive:
+        assert VULKAN_RUNTIME not in archive.namelist()
+
+
+@pytest.mark.parametrize("runtime_only", ["0", "1"])
+def test_installed_wheel_registers_the_vulkan_backend(
+    wheel: Path, installed_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime_only: str
+) -> None:
+    """`import tvm` is enough, with the compiler and without; nothing of the code generator is imported."""
+    monkeypatch.setenv("TVM_USE_RUNTIME_LIB", runtime_only)
+    code = """
+import sys
+import tvm
+from tvm_ffi import get_global_func
+names = ("target.build.vulkan", "device_api.vulkan", "ffi.Module.load_from_bytes.vulkan", "runtime.timer.vulkan")
+print(*(get_global_func(name, allow_missing=True) is not None for name in names))
+print(tvm.base._RUNTIME_ONLY, "tvm_attn.vulkan" in sys.modules, "tvm_attn.vulkan.codegen" in sys.modules)
+"""
+    registered, modules = run(installed_python, "-c", code, cwd=tmp_path).stdout.splitlines()
+    with zipfile.ZipFile(wheel) as archive:
+        built = VULKAN_RUNTIME in archive.namelist()
+    assert registered.split() == ["True", *[str(built)] * 3]
+    assert modules.split() == [str(runtime_only == "1"), "True", "False"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the tests of Vulkan share. They run under the validation layer where it is installed, and it must stay silent."""
+"""What the tests of Vulkan share. The validation layer runs with them where it is installed, and must stay silent."""
 
 import json
 import os

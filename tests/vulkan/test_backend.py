@@ -1,4 +1,4 @@
-"""The backend as TVM sees it: compile, export, load without the compiler, time, detect; and processes without Vulkan."""
+"""The backend as TVM sees it: compile, export, load without the compiler, time, detect; processes without Vulkan."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def upload(array: np.ndarray, device: Any) -> Any:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a process of its own: the package is this checkout's, TVM its runtime alone, PyTorch not imported."""
+    """Runs `code` in a process of its own, with this checkout's package, TVM's runtime alone and no PyTorch."""
     own = {"PYTHONPATH": str(ROOT), "TVM_USE_RUNTIME_LIB": "1", "TVM_ATTN_VULKAN_VALIDATE": "0"}
     variables = {**os.environ, **own, **environment}
     command = [sys.executable, "-c", f"import sys\nsys.modules['torch'] = None\n{code}"]

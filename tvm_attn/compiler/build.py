@@ -38,7 +38,7 @@ from tvm_attn.runtime.device import obstacle as device_obstacle
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.storage import QUANTIZATIONS, stored_types
-from tvm_attn.targets import Target
+from tvm_attn.targets import CpuTarget, Target
 
 MAX_BATCH = 64
 """Most sequences of one decode call that libraries are planned for."""
@@ -188,17 +188,19 @@ def _manifest(weights: _Weights, dtype: str, quant: str) -> dict[str, Any]:
     }
 
 
-def _weight_format(dtype: str, quant: str) -> str:
-    """How kernels take the matrices, see `tvm_attn.kernels.weights`.
-
-    Not "bfloat16_pairs": twice as fast in prefill, but a prompt of 1023 tokens of the 124M shape crashed in it.
-    """
-    return dtype if quant == "none" else quant
+def _weight_format(config: GPT2Config, target: Target, dtype: str, quant: str) -> str:
+    """How a target's kernels take the matrices, see `tvm_attn.kernels.weights`."""
+    if quant != "none":
+        return quant
+    native = isinstance(target, CpuTarget) and "avx512_bf16" in target.features
+    even = config.n_embd % 2 == 0 and config.n_inner % 2 == 0
+    return "bfloat16_pairs" if dtype == "bfloat16" and native and even else dtype
 
 
 def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str) -> Layout:
     """The layout of a model's library for a target."""
-    return Layout(target.tile_rows, target.tile_columns, dtype, _weight_format(dtype, quant))
+    weights = _weight_format(config, target, dtype, quant)
+    return Layout(target.tile_rows, target.tile_columns, dtype, weights, fuse_layers=target.device == "cpu")
 
 
 def _compile(config: GPT2Config, target: Target, dtype: str, quant: str, folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import tvm
 from tvm import relax, tirx
 
+from tvm_attn.compiler.fusion import fuse_primitive_functions
 from tvm_attn.errors import CompileError
 from tvm_attn.model.gpt2 import Program
 from tvm_attn.schedule import Record, RecordBook, schedule, template_for
@@ -63,6 +64,7 @@ def _lower() -> tvm.transform.Pass:
     """Relax's passes that this program needs: it has calls of kernels only, so nothing is legalised or fused."""
     return tvm.transform.Sequential(
         [
+            fuse_primitive_functions,
             _lazy_transform_params,
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),

@@ -40,7 +40,8 @@ from tvm_attn.kernels.weights import (
 from tvm_attn.storage import GROUP, numpy_dtype
 
 DOT_BFLOAT16, DOT_INT8 = "tvm_attn_dot_bfloat16", "tvm_attn_dot_int8"
-"""Functions that a template imports for `native` kernels: (acc, x word, w words) -> acc, over a vector of columns."""
+"""Functions that a template imports for `native` kernels: (acc, x word, w words) -> acc, over a vector of columns; the
+names end in the number of columns, e.g. "_16"."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _accumulate_pairs(kernel: _Matmul) -> Callable[..., None]:
 
     def step(acc, x, w):
         if native:
-            return T.call_extern(f"float32x{lanes}", DOT_BFLOAT16, acc, x, w)
+            return T.call_extern(f"float32x{lanes}", f"{DOT_BFLOAT16}_{lanes}", acc, x, w)
         return acc + _spread(low_half(x), lanes) * low_half(w) + _spread(high_half(x), lanes) * high_half(w)
 
     @T.inline
@@ -210,7 +211,7 @@ def _accumulate_quantized(kernel: _Matmul) -> Callable[..., None]:
     def step(acc, x, w):
         """acc + the dot product of 4 unsigned bytes of w with 4 signed bytes of x."""
         if native:
-            return T.call_extern(f"int32x{lanes}", DOT_INT8, acc, x, w)
+            return T.call_extern(f"int32x{lanes}", f"{DOT_INT8}_{lanes}", acc, x, w)
         for byte in range(4):
             signed = (x << T.int32(24 - 8 * byte)) >> T.int32(24)
             acc = acc + ((w >> _spread(T.int32(8 * byte), lanes)) & _spread(T.int32(255), lanes)) * _spread(

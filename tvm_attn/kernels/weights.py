@@ -75,7 +75,8 @@ def element(
     if weights == "bfloat16_pairs":
         half = features // 2
         word = words[strip, row % half, column]
-        return T.Select(row < half, low_half(word), high_half(word))
+        # No T.Select: TVM simplifies `row % half` by the condition inside each of its branches, and then reads both.
+        return high_half(word << (T.int32(16) - row // half * T.int32(16)))
     group, place = row // GROUP, row % GROUP
     byte, word_index = place // 8, place % 8
     if weights == "int8":
@@ -171,10 +172,8 @@ class PackPlain:
         shape = (n, k) if transposed else (k, n)
 
         def value(weight, row, column):
-            # Clamped, so that the load past N that the select discards stays inside the tensor.
-            index = T.min(column, n - 1)
-            inside = weight[index, row] if transposed else weight[row, index]
-            return inside if n % columns == 0 else T.Select(column < n, inside, T.Cast(dtype, T.float32(0.0)))
+            inside = weight[column, row] if transposed else weight[row, column]
+            return inside if n % columns == 0 else T.if_then_else(column < n, inside, T.Cast(dtype, T.float32(0.0)))
 
         @T.prim_func(s_tir=True)
         def pack_plain(weight: T.Buffer(shape, dtype), packed: T.Buffer((strips, k, columns), dtype)):
@@ -233,17 +232,16 @@ class PackWords:
 
         def bits(weight, row, column):
             """The unsigned value of one row, int32; the neutral value past N."""
-            index = T.min(column, n - 1)
             if weights == "bfloat16_pairs":
-                stored = weight[index, row] if transposed else weight[row, index]
+                stored = weight[column, row] if transposed else weight[row, column]
                 value, neutral = T.Cast("int32", T.reinterpret("uint16", stored)), 0
             elif weights == "int8":
-                stored = weight[index, row] if transposed else weight[row, index]
+                stored = weight[column, row] if transposed else weight[row, column]
                 value, neutral = T.Cast("int32", stored) + T.int32(128), 128
             else:
-                stored = weight[index, row // 2] if transposed else weight[row // 2, index]
+                stored = weight[column, row // 2] if transposed else weight[row // 2, column]
                 value, neutral = (T.Cast("int32", stored) >> (row % 2 * 4)) & T.int32(15), 8
-            return value if n % columns == 0 else T.Select(column < n, value, T.int32(neutral))
+            return value if n % columns == 0 else T.if_then_else(column < n, value, T.int32(neutral))
 
         def word(weight, index, column):
             if weights == "bfloat16_pairs":

@@ -17,7 +17,7 @@ V' is the vocabulary rounded up to whole weight strips; the columns past V are z
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import IRModule, relax, tirx
@@ -53,12 +53,14 @@ class Layout:
         columns: C, the widest strip of packed columns, a power of two.
         dtype: storage dtype of the KV cache and the position table: float32, float16 or bfloat16.
         weights: format of the other matrices, see `tvm_attn.kernels.weights`.
+        fuse_layers: whether a layer of decode is one kernel, see `tvm_attn.compiler.fusion`.
     """
 
     rows: int
     columns: int
     dtype: str
     weights: str
+    fuse_layers: bool
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ class _Forward:
         groups: number of row groups, a symbolic variable or 1.
         rows: rows of a group.
         inputs: token_ids, positions and slots.
-        kv, params: the tuples.
+        cache: gives the KV cache of a layer.
+        param: gives the packed tensors of a parameter.
     """
 
     def __init__(
@@ -183,27 +186,15 @@ class _Forward:
         module: _Module,
         groups: tirx.Var | int,
         rows: int,
-        inputs: tuple[relax.Var, relax.Var, relax.Var],
-        kv: relax.Var,
-        params: relax.Var,
+        inputs: tuple[relax.Var | None, relax.Var, relax.Var],
+        cache: Callable[[int], relax.Var],
+        param: Callable[[str], list[relax.Var]],
     ) -> None:
         self.module, self.config, self.dtype = module, module.config, module.layout.dtype
         self.groups, self.rows = groups, rows
         self.static_groups = groups if isinstance(groups, int) else None
         self.token_ids, self.positions, self.slots = inputs
-        self.kv, self.params = kv, params
-        self.first_index: dict[str, int] = {}
-        index = 0
-        for name, parameter in module.parameters.items():
-            self.first_index[name] = index
-            index += len(parameter.packed)
-
-    def _param(self, name: str) -> list[relax.Var]:
-        """The packed tensors of a parameter."""
-        first, emit = self.first_index[name], self.module.builder.emit
-        return [
-            emit(relax.TupleGetItem(self.params, first + i)) for i in range(len(self.module.parameters[name].packed))
-        ]
+        self._cache, self._param = cache, param
 
     def _input(self, x: relax.Var, width: int, groups: tirx.Var | int | None = None) -> list[relax.Var]:
         """x (g, R, K) as the weights' format wants it."""
@@ -251,7 +242,7 @@ class _Forward:
             context=config.n_positions,
             cache_dtype=self.dtype,
         )
-        cache = self.module.builder.emit(relax.TupleGetItem(self.kv, layer))
+        cache = self._cache(layer)
         weights = [*self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         arguments = [*self._input(x, config.n_embd), *weights, self.slots, self.positions, cache]
         outputs = [cache.ty, self._type(config.n_embd)]
@@ -273,13 +264,13 @@ class _Forward:
         weights = [*self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         return self.module.call(kernel, [*self._input(x, sizes[0]), *weights, residual], [self._type(sizes[1])])
 
-    def block(self, x: relax.Var, layer: int, sequences: relax.Var | None) -> relax.Var:
-        """One transformer layer; `sequences` is given for prompts, None for one token a row."""
+    def block(self, x: relax.Var, layer: int, sequences: relax.Var | None) -> tuple[relax.Var, relax.Var]:
+        """One transformer layer: its cache and x; `sequences` is given for prompts, None for one token a row."""
         cache, q = self.qkv(self.norm(x, f"h.{layer}.ln_1"), layer)
         attended = self._attention(q, cache, layer, sequences)
         x = self.residual_linear(attended, f"h.{layer}.attn.c_proj", x)
         hidden = self.linear(self.norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc", self.config.activation_function)
-        return self.residual_linear(hidden, f"h.{layer}.mlp.c_proj", x)
+        return cache, self.residual_linear(hidden, f"h.{layer}.mlp.c_proj", x)
 
     def _attention(self, q: relax.Var, cache: relax.Var, layer: int, sequences: relax.Var | None) -> relax.Var:
         config = self.config
@@ -307,6 +298,27 @@ class _Forward:
         return self.module.call(kernel, arguments, [self._type(columns, groups)])
 
 
+class _Tuples:
+    """The last two arguments of a forward function, `kv` and `params`, and their elements by name."""
+
+    def __init__(self, module: _Module) -> None:
+        self.kv = relax.Var("kv", module.kv_type(tirx.Var("s", "int64")))
+        self.params = relax.Var("params", module.params_type())
+        self._module = module
+        self._places: dict[str, range] = {}
+        first = 0
+        for name, parameter in module.parameters.items():
+            self._places[name] = range(first, first := first + len(parameter.packed))
+
+    def cache(self, layer: int) -> relax.Var:
+        """The KV cache of a layer."""
+        return self._module.builder.emit(relax.TupleGetItem(self.kv, layer))
+
+    def param(self, name: str) -> list[relax.Var]:
+        """The packed tensors of a parameter."""
+        return [self._module.builder.emit(relax.TupleGetItem(self.params, index)) for index in self._places[name]]
+
+
 def _row_inputs(groups: tirx.Var | int, rows: int) -> tuple[relax.Var, relax.Var, relax.Var]:
     shape = relax.TensorType((groups, rows), "int32")
     return relax.Var("token_ids", shape), relax.Var("positions", shape), relax.Var("slots", shape)
@@ -314,21 +326,20 @@ def _row_inputs(groups: tirx.Var | int, rows: int) -> tuple[relax.Var, relax.Var
 
 def _add_forward(module: _Module, name: str, max_groups: int) -> None:
     """Adds prefill (logits of chosen rows) or logits (of all rows)."""
-    rows, builder = module.layout.rows, module.builder
-    g, q, b, s = (tirx.Var(letter, "int64") for letter in "gqbs")
+    rows, builder, tuples = module.layout.rows, module.builder, _Tuples(module)
+    g, q, b = (tirx.Var(letter, "int64") for letter in "gqb")
     inputs = _row_inputs(g, rows)
     sequences = relax.Var("sequences", relax.TensorType((b, 4), "int32"))
     last_rows = relax.Var("last_rows", relax.TensorType((q, rows), "int32"))
-    kv, params = relax.Var("kv", module.kv_type(s)), relax.Var("params", module.params_type())
     chosen = [last_rows] if name == "prefill" else []
     # The upper bound lets the memory planner place all activations once, for every length.
     attributes = {"tir_var_upper_bound": {"g": max_groups, "q": max_groups}}
-    with builder.function(name, [*inputs, sequences, *chosen, kv, params], attrs=attributes):
+    with builder.function(name, [*inputs, sequences, *chosen, tuples.kv, tuples.params], attrs=attributes):
         with builder.dataflow():
-            forward = _Forward(module, g, rows, inputs, kv, params)
+            forward = _Forward(module, g, rows, inputs, tuples.cache, tuples.param)
             x = forward.embed()
             for layer in range(module.config.n_layer):
-                x = forward.block(x, layer, sequences)
+                _, x = forward.block(x, layer, sequences)
             if chosen:
                 x = forward.gather(x, last_rows, q)
             groups = q if chosen else g
@@ -336,17 +347,57 @@ def _add_forward(module: _Module, name: str, max_groups: int) -> None:
         builder.emit_func_output(logits)
 
 
-def _add_decode(module: _Module, name: str, rows: int, groups: tirx.Var | int, max_groups: int) -> None:
-    builder, s = module.builder, tirx.Var("s", "int64")
-    inputs = _row_inputs(groups, rows)
-    kv, params = relax.Var("kv", module.kv_type(s)), relax.Var("params", module.params_type())
-    attributes = {"tir_var_upper_bound": {"g": max_groups}}
-    with builder.function(name, [*inputs, kv, params], attrs=attributes):
+def _add_decode_layer(module: _Module, name: str, layer: int, rows: int, groups: int | None) -> relax.GlobalVar:
+    """Adds one layer of decode as a function that becomes one kernel: (x, positions, slots, cache, parameters of the
+    layer) -> (cache, x)."""
+    config, builder = module.config, module.builder
+    g = tirx.Var("g", "int64") if groups is None else groups
+    x = relax.Var("x", relax.TensorType((g, rows, config.n_embd), "float32"))
+    _, positions, slots = _row_inputs(g, rows)
+    cache = relax.Var("cache", module.kv_type(tirx.Var("s", "int64")).fields[layer])
+    names = _layer_parameters(module, layer)
+    params = {
+        name: [
+            relax.Var(f"{name}.{i}", relax.TensorType(*kind)) for i, kind in enumerate(module.parameters[name].packed)
+        ]
+        for name in names
+    }
+    arguments = [x, positions, slots, cache, *(tensor for tensors in params.values() for tensor in tensors)]
+    with builder.function(name, arguments, attrs={"Primitive": True}, private=True):
         with builder.dataflow():
-            forward = _Forward(module, groups, rows, inputs, kv, params)
+            forward = _Forward(module, g, rows, (None, positions, slots), lambda _: cache, params.__getitem__)
+            outputs = builder.emit_output(relax.Tuple(list(forward.block(x, layer, None))))
+        return builder.emit_func_output(outputs)
+
+
+def _layer_parameters(module: _Module, layer: int) -> list[str]:
+    return [name for name in module.parameters if name.startswith(f"h.{layer}.")]
+
+
+def _add_decode(module: _Module, name: str, rows: int, groups: int | None, max_groups: int) -> None:
+    """Adds decode or decode_one."""
+    builder, config, tuples = module.builder, module.config, _Tuples(module)
+    scales = [config.attention_scale(layer) for layer in range(config.n_layer)]
+    functions: dict[float, relax.GlobalVar] = {}
+    if module.layout.fuse_layers:  # layers differ in nothing but their scale
+        for scale in dict.fromkeys(scales):
+            layer = scales.index(scale)
+            functions[scale] = _add_decode_layer(module, f"{name}_layer_{layer}", layer, rows, groups)
+    g = tirx.Var("g", "int64") if groups is None else groups
+    inputs = _row_inputs(g, rows)
+    _, positions, slots = inputs
+    attributes = {"tir_var_upper_bound": {"g": max_groups}}
+    with builder.function(name, [*inputs, tuples.kv, tuples.params], attrs=attributes):
+        with builder.dataflow():
+            forward = _Forward(module, g, rows, inputs, tuples.cache, tuples.param)
             x = forward.embed()
-            for layer in range(module.config.n_layer):
-                x = forward.block(x, layer, None)
+            for layer, scale in enumerate(scales):
+                if functions:
+                    weights = [tensor for name in _layer_parameters(module, layer) for tensor in tuples.param(name)]
+                    call = relax.Call(functions[scale], [x, positions, slots, tuples.cache(layer), *weights])
+                    x = builder.emit(relax.TupleGetItem(builder.emit(call), 1))
+                else:
+                    _, x = forward.block(x, layer, None)
             logits = builder.emit_output(forward.head(forward.norm(x, "ln_f")))
         builder.emit_func_output(logits)
 
@@ -391,7 +442,7 @@ def build_program(config: GPT2Config, layout: Layout, max_prefill_rows: int, max
     prefill_groups, decode_groups = -(-max_prefill_rows // rows), -(-max_batch // rows)
     _add_forward(module, "prefill", prefill_groups)
     _add_forward(module, "logits", prefill_groups)
-    _add_decode(module, "decode", rows, tirx.Var("g", "int64"), decode_groups)
+    _add_decode(module, "decode", rows, None, decode_groups)
     _add_decode(module, "decode_one", 1, 1, 1)
     _add_argmax(module, "argmax", rows, tirx.Var("g", "int64"))
     _add_argmax(module, "argmax_one", 1, 1)

@@ -24,9 +24,12 @@ from tvm_attn.kernels import (
     QuantizeRows,
 )
 from tvm_attn.kernels.matmul import DOT_BFLOAT16, DOT_INT8
-from tvm_attn.kernels.weights import PLAIN
+from tvm_attn.kernels.weights import PLAIN, packed_types
 from tvm_attn.kernels.weights import strip_columns as largest_divisor
 from tvm_attn.schedule.base import Chooser, Template
+from tvm_attn.schedule.prefetch import ANNOTATION as PREFETCH
+from tvm_attn.schedule.prefetch import PREFETCH_LLVM, insert_prefetches
+from tvm_attn.storage import numpy_dtype
 from tvm_attn.targets import CpuTarget
 
 
@@ -52,7 +55,7 @@ def _vectorize(schedule: s_tir.Schedule, block: Any, lanes: int) -> None:
 # give bfloat16 and packed bytes other types than LLVM expects. linkonce_odr: every kernel of a module imports them.
 _DOT_STEPS = {
     DOT_BFLOAT16: """
-define linkonce_odr <16 x float> @tvm_attn_dot_bfloat16(<16 x float> %acc, i32 %x, <16 x i32> %w) alwaysinline {
+define linkonce_odr <16 x float> @tvm_attn_dot_bfloat16_16(<16 x float> %acc, i32 %x, <16 x i32> %w) alwaysinline {
   %first = insertelement <16 x i32> poison, i32 %x, i64 0
   %spread = shufflevector <16 x i32> %first, <16 x i32> poison, <16 x i32> zeroinitializer
   %a = bitcast <16 x i32> %spread to <32 x bfloat>
@@ -63,7 +66,7 @@ define linkonce_odr <16 x float> @tvm_attn_dot_bfloat16(<16 x float> %acc, i32 %
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 """,
     DOT_INT8: """
-define linkonce_odr <16 x i32> @tvm_attn_dot_int8(<16 x i32> %acc, i32 %x, <16 x i32> %w) alwaysinline {
+define linkonce_odr <16 x i32> @tvm_attn_dot_int8_16(<16 x i32> %acc, i32 %x, <16 x i32> %w) alwaysinline {
   %first = insertelement <16 x i32> poison, i32 %x, i64 0
   %spread = shufflevector <16 x i32> %first, <16 x i32> poison, <16 x i32> zeroinitializer
   %a = bitcast <16 x i32> %w to <64 x i8>
@@ -75,16 +78,41 @@ declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8
 """,
 }
 _DOT_FEATURES = {DOT_BFLOAT16: "avx512_bf16", DOT_INT8: "avx512_vnni"}
+# The same for 32 columns. One step for a whole strip reads its weights in the order in which they lie in memory.
+_DOT_PAIR = """
+define linkonce_odr <32 x TYPE> @NAME_32(<32 x TYPE> %acc, i32 %x, <32 x i32> %w) alwaysinline {
+  %acc0 = shufflevector <32 x TYPE> %acc, <32 x TYPE> poison, <16 x i32> LOW
+  %acc1 = shufflevector <32 x TYPE> %acc, <32 x TYPE> poison, <16 x i32> HIGH
+  %w0 = shufflevector <32 x i32> %w, <32 x i32> poison, <16 x i32> LOW
+  %w1 = shufflevector <32 x i32> %w, <32 x i32> poison, <16 x i32> HIGH
+  %sum0 = call <16 x TYPE> @NAME_16(<16 x TYPE> %acc0, i32 %x, <16 x i32> %w0)
+  %sum1 = call <16 x TYPE> @NAME_16(<16 x TYPE> %acc1, i32 %x, <16 x i32> %w1)
+  %sum = shufflevector <16 x TYPE> %sum0, <16 x TYPE> %sum1, <32 x i32> ALL
+  ret <32 x TYPE> %sum
+}
+"""
 
 
-def _dot_step(kernel: Any, target: CpuTarget) -> tuple[Any, str | None]:
+def _dot_pair(name: str) -> str:
+    def mask(lanes: range) -> str:
+        return "<" + ", ".join(f"i32 {lane}" for lane in lanes) + ">"
+
+    text = _DOT_PAIR.replace("NAME", name).replace("TYPE", "float" if name == DOT_BFLOAT16 else "i32")
+    return text.replace("LOW", mask(range(16))).replace("HIGH", mask(range(16, 32))).replace("ALL", mask(range(32)))
+
+
+def _dot_step(kernel: Any, target: CpuTarget, choose: Chooser) -> tuple[Any, str | None]:
     """The kernel with its vector width, and the LLVM IR of its dot product step where the target has an instruction."""
     if kernel.weights in PLAIN:
         return kernel, None
-    lanes = largest_divisor(kernel.columns, target.lanes)
     name = DOT_BFLOAT16 if kernel.weights == "bfloat16_pairs" else DOT_INT8
-    native = lanes == 16 and _DOT_FEATURES[name] in target.features
-    return replace(kernel, lanes=lanes, native=native), _DOT_STEPS[name] if native else None
+    native = target.lanes == 16 and kernel.columns % 16 == 0 and _DOT_FEATURES[name] in target.features
+    if not native:
+        return replace(kernel, lanes=largest_divisor(kernel.columns, target.lanes)), None
+    widths = (16, 32) if kernel.columns % 32 == 0 else (16,)
+    lanes = choose("lanes", widths, widths[-1] if kernel.rows == 1 else 16)
+    text = _DOT_STEPS[name] + (_dot_pair(name) if lanes == 32 else "")
+    return replace(kernel, lanes=lanes, native=True), text
 
 
 def _matmul(kernel: Any, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
@@ -93,7 +121,11 @@ def _matmul(kernel: Any, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     A task is one weight strip times a block of row groups that, K wide, fits half of the level-2 cache; the strip then
     stays there as well. The groups of a block are the only loop with a bound that is not known, and it is outside.
     """
-    kernel, dot_step = _dot_step(kernel, target)
+    kernel, dot_step = _dot_step(kernel, target, choose)
+    plain = kernel.weights in PLAIN or kernel.weights == "bfloat16_pairs"
+    weight_shape, weight_dtype = packed_types(kernel.weights, kernel.in_features, kernel.out_features, kernel.columns)[
+        0
+    ]
     schedule = s_tir.Schedule(kernel.prim_func(), enable_check=False)
     matmul, epilogue = schedule.get_child_blocks(schedule.get_sblock("root"))
     group, strip, row, column = schedule.get_loops(epilogue)
@@ -105,8 +137,9 @@ def _matmul(kernel: Any, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     schedule.reorder(outer, strip, group, row, column)
     task = schedule.fuse(outer, strip)
     schedule.parallel(task)
-    if dot_step:
-        schedule.annotate(task, "pragma_import_llvm", dot_step)
+    prefetch = choose("prefetch_bytes", (0, 512, 1024, 2048, 4096), 2048 if kernel.rows > 1 and not plain else 0)
+    if prefetch or dot_step:
+        schedule.annotate(task, "pragma_import_llvm", (dot_step or "") + (PREFETCH_LLVM if prefetch else ""))
     schedule.vectorize(column)
     schedule.unroll(row)
     schedule.compute_at(matmul, group, preserve_unit_loops=True)
@@ -114,10 +147,15 @@ def _matmul(kernel: Any, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     row, column, k = schedule.get_loops(matmul)[-3:]
     schedule.reorder(k, row, column)
     steps = int(schedule.get(k).extent)
-    unroll = choose("k_unroll", (1, 2, 4, 8), 4 if kernel.rows == 1 else 1)
+
+    unroll = choose("k_unroll", (1, 2, 4, 8), 4 if kernel.rows == 1 and plain else 1)
+    innermost = k
     if unroll > 1 and steps % unroll == 0:
-        k, inner = schedule.split(k, [None, unroll])
-        schedule.unroll(inner)
+        k, innermost = schedule.split(k, [None, unroll])
+        schedule.unroll(innermost)
+    if prefetch:
+        row_bytes = kernel.columns * numpy_dtype(weight_dtype).itemsize
+        schedule.annotate(innermost, PREFETCH, max(1, prefetch // row_bytes))
     # Plain formats vectorise the columns; the others hold vector statements.
     spread = schedule.vectorize if kernel.weights in PLAIN else schedule.unroll
     spread(column)
@@ -126,7 +164,9 @@ def _matmul(kernel: Any, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     row, column = schedule.get_loops(init)[-2:]
     spread(column)
     schedule.unroll(row)
-    return _finish(schedule)
+    function = _finish(schedule)
+    weight = function.params[1 if plain else 3]
+    return insert_prefetches(function, weight, weight_shape[1] // steps)
 
 
 def _pack(kernel: PackPlain | PackWords, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:

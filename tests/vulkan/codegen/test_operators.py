@@ -262,12 +262,21 @@ def test_bfloat16_is_rounded_to_the_nearest_even(elementwise: Elementwise) -> No
     np.testing.assert_array_equal(got.view("uint16"), half.view("uint16"))
     with np.errstate(invalid="ignore"):
         want = (half.astype("float32") * half.astype("float32")).astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(elementwise(lambda a: a * a, [half], "bfloat16").astype("float32"), want.astype("float32"))
+    np.testing.assert_array_equal(
+        elementwise(lambda a: a * a, [half], "bfloat16").astype("float32"), want.astype("float32")
+    )
 
 
-@pytest.mark.parametrize(("source", "to"), [("float32", "int32"), ("uint32", "float32"), ("float16", "uint16"), ("float64", "int64")])
+@pytest.mark.parametrize(
+    ("source", "to"), [("float32", "int32"), ("uint32", "float32"), ("float16", "uint16"), ("float64", "int64")]
+)
 def test_reinterpret(source: str, to: str, elementwise: Elementwise) -> None:
-    x = np.random.default_rng(0).integers(0, 1 << 14, 64).astype("uint16" if source == "float16" else source).view(source)
+    x = (
+        np.random.default_rng(0)
+        .integers(0, 1 << 14, 64)
+        .astype("uint16" if source == "float16" else source)
+        .view(source)
+    )
     got = elementwise(lambda a: tirx.reinterpret(to, a), [x], to)
     np.testing.assert_array_equal(got.view("uint8"), x.view("uint8"))
 

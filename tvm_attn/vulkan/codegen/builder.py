@@ -435,7 +435,7 @@ class Builder:
             *(("Extension", None, None, (name,)) for name in dict.fromkeys(extensions)),
             ("ExtInstImport", None, self._glsl, ("GLSL.std.450",)),
             ("MemoryModel", None, None, ("PhysicalStorageBuffer64", model)),
-            ("EntryPoint", None, None, ("GLCompute", self._main, "main", *interface)),
+            ("EntryPoint", None, None, ("GLCompute", self._main, "main", *interface)),  # type: ignore[arg-type]
             ("ExecutionMode", None, None, (self._main, "LocalSize", *workgroup_size)),
             *(row for row in self._names if row[3][0] in live),
             *(row for row in self._decorations if row[3][0] in live),

@@ -156,7 +156,11 @@ class Interface:
         for axis in (1, 2):
             total = arith.binary("mul", total, Value(UINT32, [self._extent(axis)]))
         outside = arith.binary("and", self._folded(), arith.compare("ge", self._linear(), total))
-        b.branch(outside.id, lambda: b.emit("Return", None) and None)
+
+        def leave() -> None:
+            b.emit("Return", None)
+
+        b.branch(outside.id, leave)
 
 
 def _in_block(dtype: DType) -> DType:

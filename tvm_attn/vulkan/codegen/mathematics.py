@@ -94,7 +94,7 @@ def _log_one_plus(f: Real) -> Real:
 def _log_domain(x: Real, result: Real) -> Real:
     """The logarithm's value at 0, infinity, NaN and below 0."""
     special = x.equals(0.0).where(-math.inf, (x < 0.0).where(x.of(x.lift(math.nan)), x))
-    inside = (x > 0.0) & (x < math.inf)  # type: ignore[arg-type]
+    inside = (x > 0.0) & (x < math.inf)
     return inside.where(result, special)
 
 
@@ -119,7 +119,7 @@ def _log1p(x: Real) -> Real:
     u = x.plus(1.0)
     correction = x.minus(u.minus(1.0)) / u
     plain = _log(u)
-    ends = (u > 0.0) & (u < math.inf)  # type: ignore[arg-type]
+    ends = (u > 0.0) & (u < math.inf)
     return u.equals(1.0).where(x, ends.where(plain + correction, plain))
 
 

@@ -15,7 +15,6 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.tirx import compilation_pipeline
 
-KIND="cuda"
 NAME = "tvm_attn.vulkan"
 
 
@@ -43,7 +42,7 @@ def _shuffling(target: Any) -> Any:
     limits = ("thread_warp_size", "max_num_threads", "max_threads_per_block", "max_shared_memory_per_block")
     known = {name: int(target.attrs[name]) for name in limits if name in target.attrs}
     known.pop("max_threads_per_block" if "max_num_threads" in known else "", None)
-    config: dict[str, Any] = {"kind": KIND, **known}
+    config: dict[str, Any] = {"kind": "metal", **known}
     if target.host is not None:
         config["host"] = target.host.export()
     return tvm.target.Target(config)

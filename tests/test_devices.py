@@ -1,0 +1,101 @@
+"""The command that lists devices, and what it says is missing for a target."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from tvm_attn import devices, inventory, targets
+from tvm_attn.errors import DeviceError
+from tvm_attn.runtime.machine import usable_cores
+
+GPU = inventory.Device(
+    device="vulkan:0",
+    name="a GPU",
+    driver="a driver 1.2",
+    features=("float16", "int64", "storage16"),
+    limits={
+        "max_workgroup_invocations": 1024,
+        "max_shared_memory_bytes": 49152,
+        "min_subgroup_size": 32,
+        "max_subgroup_size": 64,
+        "memory_bytes": 8 << 30,
+    },
+)
+
+
+def lacking(target: targets.Target, device: inventory.Device) -> list[str]:
+    return list(inventory._lacking(target, device))
+
+
+@pytest.fixture
+def generic() -> targets.GpuTarget:
+    target = targets.read("vulkan-generic")
+    assert isinstance(target, targets.GpuTarget)
+    return target
+
+
+def test_json_lists_devices_and_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert devices.main(["--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    processor = listed["devices"][0]
+    assert processor["device"] == "cpu"
+    assert processor["limits"]["cores"] == usable_cores()
+    assert {fit["target"] for fit in listed["fits"]} == set(targets.names())
+    # Each class of devices is either there or its absence is explained.
+    present = {entry["device"].partition(":")[0] for entry in listed["devices"] if not entry["missing"]}
+    for kind in ("cuda", "vulkan"):
+        assert (kind in present) != bool(listed["absent"].get(kind))
+
+
+def test_text_names_devices_reasons_and_targets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> list[inventory.Device]:
+        raise DeviceError("no such thing here [at all]")
+
+    old = dataclasses.replace(GPU, device="vulkan", name="an old GPU", limits={}, features=(), missing=("Vulkan 1.3",))
+    monkeypatch.setattr(inventory, "_cuda_devices", none)
+    monkeypatch.setattr(inventory, "_vulkan_devices", lambda: [GPU, old])
+    assert devices.main([]) == 0
+    text = capsys.readouterr().out
+    assert "vulkan:0: a GPU" in text
+    assert "8.0 GiB" in text
+    assert "vulkan: an old GPU" in text
+    assert "needs Vulkan 1.3" in text
+    assert "cuda: no such thing here [at all]" in text
+    assert "vulkan-generic" in text
+
+
+def test_gpu_that_has_everything(generic: targets.GpuTarget) -> None:
+    assert lacking(generic, GPU) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_threads": 2048}, ["blocks of 2048 threads (has 1024)"]),
+        ({"shared_bytes": 65536}, ["65536 bytes of shared memory (has 49152)"]),
+        ({"subgroup": 16}, ["subgroups of 16 (has 32 to 64)"]),
+        ({"subgroup": 64}, []),
+        ({"tvm": {"supports_float16": True, "supports_8bit_buffer": True}}, ["storage8"]),
+        ({"tvm": {"supports_float64": False, "supports_cooperative_matrix": True}}, ["cooperative_matrix"]),
+    ],
+)
+def test_what_a_gpu_lacks(generic: targets.GpuTarget, changes: dict[str, Any], expected: list[str]) -> None:
+    assert lacking(dataclasses.replace(generic, **changes), GPU) == expected
+
+
+def test_what_a_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory.platform, "machine", lambda: "x86_64")
+    processor = inventory.Device("cpu", "a processor", None, ("avx2", "sse2"), {"cores": 1})
+    x86 = targets.read("cpu-x86-64-v3")
+    assert lacking(x86, processor) == [feature for feature in x86.features if feature not in ("avx2", "sse2")]
+    assert lacking(targets.read("cpu-aarch64"), processor) == ["architecture aarch64"]
+
+
+def test_unusable_devices_fit_no_target(generic: targets.GpuTarget) -> None:
+    unusable = dataclasses.replace(GPU, device="vulkan", missing=("bufferDeviceAddress",))
+    fits = [fit for fit in inventory._fits([unusable], {"vulkan": "why"}) if fit.target == generic.name]
+    assert fits == [inventory.Fit(generic.name, "vulkan", ("why",))]

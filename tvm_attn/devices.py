@@ -1,0 +1,82 @@
+"""`python -m tvm_attn.devices`: the devices of this machine, their features and limits, and the targets that fit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from tvm_attn.cli import run, status
+
+if TYPE_CHECKING:
+    from tvm_attn.inventory import Inventory
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's arguments) and return its exit status."""
+    return run(lambda: _devices(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tvm_attn.devices",
+        description="List what this machine can run models on, and what is missing for which target.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return parser
+
+
+def _devices(args: argparse.Namespace) -> int:
+    with status() as progress:
+        progress("looking at the devices")
+        from tvm_attn.inventory import take_inventory
+
+        inventory = take_inventory()
+    if args.json:
+        print(json.dumps(inventory.to_dict()))
+    else:
+        _print(inventory)
+    return 0
+
+
+def _print(inventory: Inventory) -> None:
+    # Off a terminal, rich assumes 80 columns and would cut the lists.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for device in inventory.devices:
+        table = Table(title=f"{device.device}: {device.name}", title_justify="left", show_header=False, box=None)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        if device.missing:
+            table.add_row("cannot be used", f"needs {', '.join(device.missing)}")
+        if device.driver:
+            table.add_row("driver", device.driver)
+        table.add_row("features", " ".join(device.features) or "-")
+        for name, value in device.limits.items():
+            table.add_row(name.replace("_", " "), _limit(name, value))
+        console.print(table, markup=False)
+        console.print()
+    for kind, reason in inventory.absent.items():
+        console.print(f"{kind}: {reason}", markup=False, highlight=False)
+    table = Table(title="targets", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("target", "device", "runs", "missing"):
+        table.add_column(heading)
+    for fit in inventory.fits:
+        table.add_row(fit.target, fit.device, "no" if fit.missing else "yes", ", ".join(fit.missing))
+    console.print(table)
+
+
+def _limit(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    if name.endswith("bytes") and isinstance(value, int) and value >= 1 << 30:
+        return f"{value / (1 << 30):.1f} GiB"
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What this machine has to run models on: devices with their features and limits, and which targets fit them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tvm_attn import targets
+from tvm_attn.errors import DeviceError
+from tvm_attn.runtime.machine import cpu_features, usable_cores
+
+# Keys of a target's TVM target, and the feature that a Vulkan device has then (tvm_attn/vulkan/src/kernel_blob.h).
+_VULKAN_FEATURES = {
+    "supports_float16": "float16",
+    "supports_float64": "float64",
+    "supports_int8": "int8",
+    "supports_int16": "int16",
+    "supports_int64": "int64",
+    "supports_8bit_buffer": "storage8",
+    "supports_16bit_buffer": "storage16",
+    "supports_cooperative_matrix": "cooperative_matrix",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device, usable or not.
+
+    Attributes:
+        device: its name in this project, e.g. "cpu" or "vulkan:0"; for one that cannot be used its class, "vulkan".
+        name: the product's name.
+        driver: driver and version, or None.
+        features: what its code may use, sorted; of a processor, what some target asks for.
+        limits: numbers by name; sizes are bytes.
+        missing: what keeps it from being used; empty for a usable one.
+    """
+
+    device: str
+    name: str
+    driver: str | None
+    features: tuple[str, ...]
+    limits: dict[str, Any]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """ "cpu", "cuda" or "vulkan"."""
+        return self.device.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether code for a target runs on a device.
+
+    Attributes:
+        target: the target's name.
+        device: the device, or the class of devices where there is none.
+        missing: what the device lacks; empty where the code runs.
+    """
+
+    target: str
+    device: str
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All of it.
+
+    Attributes:
+        devices: the devices, processor first.
+        absent: for each class of devices without a usable one, why.
+        fits: every target with every device of its class.
+    """
+
+    devices: tuple[Device, ...]
+    absent: dict[str, str]
+    fits: tuple[Fit, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def take_inventory() -> Inventory:
+    """Looks at this machine, through TVM and Vulkan's loader. Starts no work on any device."""
+    devices = [_processor()]
+    absent = {}
+    for kind, find in (("cuda", _cuda_devices), ("vulkan", _vulkan_devices)):
+        try:
+            devices += find()
+        except DeviceError as error:
+            absent[kind] = str(error)
+    return Inventory(tuple(devices), absent, tuple(_fits(devices, absent)))
+
+
+def _processor() -> Device:
+    name = platform.processor() or platform.machine()
+    try:
+        from tvm.target.codegen import llvm_get_system_cpu
+
+        name = f"{platform.machine()} ({llvm_get_system_cpu()})"
+    except ImportError:  # TVM's runtime alone
+        pass
+    asked = {feature for target in map(targets.read, targets.names()) for feature in target.features}
+    return Device("cpu", name, None, tuple(sorted(cpu_features() & asked)), {"cores": usable_cores()})
+
+
+def _cuda_devices() -> list[Device]:
+    import tvm
+    import tvm_ffi
+
+    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
+        raise DeviceError("this TVM has no CUDA runtime")
+    found: list[Device] = []
+    while (device := tvm.runtime.device("cuda", len(found))).exist:
+        limits = {
+            "max_threads_per_block": device.max_threads_per_block,
+            "max_shared_memory_bytes": device.max_shared_memory_per_block,
+            "warp_size": device.warp_size,
+            "multiprocessors": device.multi_processor_count,
+            "l2_bytes": device.l2_cache_size_bytes,
+            "memory_bytes": device.total_global_memory,
+        }
+        features = (f"compute capability {device.compute_version}",)
+        found.append(Device(f"cuda:{len(found)}", device.device_name, None, features, limits))
+    if not found:
+        raise DeviceError("no CUDA device: install NVIDIA's driver where there is an NVIDIA GPU")
+    return found
+
+
+def _vulkan_devices() -> list[Device]:
+    import tvm  # noqa: F401  (loads the libraries that the Vulkan runtime refers to)
+
+    from tvm_attn import vulkan
+
+    found = []
+    for entry in vulkan.devices():
+        features = tuple(name for name, present in entry.get("features", {}).items() if present)
+        driver = f"{entry['driver']} {entry['driver_info']}" if "driver" in entry else None
+        usable = entry["index"] is not None
+        missing = tuple(entry["missing"]) if usable or entry["missing"] else ("chosen by TVM_ATTN_VULKAN_DEVICE",)
+        device = f"vulkan:{entry['index']}" if usable else "vulkan"
+        name = f"{entry['name']}, {entry['type']}, Vulkan {entry['api_version']}"
+        found.append(Device(device, name, driver, features, entry.get("limits", {}), missing))
+    if not any(device.missing == () for device in found):
+        lacking = "; ".join(f"{device.name} lacks {', '.join(device.missing)}" for device in found)
+        raise DeviceError(f"no usable Vulkan device: {lacking or 'the loader reports none'}")
+    return sorted(found, key=lambda device: (bool(device.missing), device.device))
+
+
+def _fits(devices: list[Device], absent: dict[str, str]) -> Iterator[Fit]:
+    for target in map(targets.read, targets.names()):
+        usable = [device for device in devices if device.kind == target.device and not device.missing]
+        for device in usable:
+            yield Fit(target.name, device.device, tuple(_lacking(target, device)))
+        if not usable:
+            yield Fit(target.name, target.device, (absent.get(target.device, "no such device"),))
+
+
+def _lacking(target: targets.Target, device: Device) -> Iterator[str]:
+    if isinstance(target, targets.GpuTarget):
+        yield from _gpu_lacks(target, device)
+    elif target.architecture != platform.machine():
+        yield f"architecture {target.architecture}"
+    else:
+        yield from (feature for feature in target.features if feature not in device.features)
+
+
+def _gpu_lacks(target: targets.GpuTarget, device: Device) -> Iterator[str]:
+    threads = device.limits.get("max_workgroup_invocations", device.limits.get("max_threads_per_block", 0))
+    if threads < target.max_threads:
+        yield f"blocks of {target.max_threads} threads (has {threads})"
+    shared = device.limits["max_shared_memory_bytes"]
+    if shared < target.shared_bytes:
+        yield f"{target.shared_bytes} bytes of shared memory (has {shared})"
+    if device.kind != "vulkan":
+        return
+    smallest, largest = (device.limits[f"{end}_subgroup_size"] for end in ("min", "max"))
+    if target.subgroup is not None and not smallest <= target.subgroup <= largest:
+        yield f"subgroups of {target.subgroup} (has {smallest} to {largest})"
+    for key, feature in _VULKAN_FEATURES.items():
+        if target.tvm.get(key) and feature not in device.features:
+            yield feature
