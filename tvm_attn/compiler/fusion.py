@@ -32,7 +32,9 @@ def fuse_primitive_functions(module: tvm.IRModule, _context: tvm.transform.PassC
         replacer.add(variable, _Fusion(module, function))
     for variable, function in module.functions_items():
         if isinstance(function, relax.Function) and variable not in primitive:
-            replacer.builder_.update_func(variable, replacer.visit_expr(function))
+            replaced = replacer.visit_expr(function)
+            if not replaced.same_as(function):
+                replacer.builder_.update_func(variable, replaced)
     functions = replacer.builder_.get().functions_items()
     return tvm.IRModule({variable: function for variable, function in functions if variable not in primitive})
 

@@ -8,6 +8,7 @@ loads see memory that nothing writes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Any
 
 from tvm_attn.errors import CompileError
@@ -17,20 +18,27 @@ from tvm_attn.vulkan.codegen.values import DType, from_tvm
 # Grid extents and with them block indices stay below this (the runtime refuses more).
 MAX_GRID = (1 << 31) - 1
 _READ, _WRITE = 1, 2
+# Scope of a fragment -> use of a cooperative matrix.
+FRAGMENTS = {"wmma.matrix_a": 0, "wmma.matrix_b": 1, "wmma.accumulator": 2}
+_MATRIX_CALLS = ("tirx.tvm_load_matrix_sync", "tirx.tvm_store_matrix_sync")
 
 
 @dataclass
 class Access:
-    """One load or store: scalar type, lanes, and the facts of its first element index (None: a gather)."""
+    """One load or store: scalar type, lanes, and the facts of its first element index (None: a gather).
+
+    A `tile` is a matrix whose rows begin at `index` and multiples of its stride, which the divisor of `index` divides.
+    """
 
     dtype: DType
     lanes: int
     index: Fact | None
+    tile: bool = False
 
 
 @dataclass(eq=False)
 class Root:
-    """A memory: `scope` is global, shared or local; `count` is the number of elements, None where it is symbolic."""
+    """A memory: `scope` is global, shared, local or one of FRAGMENTS; `count` is its elements, None where symbolic."""
 
     name: str
     scope: str
@@ -41,6 +49,7 @@ class Root:
     writes: bool = False
     dynamic: bool = False
     atomic: bool = False
+    shape: tuple[int, int, int] | None = None
     accesses: list[Access] = field(default_factory=list)
 
 
@@ -115,8 +124,8 @@ class Analysis:
         count: int | None = dtype.lanes
         for size in sizes:
             count = None if size is None or count is None else count * int(size)
-        kind = scope.split(".")[0]
-        if kind not in ("shared", "local"):
+        kind = scope if scope in FRAGMENTS else scope.split(".")[0]
+        if kind not in ("shared", "local", *FRAGMENTS):
             raise CompileError(
                 f'buffer {buffer.name} has scope "{scope}"; kernels may allocate "local" and "shared" memory'
             )
@@ -218,7 +227,9 @@ class Analysis:
 
     def _Call(self, node: Any) -> None:
         name = getattr(node.op, "name", "")
-        if name == "tirx.address_of":
+        if name in _MATRIX_CALLS:
+            self._tile(node.args[5], node.args[6], _READ if "load" in name else _WRITE)
+        elif name == "tirx.address_of":
             self._pointer_use(node.args[0], _READ | _WRITE)
         elif name == "tirx.tvm_access_ptr":
             mask = node.args[4]
@@ -227,6 +238,17 @@ class Analysis:
         else:
             for argument in node.args:
                 self._visit(argument)
+
+    def _tile(self, pointer: Any, stride: Any, mode: int) -> None:
+        if getattr(getattr(pointer, "op", None), "name", "") != "tirx.tvm_access_ptr":
+            raise CompileError("a matrix call needs buffer.access_ptr(...)")
+        root = self.root_of(pointer)
+        root.reads |= bool(mode & _READ)
+        root.writes |= bool(mode & _WRITE)
+        offset, step = self.facts.of(pointer.args[2]), self.facts.of(stride)
+        dtype = from_tvm(pointer.args[0].ty.dtype).scalar
+        fact = Fact(offset.low, offset.high, gcd(offset.divisor, step.divisor))
+        root.accesses.append(Access(dtype, 4, fact, tile=True))
 
     def _pointer_use(self, pointer: Any, mode: int) -> None:
         root = self.root_of(pointer)

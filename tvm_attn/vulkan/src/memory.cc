@@ -16,6 +16,19 @@ constexpr VkDeviceSize kBlockSize = VkDeviceSize{64} << 20;
 
 VkDeviceSize RoundUp(VkDeviceSize value, VkDeviceSize multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+uint32_t MemoryType(const PhysicalDevice& physical, uint32_t allowed, Use use) {
+  constexpr VkMemoryPropertyFlags kHost = VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT | VK_MEMORY_PROPERTY_HOST_COHERENT_BIT;
+  switch (use) {
+    case Use::kTensors:
+      return physical.MemoryType(allowed, VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT, 0);
+    case Use::kUpload:
+      return physical.MemoryType(allowed, kHost, 0);
+    case Use::kReadback:
+      return physical.MemoryType(allowed, kHost, VK_MEMORY_PROPERTY_HOST_CACHED_BIT);
+  }
+  return 0;  // not reached
+}
+
 std::string Mebibytes(VkDeviceSize bytes) {
   char text[32];
   std::snprintf(text, sizeof text, "%.1f MiB", static_cast<double>(bytes) / (1 << 20));
@@ -24,7 +37,7 @@ std::string Mebibytes(VkDeviceSize bytes) {
 
 }  // namespace
 
-Buffer BufferFactory::TryCreate(VkDeviceSize size, uint32_t type, bool map, VkResult* result) const {
+Buffer BufferFactory::TryCreate(VkDeviceSize size, Use use, VkResult* result) const {
   Buffer buffer;
   buffer.size = size;
   VkBufferCreateInfo info{VK_STRUCTURE_TYPE_BUFFER_CREATE_INFO};
@@ -44,10 +57,10 @@ Buffer BufferFactory::TryCreate(VkDeviceSize size, uint32_t type, bool map, VkRe
   VkMemoryAllocateInfo allocate{VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_INFO};
   allocate.pNext = &flags;
   allocate.allocationSize = requirements.memoryRequirements.size;
-  allocate.memoryTypeIndex = type;
+  allocate.memoryTypeIndex = MemoryType(physical_, requirements.memoryRequirements.memoryTypeBits, use);
   *result = vk_.vkAllocateMemory(device_, &allocate, nullptr, &buffer.memory);
   if (*result == VK_SUCCESS) *result = vk_.vkBindBufferMemory(device_, buffer.handle, buffer.memory, 0);
-  if (*result == VK_SUCCESS && map) {
+  if (*result == VK_SUCCESS && use != Use::kTensors) {
     void* mapped = nullptr;
     *result = vk_.vkMapMemory(device_, buffer.memory, 0, VK_WHOLE_SIZE, 0, &mapped);
     buffer.mapped = static_cast<uint8_t*>(mapped);
@@ -62,9 +75,9 @@ Buffer BufferFactory::TryCreate(VkDeviceSize size, uint32_t type, bool map, VkRe
   return buffer;
 }
 
-Buffer BufferFactory::Create(VkDeviceSize size, uint32_t type, bool map) const {
+Buffer BufferFactory::Create(VkDeviceSize size, Use use) const {
   VkResult result = VK_SUCCESS;
-  Buffer buffer = TryCreate(size, type, map, &result);
+  Buffer buffer = TryCreate(size, use, &result);
   Check(result, "allocating a buffer");
   return buffer;
 }
@@ -101,7 +114,7 @@ Block* Memory::AddBlock(VkDeviceSize size) {
   // Some drivers hand out more than there is and fail at the first use.
   if (stats_.reserved_bytes + size > physical.HeapSize()) return nullptr;
   VkResult result = VK_SUCCESS;
-  const Buffer buffer = factory_.TryCreate(size, physical.DeviceLocalType(), /*map=*/false, &result);
+  const Buffer buffer = factory_.TryCreate(size, Use::kTensors, &result);
   if (result == VK_ERROR_OUT_OF_DEVICE_MEMORY || result == VK_ERROR_OUT_OF_HOST_MEMORY ||
       result == VK_ERROR_TOO_MANY_OBJECTS) {
     return nullptr;

@@ -44,17 +44,23 @@ struct MemoryStats {
   uint64_t blocks = 0;
 };
 
+/// What a buffer is for, which decides the memory it lies in.
+enum class Use {
+  kTensors,   // the device's own memory
+  kUpload,    // written by the host, read by the device; mapped
+  kReadback,  // written by the device, read by the host; mapped
+};
+
 /// Makes and destroys buffers of one device.
 class BufferFactory {
  public:
   BufferFactory(const PhysicalDevice& physical, VkDevice device, const DeviceFunctions& vk)
       : physical_(physical), device_(device), vk_(vk) {}
 
-  /// A buffer for copies and kernels in memory type `type`, mapped where `map`. On failure `*result` says why and the
-  /// buffer is empty.
-  Buffer TryCreate(VkDeviceSize size, uint32_t type, bool map, VkResult* result) const;
+  /// A buffer for copies and kernels. On failure `*result` says why and the buffer is empty.
+  Buffer TryCreate(VkDeviceSize size, Use use, VkResult* result) const;
   /// The same; throws DeviceError on failure.
-  Buffer Create(VkDeviceSize size, uint32_t type, bool map) const;
+  Buffer Create(VkDeviceSize size, Use use) const;
   void Destroy(const Buffer& buffer) const;
 
   const PhysicalDevice& physical() const { return physical_; }

@@ -241,10 +241,12 @@ json::Array Ints(const uint32_t* values, size_t count) {
 
 }  // namespace
 
-uint32_t PhysicalDevice::MemoryType(VkMemoryPropertyFlags required, VkMemoryPropertyFlags preferred) const {
+uint32_t PhysicalDevice::MemoryType(uint32_t allowed, VkMemoryPropertyFlags required,
+                                    VkMemoryPropertyFlags preferred) const {
   for (VkMemoryPropertyFlags wanted : {required | preferred, required}) {
     for (uint32_t i = 0; i < memory.memoryTypeCount; ++i) {
-      if ((memory.memoryTypes[i].propertyFlags & wanted) == wanted) return i;
+      const bool has_all = (memory.memoryTypes[i].propertyFlags & wanted) == wanted;
+      if (has_all && (allowed >> i & 1)) return i;
     }
   }
   // The specification guarantees a device-local type and a host-visible coherent one.
@@ -252,11 +254,11 @@ uint32_t PhysicalDevice::MemoryType(VkMemoryPropertyFlags required, VkMemoryProp
                              << ": update the driver";
 }
 
-uint32_t PhysicalDevice::DeviceLocalType() const { return MemoryType(VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT, 0); }
-
-VkDeviceSize PhysicalDevice::HeapSize() const {
-  return memory.memoryHeaps[memory.memoryTypes[DeviceLocalType()].heapIndex].size;
+uint32_t PhysicalDevice::DeviceHeap() const {
+  return memory.memoryTypes[MemoryType(UINT32_MAX, VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT, 0)].heapIndex;
 }
+
+VkDeviceSize PhysicalDevice::HeapSize() const { return memory.memoryHeaps[DeviceHeap()].size; }
 
 VkDeviceSize PhysicalDevice::AvailableMemory() const {
   if (!has_memory_budget) return HeapSize();
@@ -264,7 +266,7 @@ VkDeviceSize PhysicalDevice::AvailableMemory() const {
   VkPhysicalDeviceMemoryProperties2 query{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2};
   query.pNext = &budget;
   Instance::Get().vk.vkGetPhysicalDeviceMemoryProperties2(handle, &query);
-  const uint32_t heap = memory.memoryTypes[DeviceLocalType()].heapIndex;
+  const uint32_t heap = DeviceHeap();
   return budget.heapBudget[heap] - std::min(budget.heapBudget[heap], budget.heapUsage[heap]);
 }
 

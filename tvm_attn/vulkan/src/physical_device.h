@@ -41,13 +41,15 @@ struct PhysicalDevice {
   VkDeviceSize HeapSize() const;
   /// The same heap: bytes that this process may still allocate as far as the driver knows.
   VkDeviceSize AvailableMemory() const;
-  /// Index of the memory type for kernels' buffers.
-  uint32_t DeviceLocalType() const;
-  /// Index of the first memory type that has all of `required` and, where there is one, all of `preferred`.
-  uint32_t MemoryType(VkMemoryPropertyFlags required, VkMemoryPropertyFlags preferred) const;
+  /// Index of the first memory type in the mask `allowed` that has all of `required` and, where there is one, all of
+  /// `preferred`.
+  uint32_t MemoryType(uint32_t allowed, VkMemoryPropertyFlags required, VkMemoryPropertyFlags preferred) const;
 
   /// Name, features, limits and what is missing, for `tvm_attn.vulkan.devices()`.
   tvm::ffi::json::Object ToJson() const;
+
+ private:
+  uint32_t DeviceHeap() const;
 };
 
 /// Every device of the system, usable or not. Throws DeviceError where there is no Vulkan.

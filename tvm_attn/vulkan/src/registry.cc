@@ -86,7 +86,13 @@ String Validation() {
 
 /// Finishes all work and saves the pipeline caches; the Python side calls it when the process ends.
 void Flush() {
-  for (Device* device : Device::Opened()) device->Flush();
+  for (Device* device : Device::Opened()) {
+    try {
+      device->Flush();
+    } catch (const tvm::ffi::Error&) {
+      // The device was lost, which somebody was told when it happened.
+    }
+  }
 }
 
 TVM_FFI_STATIC_INIT_BLOCK() {

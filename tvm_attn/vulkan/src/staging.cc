@@ -4,12 +4,11 @@ namespace tvm_attn::vulkan {
 namespace {
 
 constexpr VkDeviceSize kAlignment = 64;
-constexpr VkMemoryPropertyFlags kHost = VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT | VK_MEMORY_PROPERTY_HOST_COHERENT_BIT;
 
 }  // namespace
 
 UploadRing::UploadRing(const BufferFactory& factory, Stream* stream)
-    : stream_(stream), buffer_(factory.Create(kSize, factory.physical().MemoryType(kHost, 0), /*map=*/true)) {}
+    : stream_(stream), buffer_(factory.Create(kSize, Use::kUpload)) {}
 
 Slice UploadRing::Reserve(VkDeviceSize size) {
   uint64_t begin = (head_ + kAlignment - 1) / kAlignment * kAlignment;
@@ -35,8 +34,7 @@ Slice UploadRing::Reserve(VkDeviceSize size) {
 }
 
 ReadbackBuffers::ReadbackBuffers(const BufferFactory& factory) {
-  const uint32_t type = factory.physical().MemoryType(kHost, VK_MEMORY_PROPERTY_HOST_CACHED_BIT);
-  for (Buffer& buffer : buffers_) buffer = factory.Create(kSize, type, /*map=*/true);
+  for (Buffer& buffer : buffers_) buffer = factory.Create(kSize, Use::kReadback);
 }
 
 }  // namespace tvm_attn::vulkan
