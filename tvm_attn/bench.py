@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tvm_attn.cli import run
+from tvm_attn.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from tvm_attn.benchmark.session import Benchmark
@@ -50,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kernels", action="store_true", help="time single kernels at the longest prompt and contexts, too"
     )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu or vulkan:0, whose limits are not measured; default: %(default)s"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of every system; default: all cores")
     parser.add_argument(
         "--repeats",
@@ -85,6 +89,8 @@ def _bench(args: argparse.Namespace) -> int:
     from tvm_attn.benchmark import plot, report, session
 
     if args.plot:
+        if args.device != "cpu":
+            raise BenchmarkError(f"--plot draws the limits of the processor, not of {args.device}; leave it out")
         plot.check_available()
     options = session.Options(
         artifact=args.artifact,
@@ -96,6 +102,7 @@ def _bench(args: argparse.Namespace) -> int:
         threads=args.threads,
         rounds=args.repeats,
         kernels=args.kernels,
+        device=args.device,
     )
     with _progress() as progress:
         benchmark = session.run(options, progress)

@@ -13,7 +13,7 @@ from rich.console import Console
 from tvm_attn.bench import main
 from tvm_attn.benchmark import plot, probe, report, session
 from tvm_attn.benchmark.counts import Work
-from tvm_attn.benchmark.ours import KernelTime
+from tvm_attn.benchmark.kernels import KernelTime
 from tvm_attn.benchmark.session import OURS, Agreement, Benchmark, Measurement, Options, SystemInfo, make_cases
 from tvm_attn.benchmark.system import Case
 from tvm_attn.config import PRESETS

@@ -88,6 +88,7 @@ def _tick(case: Case) -> str:
 def _roofline(axes: Axes, benchmark: Benchmark) -> None:
     """GFLOP/s over operations a byte, under what memory and arithmetic allow (Williams et al., 2009)."""
     limits, entries = benchmark.limits, benchmark.measurements
+    assert limits is not None, "the command refuses a plot without limits"
     compute = limits.compute(benchmark.arithmetic)
     intensities = [entry.work.flops / entry.work.bytes for entry in entries]
     edge = compute / limits.read_gbytes

@@ -14,7 +14,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tvm_attn.benchmark.ours import KernelTime
+from tvm_attn.benchmark.kernels import KernelTime
 from tvm_attn.benchmark.probe import Limits
 from tvm_attn.benchmark.session import OURS, Benchmark, Measurement
 from tvm_attn.benchmark.system import Case
@@ -26,7 +26,8 @@ FORMAT = 1
 
 def tables(benchmark: Benchmark) -> Iterator[Table]:
     """The tables to print: limits, agreement of the peers, cases by phase, kernels."""
-    yield _limits_table(benchmark)
+    if benchmark.limits:
+        yield _limits_table(benchmark.machine, benchmark.limits)
     if len(benchmark.systems) > 1:
         yield _agreement_table(benchmark)
     for phase in ("prefill", "decode"):
@@ -48,8 +49,7 @@ def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
     return table
 
 
-def _limits_table(benchmark: Benchmark) -> Table:
-    machine, limits = benchmark.machine, benchmark.limits
+def _limits_table(machine: dict[str, Any], limits: Limits) -> Table:
     title = f"Limits of this machine: {machine['processor']}, {limits.threads} of {machine['cores']} cores"
     table = _table(title, ("limit",), ("measured", "unit"))
     table.add_row("float32 multiply-adds", f"{limits.float32_gflops:.0f}", "GFLOP/s")
@@ -85,8 +85,8 @@ def _case_table(benchmark: Benchmark, phase: str, measurements: list[Measurement
             f"{figures['tokens_per_second']:.1f}",
             f"{figures['gflops']:.1f}",
             f"{figures['gbytes_per_second']:.1f}",
-            f"{figures['fraction_of_limit']:.0%}",
-            figures["bound_by"],
+            "-" if figures["fraction_of_limit"] is None else f"{figures['fraction_of_limit']:.0%}",
+            figures["bound_by"] or "-",
         )
     table.caption = "rates are of the median; of limit: the least time that the binding limit allows / median time"
     table.caption_justify = "left"
@@ -120,7 +120,7 @@ def _case_cells(case: Case) -> tuple[str, ...]:
     return (str(case.tokens),) if case.phase == "prefill" else (str(case.tokens), str(case.batch))
 
 
-def _kernel_table(case: Case, times: list[KernelTime], limits: Limits, arithmetic: str) -> Table:
+def _kernel_table(case: Case, times: list[KernelTime], limits: Limits | None, arithmetic: str) -> Table:
     table = _table(
         f"Kernels of {case}",
         ("kernel", "sizes"),
@@ -141,7 +141,7 @@ def _kernel_table(case: Case, times: list[KernelTime], limits: Limits, arithmeti
             figures["bound_by"] or "-",
         )
     table.add_row("all kernels", "", "", _milliseconds(total), "", "", "", "", "")
-    table.caption = "rows that pad a group are counted; above 100 % of memory the data was in a cache"
+    table.caption = "layers are timed in parts; rows that pad a group are counted; above 100 % the data was in a cache"
     table.caption_justify = "left"
     return table
 
@@ -151,9 +151,9 @@ def _milliseconds(seconds: float) -> str:
 
 
 def case_figures(entry: Measurement, label: str, benchmark: Benchmark) -> dict[str, Any]:
-    """Derived figures of a system's case; rates are of the median, the fraction is of the limit that binds."""
+    """Derived figures of a system's case; rates are of the median, the fraction is of the limit that binds, or None."""
     median = entry.median(label)
-    bound, bound_by = benchmark.limits.bound(entry.work, benchmark.arithmetic)
+    bound, bound_by = benchmark.limits.bound(entry.work, benchmark.arithmetic) if benchmark.limits else (None, None)
     return {
         "median_seconds": median,
         "best_seconds": entry.best(label),
@@ -161,21 +161,21 @@ def case_figures(entry: Measurement, label: str, benchmark: Benchmark) -> dict[s
         "gflops": entry.work.flops / median / 1e9,
         "gbytes_per_second": entry.work.bytes / median / 1e9,
         "bound_by": bound_by,
-        "fraction_of_limit": bound / median,
+        "fraction_of_limit": None if bound is None else bound / median,
     }
 
 
-def kernel_figures(entry: KernelTime, total: float, limits: Limits, arithmetic: str) -> dict[str, Any]:
-    """Derived figures of a kernel, None where its work is not known; `total` is the time of all kernels."""
+def kernel_figures(entry: KernelTime, total: float, limits: Limits | None, arithmetic: str) -> dict[str, Any]:
+    """Derived figures of a kernel, None where work or limits are not known; `total` is the time of all kernels."""
     figures: dict[str, Any] = {"share": entry.seconds / total}
     if entry.work is None:
         return figures | dict.fromkeys(("gflops", "gbytes_per_second", "bound_by", "fraction_of_limit"))
-    bound, bound_by = limits.bound(entry.work, arithmetic)
+    bound, bound_by = limits.bound(entry.work, arithmetic) if limits else (None, None)
     return figures | {
         "gflops": entry.work.flops / entry.seconds / 1e9,
         "gbytes_per_second": entry.work.bytes / entry.seconds / 1e9,
         "bound_by": bound_by,
-        "fraction_of_limit": bound / entry.seconds,
+        "fraction_of_limit": None if bound is None else bound / entry.seconds,
     }
 
 
@@ -187,7 +187,7 @@ def to_dict(benchmark: Benchmark) -> dict[str, Any]:
         "machine": benchmark.machine,
         "versions": benchmark.versions,
         "artifact": benchmark.artifact,
-        "limits": asdict(benchmark.limits),
+        "limits": benchmark.limits and asdict(benchmark.limits),
         "systems": [asdict(system) for system in benchmark.systems],
         "skipped": benchmark.skipped,
         "cases": [_case_dict(entry, benchmark) for entry in benchmark.measurements],
@@ -206,7 +206,7 @@ def _case_dict(entry: Measurement, benchmark: Benchmark) -> dict[str, Any]:
     return entry.case.to_dict() | {"flops": entry.work.flops, "bytes": entry.work.bytes, "systems": systems}
 
 
-def _kernel_dicts(times: list[KernelTime], limits: Limits, arithmetic: str) -> list[dict[str, Any]]:
+def _kernel_dicts(times: list[KernelTime], limits: Limits | None, arithmetic: str) -> list[dict[str, Any]]:
     total = sum(entry.seconds for entry in times)
     return [asdict(entry) | kernel_figures(entry, total, limits, arithmetic) for entry in times]
 

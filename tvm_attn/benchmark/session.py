@@ -18,8 +18,9 @@ import numpy as np
 
 from tvm_attn import targets
 from tvm_attn.benchmark.counts import Storage, Work, decode_work, prefill_work
+from tvm_attn.benchmark.kernels import KernelTime
 from tvm_attn.benchmark.machine import describe_machine, describe_versions
-from tvm_attn.benchmark.ours import CompiledSystem, KernelTime
+from tvm_attn.benchmark.ours import CompiledSystem
 from tvm_attn.benchmark.peers import PEERS
 from tvm_attn.benchmark.peers.client import PeerProcess, PeerUnavailable
 from tvm_attn.benchmark.peers.weights import write_weights
@@ -62,7 +63,8 @@ class Options:
         peer_python: the Python that has the peers installed.
         threads: CPU threads of every system; None takes what `set_threads` does.
         rounds: turns of each system a case.
-        kernels: measure single kernels as well.
+        kernels: measure single kernels as well; of the processor only.
+        device: where our model runs, as `tvm_attn.load` takes it; the peers run on the processor.
     """
 
     artifact: Path
@@ -74,6 +76,7 @@ class Options:
     threads: int | None
     rounds: int
     kernels: bool
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Benchmark:
 
     Attributes:
         machine, versions, artifact: what ran where.
-        limits: the machine's limits.
+        limits: the machine's limits; None for another device than the processor, whose limits are not measured.
         arithmetic: what our matrix products are computed in, see `Storage.arithmetic`.
         systems: ours first.
         skipped: why peers were left out, a line each.
@@ -142,7 +145,7 @@ class Benchmark:
     machine: dict[str, Any]
     versions: dict[str, str]
     artifact: dict[str, Any]
-    limits: Limits
+    limits: Limits | None
     arithmetic: str
     systems: list[SystemInfo]
     skipped: list[str]
@@ -201,6 +204,8 @@ def run(options: Options, progress: Callable[[str, float], None]) -> Benchmark:
         BenchmarkError: an option does not fit the model, or names an unknown peer.
         ArtifactError, DeviceError, TargetError: our own model cannot be run.
     """
+    if options.kernels and options.device != "cpu":
+        raise BenchmarkError(f"--kernels times kernels of the processor only, not of {options.device}")
     artifact = Artifact(options.artifact)
     cases = make_cases(artifact.config, options)
     quantized = artifact.quantization != "none"
@@ -208,10 +213,12 @@ def run(options: Options, progress: Callable[[str, float], None]) -> Benchmark:
     wanted = {text: parse_peer(text, precision) for text in options.against}
     threads = set_threads(options.threads)
     machine = describe_machine(threads)
-    progress("measuring this machine's limits", 0.0)
-    limits = measure_limits(targets.detect_cpu(), threads)
+    limits = None
+    if options.device == "cpu":
+        progress("measuring this machine's limits", 0.0)
+        limits = measure_limits(targets.detect_cpu(), threads)
     progress("loading the artifact", 0.02)
-    ours = CompiledSystem(options.artifact, threads, max((case.batch for case in cases), default=1))
+    ours = CompiledSystem(options.artifact, threads, max((case.batch for case in cases), default=1), options.device)
     infos = [SystemInfo(OURS, ours.name, ours.version, ours.precision, None)]
     skipped: list[str] = []
     with ExitStack() as stack:
@@ -223,8 +230,9 @@ def run(options: Options, progress: Callable[[str, float], None]) -> Benchmark:
         if case.phase == "decode":
             ours.fill(case)
         kernels.append((case, ours.kernel_times(case, 2 * ROUND_SECONDS)))
-    progress("measuring this machine's limits again", 0.99)
-    limits = limits.best(measure_limits(targets.detect_cpu(), threads))
+    if limits:
+        progress("measuring this machine's limits again", 0.99)
+        limits = limits.best(measure_limits(targets.detect_cpu(), threads))
     described = {
         "folder": options.artifact.resolve().name,
         "model": artifact.config.to_dict(),
@@ -232,6 +240,7 @@ def run(options: Options, progress: Callable[[str, float], None]) -> Benchmark:
         "dtype": artifact.dtype,
         "quantization": artifact.quantization,
         "target": ours.library.target,
+        "device": ours.device,
         "weight_format": ours.storage.weights,
     }
     return Benchmark(

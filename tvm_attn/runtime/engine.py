@@ -6,6 +6,7 @@ Imports TVM's runtime only; its compiler need not be there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,6 +71,12 @@ class CompiledEngine:
         self._vm = _virtual_machine(artifact, library, device)
         self._params = self._pack(artifact)
         self._kv = self._new_cache(artifact.dtype)
+
+    def on(self, machine: VirtualMachine) -> CompiledEngine:
+        """An engine with the same parameters and cache that calls another build of the same functions."""
+        engine = copy.copy(self)
+        engine._vm = machine
+        return engine
 
     def _pack(self, artifact: Artifact) -> tvm.runtime.Object:
         """The parameters in the library's layout; they are read and packed one at a time."""

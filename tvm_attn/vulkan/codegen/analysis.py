@@ -20,6 +20,7 @@ MAX_GRID = (1 << 31) - 1
 _READ, _WRITE = 1, 2
 # Scope of a fragment -> use of a cooperative matrix.
 FRAGMENTS = {"wmma.matrix_a": 0, "wmma.matrix_b": 1, "wmma.accumulator": 2}
+_FRAGMENT_CALLS = ("tirx.tvm_fill_fragment", "tirx.tvm_mma_sync", "tirx.tvm_load_matrix", "tirx.tvm_store_matrix")
 _MATRIX_CALLS = ("tirx.tvm_load_matrix_sync", "tirx.tvm_store_matrix_sync")
 
 
@@ -71,7 +72,7 @@ class Analysis:
         self.views: dict[int, View] = {}
         self.pointers: dict[int, Root] = {}
         self.threads: dict[str, Any] = {}
-        # Loop variables that index local arrays: a device keeps those in registers where the loop is unrolled.
+        # Loop variables that index local arrays or fragments, which stay in registers where the loop is unrolled.
         self.unroll: set[int] = set()
         self._loops: list[int] = []
         for index, parameter in enumerate(function.params):
@@ -227,6 +228,10 @@ class Analysis:
 
     def _Call(self, node: Any) -> None:
         name = getattr(node.op, "name", "")
+        if name.startswith(_FRAGMENT_CALLS):
+            places = node.args[1::2] if name.endswith("mma_sync") else node.args[4:5]
+            for place in places:
+                self.unroll.update(_variables(place).intersection(self._loops))
         if name in _MATRIX_CALLS:
             self._tile(node.args[5], node.args[6], _READ if "load" in name else _WRITE)
         elif name == "tirx.address_of":
@@ -240,13 +245,17 @@ class Analysis:
                 self._visit(argument)
 
     def _tile(self, pointer: Any, stride: Any, mode: int) -> None:
-        if getattr(getattr(pointer, "op", None), "name", "") != "tirx.tvm_access_ptr":
-            raise CompileError("a matrix call needs buffer.access_ptr(...)")
+        name = getattr(getattr(pointer, "op", None), "name", "")
         root = self.root_of(pointer)
         root.reads |= bool(mode & _READ)
         root.writes |= bool(mode & _WRITE)
-        offset, step = self.facts.of(pointer.args[2]), self.facts.of(stride)
-        dtype = from_tvm(pointer.args[0].ty.dtype).scalar
+        if name == "tirx.address_of":
+            load = pointer.args[0]
+            dtype, place = self.views[load.source.__chandle__()].dtype.scalar, load.indices[-1]
+        else:
+            dtype, place = from_tvm(pointer.args[0].ty.dtype).scalar, pointer.args[2]
+        offset, step = self.facts.of(place), self.facts.of(stride)
+        self._visit(place)
         fact = Fact(offset.low, offset.high, gcd(offset.divisor, step.divisor))
         root.accesses.append(Access(dtype, 4, fact, tile=True))
 

@@ -171,7 +171,7 @@ class Arithmetic:
             return a
         if left == 0 and name in ("add", "or", "xor"):
             return b
-        if name == "mul" and right == 1:
+        if name in ("mul", "div") and right == 1:
             return a
         if name == "mul" and left == 1:
             return b

@@ -7,8 +7,9 @@ from typing import Any
 
 from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.mathematics import Mathematics
+from tvm_attn.vulkan.codegen.matrices import MatrixCalls
 from tvm_attn.vulkan.codegen.spirv import GLSL_BY_NUMBER
-from tvm_attn.vulkan.codegen.threads import SUBGROUP, WORKGROUP, ThreadCalls
+from tvm_attn.vulkan.codegen.threads import SUBGROUP, WORKGROUP
 from tvm_attn.vulkan.codegen.values import INT32, DType, Value
 
 # Annotations that say something to TVM's passes and do nothing.
@@ -25,7 +26,7 @@ _ATOMICS = {
 }
 
 
-class Calls(ThreadCalls):
+class Calls(MatrixCalls):
     """Visits calls."""
 
     def _Call(self, node: Any) -> Value:
@@ -74,6 +75,8 @@ class Calls(ThreadCalls):
             self.builder.barrier(SUBGROUP, SUBGROUP, ("AcquireRelease", "WorkgroupMemory"))
         elif scope.startswith("shared"):
             semantics = ["AcquireRelease", "WorkgroupMemory"]
+            if self.memory.vulkan_model:
+                semantics += ["MakeAvailable", "MakeVisible"]
             if any(root.scope == "global" and root.reads and root.writes for root in self.analysis.roots):
                 semantics.append("UniformMemory")
             self.builder.barrier(WORKGROUP, WORKGROUP, semantics)

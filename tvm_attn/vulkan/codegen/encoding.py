@@ -107,6 +107,8 @@ def capabilities(code: Sequence[Instr], types: Mapping[int, Type]) -> set[str]:
     small: dict[int, str] = {}
     for key, info in types.items():
         scalar = types.get(info.element, info) if info.kind in ("vector", "matrix") else info
+        if info.kind == "matrix":
+            needed.add("CooperativeMatrixKHR")
         if scalar.kind in ("int", "float") and scalar.size != 32:
             name = f"{scalar.kind.capitalize()}{scalar.size}"
             needed.add(name)

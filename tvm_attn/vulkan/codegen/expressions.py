@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm_attn.errors import CompileError
-from tvm_attn.vulkan.codegen.analysis import Analysis, View
+from tvm_attn.vulkan.codegen.analysis import Analysis, Root, View
 from tvm_attn.vulkan.codegen.arithmetic import Arithmetic
 from tvm_attn.vulkan.codegen.builder import Builder
 from tvm_attn.vulkan.codegen.facts import UNKNOWN, Fact
@@ -39,6 +39,7 @@ class Expressions:
         self.memory = memory
         self.variables: dict[int, Value] = {}
         self._loads: dict[int, bool] = {}
+        self._fragments: dict[Root, int] = {}
         self._methods: dict[type, Callable[[Any], Value]] = {}
 
     def expr(self, node: Any) -> Value:

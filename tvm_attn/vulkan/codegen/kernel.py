@@ -52,6 +52,9 @@ def _compile(function: Any, name: str) -> Kernel:
     memory = Memory(arithmetic, analysis)
     interface = Interface(function, arithmetic, analysis, memory)
     statements = Statements(analysis, arithmetic, memory)
+    target = function.attrs.get("target", None)
+    warp = int(target.attrs.get("thread_warp_size", 1)) if target is not None else 1
+    statements.warp_size = warp if warp > 1 else _WARP
     size = interface.workgroup_size()
     statements.run(interface, function.params, function.body)
     module = builder.finish(size)
@@ -75,5 +78,7 @@ def _compile(function: Any, name: str) -> Kernel:
     return Kernel(module.binary, record)
 
 
+# The subgroup that TVM's matrix intrinsics assume where the target does not say.
+_WARP = 32
 # Capabilities of every Vulkan 1.3 device that the runtime accepts.
 _ALWAYS = frozenset(("Shader", "PhysicalStorageBufferAddresses", "GroupNonUniform", "GroupNonUniformBallot"))

@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from tvm_attn.errors import CompileError
-from tvm_attn.vulkan.codegen.analysis import FRAGMENTS, View
-from tvm_attn.vulkan.codegen.memory import Index
+from tvm_attn.vulkan.codegen.analysis import FRAGMENTS
 from tvm_attn.vulkan.codegen.threads import ThreadCalls
-from tvm_attn.vulkan.codegen.values import DType, Value
+from tvm_attn.vulkan.codegen.values import DType
 
 _LAYOUTS = {"row_major": 0, "col_major": 1}
 
@@ -60,10 +59,10 @@ class MatrixCalls(ThreadCalls):
         if use is None:
             raise CompileError(f'a matrix call on buffer {root.name} of scope "{root.scope}"; fragments have "wmma.*"')
         if shape is not None:
-            sizes = [getattr(extent, "value", None) for extent in shape]
-            if None in sizes:
+            if not all(hasattr(extent, "value") for extent in shape):
                 raise CompileError(f"the shape of fragment {root.name} is not constant")
-            root.shape = (int(sizes[0]), int(sizes[1]), int(sizes[2]))
+            rows, columns, depth = (int(extent.value) for extent in shape)
+            root.shape = (rows, columns, depth)
         if root.shape is None:
             raise CompileError(f"fragment {root.name} is multiplied before it is filled or loaded")
         m, n, k = root.shape
@@ -85,17 +84,17 @@ class MatrixCalls(ThreadCalls):
         self, pointer: Any, stride: Any, layout: Any, dtype: DType
     ) -> tuple[int, int, int, tuple[int | str, ...]]:
         """Pointer, layout and stride of a tile in memory, and how the access is made."""
-        root = self.analysis.root_of(pointer)
-        offset = pointer.args[2]
-        if self.dtype(pointer.args[0]).scalar != dtype:
-            raise CompileError(
-                f"a tile of {self.dtype(pointer.args[0])} for a fragment of {dtype}; their types must agree"
-            )
-        view = View(root, dtype)
-        base = self._address(view, offset) if root.scope == "global" else self.low32(offset)
-        index = Index(base, self.facts.of(offset))
+        view, index = self.place(pointer)
+        root = view.root
+        if view.dtype.scalar != dtype or index.base is None:
+            raise CompileError(f"a tile of {view.dtype} for a fragment of {dtype}; their types must agree")
         address, unit = self.memory.tile(view, index, dtype)
-        distance = self.arith.binary("div", self.low32(stride), self.arith.constant(self.low32(stride).dtype, unit))
+        step = self.low32(stride)
+        literal = self.arith.literal(step)
+        if literal is None:
+            distance = self.arith.binary("div", step, self.arith.constant(step.dtype, unit))
+        else:
+            distance = self.arith.constant(step.dtype, int(literal) // unit)
         name = _LAYOUTS.get(str(layout.value))
         if name is None:
             raise CompileError(f'the layout "{layout.value}" of a tile; row_major and col_major are supported')

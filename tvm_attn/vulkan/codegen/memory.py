@@ -15,7 +15,7 @@ from math import gcd
 from typing import NamedTuple
 
 from tvm_attn.errors import CompileError
-from tvm_attn.vulkan.codegen.analysis import Access, Analysis, Root, View
+from tvm_attn.vulkan.codegen.analysis import FRAGMENTS, Access, Analysis, Root, View
 from tvm_attn.vulkan.codegen.arithmetic import Arithmetic
 from tvm_attn.vulkan.codegen.facts import Fact
 from tvm_attn.vulkan.codegen.values import DType, Value, split
@@ -57,6 +57,7 @@ class Memory:
         self._dynamic: dict[Root, int] = {}
         self._slots: dict[tuple[Root, int], int] = {}
         self._clock = 0
+        self.vulkan_model = any(root.scope in FRAGMENTS for root in analysis.roots)
         self.shared_bytes = 0
         self.alignments: dict[Root, int] = {}
 
@@ -155,6 +156,21 @@ class Memory:
             raise CompileError(f"atomics on buffer {root.name} need elements of type {array.unit}, not {dtype}")
         return self._unit_pointer(array, index.base)
 
+    def tile(self, view: View, index: Index, dtype: DType) -> tuple[int, int]:
+        """The pointer to the first element of a matrix in memory, and how many elements it steps over at once."""
+        assert index.base is not None
+        if view.root.writes:
+            self._touch(view.root)
+        if view.root.scope == "global":
+            return self._global_element(view.root, index.base, dtype), 1
+        array = self._find(view.root, index, dtype)
+        if self.arith.type(array.unit) != self.arith.type(dtype):
+            raise CompileError(f"matrices in buffer {view.root.name} need elements of type {array.unit}, not {dtype}")
+        if array.width == 1:
+            return self._unit_pointer(array, index.base), 1
+        vector = self._shifted(self._offset(index.base, -array.offset), array.width)
+        return self._chain(array, self.arith.type(array.unit, array.width), vector.id), array.width
+
     def invalidate(self, scope: str | None = None) -> None:
         """Forgets loads of memory that is written: of `scope`, or of all memories (at loops)."""
         for root in self._analysis.roots:
@@ -200,7 +216,7 @@ class Memory:
         return Value(
             dtype,
             [
-                self.builder.op("Load", type_id, pointer, "Aligned", size, epoch=epoch)
+                self.builder.op("Load", type_id, pointer, self._aligned(root), size, epoch=epoch)
                 for pointer, type_id, size in parts
             ],
         )
@@ -208,7 +224,14 @@ class Memory:
     def _store_global(self, root: Root, index: Index, value: Value) -> None:
         parts = self._global_parts(root, index, value.dtype)
         for ident, (pointer, _, size) in zip(self.arith.wide(value).parts, parts, strict=True):
-            self.builder.emit("Store", None, pointer, ident, "Aligned", size)
+            self.builder.emit("Store", None, pointer, ident, self._aligned(root), size)
+
+    def _aligned(self, root: Root) -> str:
+        """How global memory is accessed: the Vulkan memory model has to be told what threads exchange."""
+        return "Aligned|NonPrivatePointer" if self.vulkan_model and root.reads and root.writes else "Aligned"
+
+    def _exchanged(self, root: Root) -> tuple[str, ...]:
+        return ("NonPrivatePointer",) if self.vulkan_model and root.scope == "shared" else ()
 
     # Shared and local memory ------------------------------------------------------------------------------------
 
@@ -285,7 +308,7 @@ class Memory:
         units = dtype.lanes * ratio
         pieces = self._pieces(array, self._in_units(index, ratio), units)
         ids = [
-            self.builder.op("Load", type_id, pointer, epoch=self._epoch(array.root, slot))
+            self.builder.op("Load", type_id, pointer, *self._exchanged(array.root), epoch=self._epoch(array.root, slot))
             for pointer, type_id, _, slot in pieces
         ]
         raw = array.unit.with_lanes(units)
@@ -317,7 +340,7 @@ class Memory:
                 ids.append(piece.id)
                 start += width
         for ident, (pointer, type_id, width, slot) in zip(ids, pieces, strict=True):
-            self.builder.emit("Store", None, pointer, ident)
+            self.builder.emit("Store", None, pointer, ident, *self._exchanged(root))
             self._clock += 1
             self._any[root] = self._clock
             if slot is None or root.scope == "shared":
@@ -375,7 +398,7 @@ def _vector_width(root: Root, accesses: list[Access], unit: DType, low: int) -> 
     """4 or 2 where vector accesses of an array are aligned to it, else 1."""
     if unit.kind == "bool":
         return 1
-    best = 0
+    best, limit = 0, 4
     for access in accesses:
         lanes = access.lanes * (access.dtype.bytes // unit.bytes)
         if lanes == 1 or access.index is None:
@@ -384,5 +407,7 @@ def _vector_width(root: Root, accesses: list[Access], unit: DType, low: int) -> 
             continue
         divisor = gcd(access.index.divisor * (access.dtype.bytes // unit.bytes), low // unit.bytes)
         aligned = Fact(divisor=gcd(divisor, lanes)).aligned(4)
+        if access.tile:
+            limit = min(limit, aligned)
         best = max(best, aligned) if root.scope == "shared" else min(best or 4, aligned)
-    return max(best, 1)
+    return max(min(best, limit), 1)

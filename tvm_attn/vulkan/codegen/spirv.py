@@ -139,7 +139,14 @@ MEMORY_ACCESS = {
     "NonPrivatePointer": 32,
 }
 SCOPE = {"Device": 1, "Workgroup": 2, "Subgroup": 3}
-SEMANTICS = {"None": 0, "AcquireRelease": 0x8, "UniformMemory": 0x40, "WorkgroupMemory": 0x100}
+SEMANTICS = {
+    "None": 0,
+    "AcquireRelease": 0x8,
+    "UniformMemory": 0x40,
+    "WorkgroupMemory": 0x100,
+    "MakeAvailable": 0x2000,
+    "MakeVisible": 0x4000,
+}
 
 # Operand letter -> (enumerants, is it a bit mask).
 ENUMERANTS: dict[str, tuple[dict[str, int], bool]] = {

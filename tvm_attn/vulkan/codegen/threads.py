@@ -12,7 +12,7 @@ from tvm_attn.vulkan.codegen.facts import Fact
 from tvm_attn.vulkan.codegen.memory import Index
 from tvm_attn.vulkan.codegen.values import UINT32, DType, Value
 
-DEVICE, WORKGROUP, SUBGROUP = 1, 2, 3
+DEVICE, WORKGROUP, SUBGROUP, QUEUE_FAMILY = 1, 2, 3, 5
 _ATOMIC_INSTRUCTION = {
     "add": ("AtomicIAdd", "AtomicIAdd"),
     "min": ("AtomicSMin", "AtomicUMin"),
@@ -99,7 +99,7 @@ class ThreadCalls(Expressions):
 
     # Atomics ----------------------------------------------------------------------------------------------------
 
-    def _place(self, pointer: Any) -> tuple[View, Index]:
+    def place(self, pointer: Any) -> tuple[View, Index]:
         """Memory and index behind address_of or tvm_access_ptr."""
         name = getattr(getattr(pointer, "op", None), "name", "")
         if name == "tirx.address_of":
@@ -112,14 +112,14 @@ class ThreadCalls(Expressions):
             offset = pointer.args[2]
             base = self.low32(offset) if root.scope != "global" else self._address(View(root, dtype), offset)
             return View(root, dtype), Index(base, self.facts.of(offset))
-        raise CompileError("an atomic operation needs address_of(buffer[index]) or buffer.access_ptr(...)")
+        raise CompileError("a pointer is neither address_of(buffer[index]) nor buffer.access_ptr(...)")
 
     def _call_tirx_atomic_add(self, node: Any) -> Value:
         return self.atomic("add", node.args[0], node.args[1])
 
     def atomic(self, operator: str, pointer: Any, operand: Any) -> Value:
         """An atomic operation; gives the value before it. Relaxed order, as in CUDA."""
-        view, index = self._place(pointer)
+        view, index = self.place(pointer)
         value = self.arith.wide(self.expr(operand))
         dtype = view.dtype.scalar
         value = self.arith.cast(value, dtype)
@@ -131,7 +131,8 @@ class ThreadCalls(Expressions):
         native = dtype.is_integer or (operator == "add" and not shared and dtype.bits == 32)
         held = dtype if dtype.is_integer or (native and not shared) else DType("uint", dtype.bits)
         address = self.memory.pointer(view, Index(index.base, Fact(index.fact.low, index.fact.high)), held)
-        scope = self.builder.uint(WORKGROUP if shared else DEVICE)
+        device = QUEUE_FAMILY if self.memory.vulkan_model else DEVICE
+        scope = self.builder.uint(WORKGROUP if shared else device)
         if not native:
             return self._compare_and_swap(operator, address, scope, value)
         name = "AtomicFAddEXT" if dtype.kind == "float" else _ATOMIC_INSTRUCTION[operator][dtype.kind == "uint"]

@@ -9,7 +9,8 @@
 namespace tvm_attn::vulkan {
 namespace {
 
-// Every tensor starts on this boundary: no less than any device asks of a buffer, and whole cache lines.
+// Every tensor starts on this boundary: no less than any device asks of a buffer, and whole cache lines. Blocks start on
+// pages.
 constexpr VkDeviceSize kAlignment = 256;
 // Tensors up to half of this share blocks; larger ones get a buffer of their own size.
 constexpr VkDeviceSize kBlockSize = VkDeviceSize{64} << 20;
