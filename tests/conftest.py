@@ -2,8 +2,12 @@
 
 import functools
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -31,6 +35,56 @@ def _cuda_device_exists() -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not _cuda_device_exists():
         pytest.skip("needs a CUDA device")
+
+
+# A validator among the environment's packages is newer than most distributions': those lack cooperative matrices.
+_PACKAGED = f"{sysconfig.get_path('platlib')}/cmeel.prefix/bin"
+_SPIRV_VAL = shutil.which("spirv-val", path=_PACKAGED) or shutil.which("spirv-val")
+
+
+@pytest.fixture(scope="session")
+def check_spirv(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], None]:
+    """check_spirv(code) fails where spirv-val finds fault with a module for Vulkan 1.3. Skips where it is missing."""
+    if _SPIRV_VAL is None:
+        pytest.skip("no spirv-val: install spirv-tools")
+    path = tmp_path_factory.mktemp("spirv") / "kernel.spv"
+    command = [_SPIRV_VAL, "--target-env", "vulkan1.3", "--scalar-block-layout", str(path)]
+    version = subprocess.run([_SPIRV_VAL, "--version"], capture_output=True, text=True, check=True).stdout
+    old = version < "SPIRV-Tools v2023.4"  # the first one with SPV_KHR_cooperative_matrix
+    passed: set[bytes] = set()
+
+    def check(code: bytes) -> None:
+        if code in passed or (old and b"SPV_KHR_cooperative_matrix" in code):
+            return
+        path.write_bytes(code)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        passed.add(code)
+
+    return check
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_spirv_module_is_valid(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Wraps the code generator: no test runs a Vulkan kernel that the validator refuses."""
+    if _SPIRV_VAL is None:
+        yield
+        return
+    from tvm_attn.vulkan.codegen import build
+
+    check = request.getfixturevalue("check_spirv")
+    globals_: dict[str, Any] = build.__globals__
+    emit, parse = globals_["emit"], globals_["parse"]
+
+    def checked(mod: Any) -> bytes:
+        blob: bytes = emit(mod)
+        for _, code in parse(blob):
+            check(code)
+        return blob
+
+    globals_["emit"] = checked
+    yield
+    globals_["emit"] = emit
 
 
 @pytest.fixture(scope="session")

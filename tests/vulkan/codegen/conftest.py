@@ -1,9 +1,6 @@
-"""What the tests of the code generator share: every module that is emitted passes spirv-val, where it is installed."""
+"""What the tests of the code generator share: ways to compile a program for Vulkan and to run it on arrays."""
 
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,38 +8,7 @@ import pytest
 import tvm
 from tvm import te
 
-from tvm_attn.vulkan.codegen import build as build_module_function
-from tvm_attn.vulkan.codegen import parse
-
 Array = np.ndarray[Any, Any]
-
-
-def check_spirv(code: bytes, path: Path) -> None:
-    """Fails where spirv-val finds fault."""
-    path.write_bytes(code)
-    command = ["spirv-val", "--target-env", "vulkan1.3", "--scalar-block-layout", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-@pytest.fixture(autouse=True)
-def every_module_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Wraps the emitter, so that nothing is run that the validator refuses."""
-    import sys
-
-    module = sys.modules[build_module_function.__module__]
-    original = module.emit
-
-    def emit(mod: tvm.IRModule) -> bytes:
-        blob = original(mod)
-        if shutil.which("spirv-val"):
-            for record, code in parse(blob):
-                # The validator of Debian 12 is older than KHR cooperative matrices.
-                if "cooperative_matrix" not in record["features"]:
-                    check_spirv(code, tmp_path / "kernel.spv")
-        return blob
-
-    monkeypatch.setattr(module, "emit", emit)
 
 
 @pytest.fixture
