@@ -8,6 +8,8 @@ import pytest
 import tvm
 from tvm import te
 
+from tvm_attn.vulkan.codegen import build, parse
+
 Array = np.ndarray[Any, Any]
 
 
@@ -15,15 +17,39 @@ Array = np.ndarray[Any, Any]
 def run(vulkan: Any) -> Callable[..., list[Array]]:
     """Compiles a PrimFunc or module for Vulkan, calls it with copies of the arrays and gives all of them back."""
 
-    def call(program: Any, *arguments: Any, target: Any = "vulkan") -> list[Array]:
+    def call(program: Any, *arguments: Any, target: Any = "vulkan", pipeline: str = "default") -> list[Array]:
         mod = program if isinstance(program, tvm.IRModule) else tvm.IRModule({"main": program})
-        executable = tvm.compile(mod, target=target)
+        executable = tvm.compile(mod, target=target, tir_pipeline=pipeline)
         device = tvm.cpu() if target == "llvm" else vulkan
         held = [tvm.runtime.tensor(a, device) if isinstance(a, np.ndarray) else a for a in arguments]
         executable(*held)
         return [tensor.numpy() for tensor in held if isinstance(tensor, tvm.runtime.Tensor)]
 
     return call
+
+
+@pytest.fixture
+def emitted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[dict[str, Any], bytes]]]:
+    """Compiles a PrimFunc or module for Vulkan and gives the record and the SPIR-V of each kernel. Needs no device."""
+
+    def compile_only(
+        program: Any, target: Any = "vulkan", pipeline: str = "default"
+    ) -> list[tuple[dict[str, Any], bytes]]:
+        kernels: list[tuple[dict[str, Any], bytes]] = []
+        emit = build.__globals__["emit"]
+
+        def keep(mod: tvm.IRModule) -> bytes:
+            blob: bytes = emit(mod)
+            kernels.extend(parse(blob))
+            return blob
+
+        mod = program if isinstance(program, tvm.IRModule) else tvm.IRModule({"main": program})
+        with monkeypatch.context() as patch:
+            patch.setitem(build.__globals__, "emit", keep)
+            tvm.compile(mod, target=target, tir_pipeline=pipeline)
+        return kernels
+
+    return compile_only
 
 
 @pytest.fixture
