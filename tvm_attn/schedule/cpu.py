@@ -230,7 +230,8 @@ def _layer_norm(kernel: LayerNorm, target: CpuTarget, choose: Chooser) -> tirx.P
         schedule.compute_at(partial, row, preserve_unit_loops=True)
         schedule.set_scope(partial, 0, "local")
         schedule.set_scope(block, 0, "local")
-        lane, step = schedule.get_loops(partial)[-2:]
+        # The partial sums come first, then two loops of one iteration, then the steps along the row.
+        lane, *_, step = schedule.get_loops(partial)[-4:]
         schedule.reorder(step, lane)
         schedule.vectorize(lane)
         init = schedule.decompose_reduction(partial, step)
