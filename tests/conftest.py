@@ -1,9 +1,11 @@
 """Settings and fixtures that every test shares. The environment is set before anything imports TVM or transformers."""
 
 import functools
+import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,12 @@ from tvm_attn.runtime.machine import usable_cores  # after the settings above, w
 # TVM alone would use half of the hardware threads; it reads this once, when its thread pool starts.
 os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
 
+# Vulkan's validation layer, synchronization included, watches every test where it is installed. The runtime reads this
+# when the first device is used; processes that tests start inherit it.
+_LAYERS = (Path("/usr/share/vulkan/explicit_layer.d"), Path("/etc/vulkan/explicit_layer.d"))
+if any(file for folder in _LAYERS for file in folder.glob("*khronos_validation*")):
+    os.environ.setdefault("TVM_ATTN_VULKAN_VALIDATE", "1")
+
 # A first call compiles, so deadlines mean nothing; in CI the examples are the same in every run.
 settings.register_profile("tvm_attn", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("tvm_attn")
@@ -35,6 +43,32 @@ def _cuda_device_exists() -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not _cuda_device_exists():
         pytest.skip("needs a CUDA device")
+
+
+def _validation() -> tuple[int, list[str]]:
+    """How many messages Vulkan's validation layer has had for this process, and the first of them."""
+    if "tvm_ffi" not in sys.modules:
+        return 0, []
+    function = sys.modules["tvm_ffi"].get_global_func("tvm_attn.vulkan.validation", allow_missing=True)
+    report = {"count": 0, "messages": []} if function is None else json.loads(function())
+    return report["count"], report["messages"]
+
+
+@pytest.fixture(autouse=True)
+def vulkan_validation_stays_silent() -> Iterator[None]:
+    """Fails a test during which the validation layer said something."""
+    before, _ = _validation()
+    yield
+    after, messages = _validation()
+    assert after == before, messages[before:]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run in which the validation layer said something, be it between the tests."""
+    count, messages = _validation()
+    if count:
+        print(f"\nVulkan validation: {count} messages, the first: {messages[0]}", file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 # A validator among the environment's packages is newer than most distributions': those lack cooperative matrices.

@@ -2,8 +2,10 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,17 @@ def upload(array: np.ndarray, device: Any) -> Any:
     return tvm.runtime.tensor(array, device)
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a process of its own, with this checkout's package, TVM's runtime alone and no PyTorch."""
-    own = {"PYTHONPATH": str(ROOT), "TVM_USE_RUNTIME_LIB": "1", "TVM_ATTN_VULKAN_VALIDATE": "0"}
+def run_python(code: str, silent: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a process of its own, with this checkout's package, TVM's runtime alone and no PyTorch.
+
+    `silent`: nothing from the validation layer, where it runs.
+    """
+    own = {"PYTHONPATH": str(ROOT), "TVM_USE_RUNTIME_LIB": "1"}
     variables = {**os.environ, **own, **environment}
     command = [sys.executable, "-c", f"import sys\nsys.modules['torch'] = None\n{code}"]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert not silent or "Vulkan validation:" not in done.stderr, done.stderr
+    return done
 
 
 @pytest.mark.parametrize("inputs", [1, 2, 20])
@@ -266,10 +273,37 @@ print(x.numpy().sum())
 def test_validation_layer_is_asked_for(vulkan: Any) -> None:
     """Without the variable there are no messages to read; with it the tests run, where the layer is installed."""
     code = "from tvm_attn import vulkan\nvulkan.devices()\nprint(vulkan.validation_messages())"
-    assert "the validation layer is not running" in run_python(code).stderr
+    assert "the validation layer is not running" in run_python(code, TVM_ATTN_VULKAN_VALIDATE="0").stderr
     if os.environ.get("TVM_ATTN_VULKAN_VALIDATE") != "1":
         pytest.skip("no validation layer: install vulkan-validationlayers")
-    assert run_python(code, TVM_ATTN_VULKAN_VALIDATE="1").stdout.strip() == "[]"
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_what_the_validation_layer_says_is_counted(
+    vulkan: Any, pack: Callable[..., bytes], axpy_code: bytes, axpy_record: dict[str, Any], tmp_path: Path
+) -> None:
+    """A kernel that declares a capability which the runtime switches on for nobody."""
+    if os.environ.get("TVM_ATTN_VULKAN_VALIDATE") != "1":
+        pytest.skip("no validation layer: install vulkan-validationlayers")
+    geometry = struct.pack("<II", 2 << 16 | 17, 2)  # OpCapability Geometry
+    code = axpy_code[:20] + geometry + axpy_code[20:]
+    path = tmp_path / "axpy"
+    path.write_bytes(pack({**axpy_record, "size": len(code)}, code=code))
+    program = f"""
+from tvm_attn import vulkan as backend
+import tvm, numpy as np, tvm_ffi
+backend.autoload()
+x = tvm.runtime.tensor(np.ones(64, "float32"), tvm.vulkan(0))
+before = backend.statistics()["validation_messages"]
+module = tvm_ffi.get_global_func("tvm_attn.vulkan.create_module")(open({str(path)!r}, "rb").read())
+module["axpy"](x, x, x, 64, 1.0, 1, 64)
+x.numpy()
+messages = backend.validation_messages()
+print(before, backend.statistics()["validation_messages"] == len(messages) > 0, "Geometry" in messages[0])
+"""
+    done = run_python(program, silent=False)
+    assert done.stdout.split() == ["0", "True", "True"], done.stderr
+    assert "Vulkan validation: " in done.stderr
 
 
 def test_statistics_are_json(vulkan: Any) -> None:

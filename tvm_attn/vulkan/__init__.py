@@ -56,7 +56,8 @@ def devices() -> list[dict[str, Any]]:
 
 def statistics(index: int = 0) -> dict[str, int]:
     """Memory and stream of `vulkan:index`: bytes allocated by tensors and reserved from the driver, allocations,
-    blocks, operations recorded, submissions, barriers. Raises DeviceError where there is no such device.
+    blocks, operations recorded, submissions, barriers; and how many messages the validation layer has had for this
+    process. Raises DeviceError where there is no such device.
     """
     return dict(json.loads(_global("tvm_attn.vulkan.statistics")(index)))
 

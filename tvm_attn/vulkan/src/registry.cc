@@ -52,7 +52,7 @@ String Devices() {
   return json::Stringify(list);
 }
 
-/// JSON: bytes and counts; see MemoryStats and Stream::Counters.
+/// JSON: bytes and counts; see MemoryStats and Stream::Counters. The validation layer's messages are the process's.
 String Statistics(int index) {
   Device& device = Device::Get(index);
   const MemoryStats memory = device.memory_stats();
@@ -67,6 +67,7 @@ String Statistics(int index) {
       {"operations", stream.operations},
       {"submissions", stream.submissions},
       {"barriers", stream.barriers},
+      {"validation_messages", static_cast<uint64_t>(GetValidationReport().count)},
   };
   for (const auto& [name, value] : entries) stats.Set(String(name), static_cast<int64_t>(value));
   return json::Stringify(stats);
