@@ -1,5 +1,6 @@
 """Whole models on a Vulkan device (Mesa's llvmpipe will do), against PyTorch and transformers."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.model.checkpoint import random_params
 from tvm_attn.runtime.device import obstacle
 from tvm_attn.runtime.model import Model
+from tvm_attn.vulkan import statistics
 
 pytestmark = [
     pytest.mark.skipif(obstacle("vulkan") is not None, reason=f"Vulkan: {obstacle('vulkan')}"),
@@ -123,6 +125,29 @@ def test_quantized(quant: str, tmp_path: Path) -> None:
     built = build(checkpoint(tmp_path, SMALL), "vulkan", "float16", quant, out=tmp_path / "artifact")
     report = built.reports["vulkan-generic"]
     assert report is not None and all(check.passed for check in report.checks)
+
+
+def test_ten_thousand_decode_steps_leak_nothing(tmp_path: Path) -> None:
+    """Uploads of the inputs, a layer and the head, the choice of the token and its way back, in few submissions."""
+    config = replace(SMALL, vocab_size=96, n_embd=32, n_inner=64)
+    built = build(checkpoint(tmp_path, config), "vulkan", out=tmp_path / "artifact", verify=False)
+    engine = tvm_attn.load(built.folder, "vulkan:0", max_batch=1).engine
+    slots, token_ids = np.zeros(1, np.int32), np.ones(1, np.int32)
+
+    def decode(steps: int) -> dict[str, int]:
+        nonlocal token_ids
+        for step in range(steps):
+            position = np.array([step % config.n_positions], np.int32)
+            token_ids = engine.decode(token_ids, slots, position).argmax()
+        gc.collect()
+        return statistics()
+
+    before = decode(config.n_positions)
+    after = decode(10_000)
+    for name in ("allocated_bytes", "allocated_peak_bytes", "allocations", "reserved_bytes", "blocks"):
+        assert after[name] == before[name], name
+    assert after["submissions"] - before["submissions"] <= 3 * 10_000
+    assert after["operations"] - before["operations"] <= 17 * 10_000
 
 
 def test_devices_that_are_not_there(built: Built, demo_artifact: Path) -> None:

@@ -26,6 +26,12 @@ def empty(nbytes: int, device: Any) -> Any:
     return tvm.runtime.empty((nbytes,), "uint8", device)
 
 
+def tvm_cpu() -> Any:
+    import tvm
+
+    return tvm.cpu()
+
+
 def random_bytes(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, count, dtype=np.uint8)
 
@@ -45,6 +51,26 @@ def unchanged_allocations(vulkan: Any) -> Iterator[None]:
 def test_host_to_device_and_back(vulkan: Any, unchanged_allocations: None, count: int) -> None:
     data = random_bytes(count)
     np.testing.assert_array_equal(upload(data, vulkan).numpy(), data)
+
+
+def test_uploads_wait_for_nothing_and_everything_else_does(vulkan: Any, axpy: Any) -> None:
+    """TVM waits after each upload; the data is in the staging ring then, and only a wait of the caller submits."""
+    vulkan.sync()
+    ones = np.ones(64, np.float32)
+    before = backend.statistics()
+    tensor = upload(ones, vulkan)
+    uploaded = backend.statistics()
+    assert (uploaded["operations"], uploaded["submissions"]) == (before["operations"] + 1, before["submissions"])
+    vulkan.sync()
+    assert backend.statistics()["submissions"] == before["submissions"] + 1
+    tensor.copyfrom(ones)
+    axpy(tensor, tensor, tensor, 64, 1.0, 1, 64)
+    vulkan.sync()
+    assert backend.statistics()["submissions"] == before["submissions"] + 2
+    host = upload(ones, tvm_cpu())
+    host.copyto(tensor)  # not followed by a wait of TVM's own
+    vulkan.sync()
+    assert backend.statistics()["submissions"] == before["submissions"] + 3
 
 
 def test_tensors_do_not_share_memory(vulkan: Any, unchanged_allocations: None) -> None:

@@ -250,6 +250,19 @@ void Device::CopyInside(uint64_t source, uint64_t destination, size_t size) {
   stream_.Finish();
 }
 
+void Device::ExpectNeedlessSync() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  uploader_ = std::this_thread::get_id();
+  uploaded_ = stream_.counters().operations;
+}
+
+bool Device::TakeNeedlessSync() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (uploader_ != std::this_thread::get_id()) return false;
+  uploader_ = {};
+  return uploaded_ == stream_.counters().operations;
+}
+
 void Device::Synchronize() {
   TimelineValue value = 0;
   {

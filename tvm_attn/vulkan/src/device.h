@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -49,6 +50,11 @@ class Device {
   void CopyToHost(uint64_t source, void* destination, size_t size);
   /// Copies `size` bytes inside the device, in the order of the stream.
   void CopyInside(uint64_t source, uint64_t destination, size_t size);
+
+  /// This thread has just called CopyFromHost, and its next call will be a wait that is not needed.
+  void ExpectNeedlessSync();
+  /// Whether this is that wait: the thread's first since, with nothing asked of the device in between.
+  bool TakeNeedlessSync();
 
   /// Blocks until everything that was asked of the device is done.
   void Synchronize();
@@ -98,6 +104,9 @@ class Device {
   ReadbackBuffers readback_;
   PipelineFactory pipelines_;
   std::vector<std::pair<TimelineValue, std::function<void()>>> retired_;
+  // The thread whose next wait is not needed, and the operations until then.
+  std::thread::id uploader_;
+  uint64_t uploaded_ = 0;
 };
 
 }  // namespace tvm_attn::vulkan

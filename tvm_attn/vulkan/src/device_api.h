@@ -19,6 +19,7 @@ class VulkanDeviceApi final : public tvm::runtime::DeviceAPI {
   using DeviceAPI::AllocDataSpace;
   void FreeDataSpace(tvm::Device dev, void* ptr) final;
   void StreamSync(tvm::Device dev, TVMStreamHandle stream) final;
+  void CopyDataFromTo(DLTensor* from, DLTensor* to, TVMStreamHandle stream) final;
   bool SupportsDevicePointerArithmeticsOnHost() final { return true; }
 
  protected:
