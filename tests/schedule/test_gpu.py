@@ -15,8 +15,9 @@ from tvm_attn import kernels, targets
 from tvm_attn.compiler.pipeline import tvm_target
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels import Case, DecodeAttention, Kernel, LayerNorm, Linear, PrefillAttention, QKVLinear
-from tvm_attn.kernels.attention import random_decode_case, random_prefill_case
+from tvm_attn.kernels.decode_attention import random_decode_case
 from tvm_attn.kernels.matmul import random_case
+from tvm_attn.kernels.prefill_attention import random_prefill_case
 from tvm_attn.runtime.device import obstacle
 from tvm_attn.schedule import schedule
 from tvm_attn.targets import GpuTarget

@@ -8,11 +8,12 @@ no predicate, whatever the number of tokens; the caller pads with rows whose pos
 the KV cache.
 """
 
-from tvm_attn.kernels.attention import DecodeAttention, PrefillAttention
 from tvm_attn.kernels.base import Case, Kernel
+from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.embedding import Embedding, GatherRows
 from tvm_attn.kernels.matmul import Head, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.norm import LayerNorm
+from tvm_attn.kernels.prefill_attention import PrefillAttention
 from tvm_attn.kernels.quant import PackPairs, QuantizeRows
 from tvm_attn.kernels.sampling import Argmax
 from tvm_attn.kernels.weights import PackPlain, PackWords

@@ -15,8 +15,10 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.activation import exp
-from tvm_attn.kernels.attention import MASKED, DecodeAttention, PrefillAttention
+from tvm_attn.kernels.attention import MASKED
 from tvm_attn.kernels.base import row_groups
+from tvm_attn.kernels.decode_attention import DecodeAttention
+from tvm_attn.kernels.prefill_attention import PrefillAttention
 from tvm_attn.kernels.weights import strip_columns as largest_power
 
 _PARTIALS = 16

@@ -248,15 +248,16 @@ def _prefill_attention(kernel: PrefillAttention, target: CpuTarget, choose: Choo
     query_tile = 2 * target.lanes
     key_tile = choose("key_tile", (4, 8), 8 if target.tile_columns >= 16 else 4)
     dim_tile = largest_divisor(kernel.head_dim, choose("dim_tile", (4, 8), 8 if target.tile_columns >= 16 else 4))
-    key_block = choose("key_block", (32, 64, 128), 64)
+    key_block = choose("key_block", (32, 64, 128), 32)
     tiled = replace(kernel, query_tile=query_tile, key_block=key_block, key_tile=key_tile, dim_tile=dim_tile)
     schedule = s_tir.Schedule(tiled.prim_func(), enable_check=False)
     schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock("tile"))))
     for name in ("init_softmax", "init_output", "mask", "keep_maximum", "maximum", "correction", "rescale_sum"):
         schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
-    for name in ("probabilities", "sum"):
+    for name in ("probabilities", "sum", "normalize"):
         schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
-    _vectorize(schedule, schedule.get_sblock("load_keys"), target.lanes)
+    if kernel.dtype != "float32":
+        _vectorize(schedule, schedule.get_sblock("load_keys"), target.lanes)
     products = schedule.get_sblock("products")
     dim, key, query = schedule.get_loops(products)
     schedule.vectorize(query)
@@ -277,28 +278,24 @@ def _decode_attention(kernel: DecodeAttention, target: CpuTarget, choose: Choose
     """A task is one chunk of keys of one head of one row."""
     key_chunk = choose("key_chunk", (128, 256, 512, 1024), 256)
     key_block = choose("key_block", (8, 16, 32), 16)
-    tiled = replace(
-        kernel,
-        key_chunk=min(key_chunk, kernel.context),
-        key_block=key_block,
-        lanes=largest_divisor(kernel.head_dim, target.lanes),
-    )
+    lanes = largest_divisor(kernel.head_dim, target.lanes)
+    tiled = replace(kernel, key_chunk=key_chunk, key_block=key_block, lanes=lanes)
     schedule = s_tir.Schedule(tiled.prim_func(), enable_check=False)
     schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock("chunk"))))
     merge_loops = schedule.get_loops(schedule.get_sblock("merge"))
     if not _is_one_row(kernel):
         schedule.parallel(schedule.fuse(*merge_loops))
+    schedule.unroll(schedule.get_loops(schedule.get_sblock("key"))[-1])
     products = schedule.get_sblock("products")
-    _, dim, lane = schedule.get_loops(products)
+    dim, lane = schedule.get_loops(products)
     schedule.vectorize(lane)
     schedule.unroll(dim)
     init = schedule.decompose_reduction(products, dim)
     schedule.vectorize(schedule.get_loops(init)[-1])
-    for name in ("init_output", "rescale_output", "keep_output", "merge_init", "merge_outputs", "store"):
-        _vectorize(schedule, schedule.get_sblock(name), target.lanes)
-    for name in ("mask", "probabilities"):
+    for name in ("init_maxima", "mask", "maxima", "init_totals", "probabilities", "totals"):
         schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
-    _vectorize(schedule, schedule.get_sblock("accumulate"), target.lanes)
+    for name in ("init_output", "accumulate", "keep_output", "merge_init", "merge_outputs", "store"):
+        _vectorize(schedule, schedule.get_sblock(name), target.lanes)
     return _finish(schedule)
 
 

@@ -14,7 +14,16 @@ from typing import Any
 from tvm import tirx
 
 from tvm_attn.errors import TuningError
-from tvm_attn.kernels import Case, DecodeAttention, Kernel, PrefillAttention, attention, matmul, weights
+from tvm_attn.kernels import (
+    Case,
+    DecodeAttention,
+    Kernel,
+    PrefillAttention,
+    decode_attention,
+    matmul,
+    prefill_attention,
+    weights,
+)
 from tvm_attn.kernels.weights import PLAIN
 from tvm_attn.storage import numpy_dtype
 from tvm_attn.targets import Peak
@@ -110,7 +119,7 @@ def _prefill_calls(kernel: PrefillAttention) -> tuple[Call, ...]:
     for length in lengths:
         flops = 2 * width * length * (length + 1)  # two products of D for every pair of a query and a key
         traffic = 2 * length * width * (4 + numpy_dtype(kernel.dtype).itemsize)
-        case = partial(attention.random_prefill_case, kernel, length)
+        case = partial(prefill_attention.random_prefill_case, kernel, length)
         calls.append(Call(f"{length} rows", flops, traffic, case))
     return tuple(calls)
 
@@ -121,7 +130,7 @@ def _decode_calls(kernel: DecodeAttention) -> tuple[Call, ...]:
     width, calls = kernel.heads * kernel.head_dim, []
     for length in lengths:
         traffic = 2 * rows * width * (length * numpy_dtype(kernel.dtype).itemsize + 4)
-        case = partial(attention.random_decode_case, kernel, (length - 1,) * rows)
+        case = partial(decode_attention.random_decode_case, kernel, (length - 1,) * rows)
         calls.append(Call(f"{rows} rows, context {length}", 4 * rows * width * length, traffic, case))
     return tuple(calls)
 
