@@ -100,6 +100,25 @@ def test_break_and_continue(run: Run) -> None:
     np.testing.assert_array_equal(run(kernel, x, np.full(16, -1, "int32"))[-1], want)
 
 
+def test_break_leaves_a_loop_of_one_round(run: Run) -> None:
+    """Such a loop needs no branch back, but break means it and not the loop around it."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(x: T.Buffer((32,), "int32"), out: T.Buffer((32,), "int32")):
+        for i in T.thread_binding(32, "threadIdx.x"):
+            with T.sblock("all"):
+                v = T.axis.spatial(32, i)
+                for _ in range(3):
+                    out[v] = out[v] + 1
+                    for _ in range(1):
+                        if x[v] > 0:
+                            T.evaluate(T.break_loop())
+                        out[v] = out[v] + 10
+
+    x = np.random.default_rng(0).integers(-9, 9, 32, "int32")
+    np.testing.assert_array_equal(run(kernel, x, np.zeros_like(x))[-1], np.where(x > 0, 3, 33))
+
+
 def test_early_return(run: Run) -> None:
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((64,), "int32")):

@@ -22,6 +22,7 @@ _READ, _WRITE = 1, 2
 FRAGMENTS = {"wmma.matrix_a": 0, "wmma.matrix_b": 1, "wmma.accumulator": 2}
 _FRAGMENT_CALLS = ("tirx.tvm_fill_fragment", "tirx.tvm_mma_sync", "tirx.tvm_load_matrix", "tirx.tvm_store_matrix")
 _MATRIX_CALLS = ("tirx.tvm_load_matrix_sync", "tirx.tvm_store_matrix_sync")
+_JUMPS = ("tirx.break_loop", "tirx.continue_loop")
 
 
 @dataclass
@@ -74,6 +75,8 @@ class Analysis:
         self.threads: dict[str, Any] = {}
         # Loop variables that index local arrays or fragments, which stay in registers where the loop is unrolled.
         self.unroll: set[int] = set()
+        # Loop variables of the loops that a break or continue leaves.
+        self.left: set[int] = set()
         self._loops: list[int] = []
         for index, parameter in enumerate(function.params):
             if hasattr(parameter.ty, "element_type"):
@@ -172,6 +175,17 @@ class Analysis:
         self._visit(node.body)
         self._loops.pop()
 
+    def _While(self, node: Any) -> None:
+        self._visit(node.condition)
+        self._loops.append(0)
+        self._visit(node.body)
+        self._loops.pop()
+
+    def _Break(self, node: Any) -> None:
+        self.left.update(self._loops[-1:])
+
+    _Continue = _Break
+
     def _bind(self, var: Any, value: Any) -> None:
         if hasattr(var.ty, "element_type"):
             self.pointers[var.__chandle__()] = self.root_of(value)
@@ -232,7 +246,9 @@ class Analysis:
             places = node.args[1::2] if name.endswith("mma_sync") else node.args[4:5]
             for place in places:
                 self.unroll.update(_variables(place).intersection(self._loops))
-        if name in _MATRIX_CALLS:
+        if name in _JUMPS:
+            self._Break(node)
+        elif name in _MATRIX_CALLS:
             self._tile(node.args[5], node.args[6], _READ if "load" in name else _WRITE)
         elif name == "tirx.address_of":
             self._pointer_use(node.args[0], _READ | _WRITE)
@@ -322,6 +338,5 @@ _CHILDREN: dict[str, tuple[str, ...]] = {
     "Broadcast": ("value",),
     "Evaluate": ("value",),
     "IfThenElse": ("condition", "then_case", "else_case"),
-    "While": ("condition", "body"),
     "AssertStmt": ("condition",),
 }

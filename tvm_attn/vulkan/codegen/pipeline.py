@@ -38,10 +38,18 @@ def lower_thread_allreduce() -> Any:
 
 
 def _shuffling(target: Any) -> Any:
-    """A target with maskless shuffles and the limits of `target`."""
-    limits = ("thread_warp_size", "max_num_threads", "max_threads_per_block", "max_shared_memory_per_block")
-    known = {name: int(target.attrs[name]) for name in limits if name in target.attrs}
-    known.pop("max_threads_per_block" if "max_num_threads" in known else "", None)
+    """A target with maskless shuffles and the limits of `target`.
+
+    One subgroup adds up what all of a block have left. TVM makes sure of that by the largest block of the target, so it
+    is told of one that is no larger than the square of the subgroup; larger reductions go through shared memory.
+    """
+    known = {
+        name: int(target.attrs[name])
+        for name in ("thread_warp_size", "max_num_threads", "max_shared_memory_per_block")
+        if name in target.attrs
+    }
+    square = known["thread_warp_size"] ** 2
+    known["max_num_threads"] = min(known.get("max_num_threads", square), square)
     config: dict[str, Any] = {"kind": "metal", **known}
     if target.host is not None:
         config["host"] = target.host.export()

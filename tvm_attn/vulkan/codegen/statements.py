@@ -100,7 +100,7 @@ class Statements(Calls):
             low, extent = self._as32(low), self._as32(extent)
             step = self.arith.constant(INT32, 1) if node.step is None else self.low32(node.step)
         low, extent, step = self.arith.wide(low), self.arith.wide(extent), self.arith.wide(step)
-        if count is not None and int(count) <= 1 and node.step is None:
+        if count is not None and int(count) <= 1 and node.step is None and handle not in self.analysis.left:
             if int(count) == 1:
                 self.variables[handle] = Value(dtype, low.parts, narrow)
                 self.statement(node.body)
