@@ -119,6 +119,9 @@ class CompiledEngine:
         Returns:
             Logits of each prompt's last token.
         """
+        if prompts and all(len(prompt) == 1 for prompt in prompts):  # less padding than as prompts
+            token_ids, positions = np.concatenate(prompts).astype(np.int32), np.zeros(len(prompts), np.int32)
+            return self.decode(token_ids, np.asarray(slots, np.int32), positions)
         parts = []
         for first, last in self._calls(prompts):
             rows = self._prompt_rows(prompts[first:last], slots[first:last])

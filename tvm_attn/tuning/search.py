@@ -258,7 +258,7 @@ class Session:
         }
         function = space.kernel.prim_func().with_attr("global_symbol", "main")
         # MetaSchedule's own count, which its log shows, stops at vector shuffles.
-        function = function.with_attr("estimated_flops", sum(call.flops for call in calls_of(space.kernel)))
+        function = function.with_attr("estimated_flops", sum(call.flops or 0 for call in calls_of(space.kernel)))
         return tvm.IRModule({"main": function.with_attr("tvm_attn.search", json.dumps(key, sort_keys=True))})
 
 
