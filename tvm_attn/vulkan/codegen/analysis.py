@@ -124,17 +124,19 @@ class Analysis:
         ty = buffer.ty
         scope = str(ty.storage_scope) or "local"
         dtype = from_tvm(ty.dtype.dtype)
-        sizes = [getattr(extent, "value", None) for extent in ty.shape]
+        sizes = [self.facts.most_elements(extent) for extent in ty.shape]
         count: int | None = dtype.lanes
         for size in sizes:
-            count = None if size is None or count is None else count * int(size)
+            count = None if size is None or count is None else count * size
         kind = scope if scope in FRAGMENTS else scope.split(".")[0]
         if kind not in ("shared", "local", *FRAGMENTS):
             raise CompileError(
                 f'buffer {buffer.name} has scope "{scope}"; kernels may allocate "local" and "shared" memory'
             )
         if count is None and scope != "shared.dyn":
-            raise CompileError(f'buffer {buffer.name} has a symbolic size; only memory of scope "shared.dyn" may')
+            raise CompileError(
+                f'buffer {buffer.name} has a size without a constant bound; only memory of scope "shared.dyn" may'
+            )
         root = Root(buffer.name, kind, dtype.scalar, count, dynamic=scope == "shared.dyn")
         self.roots.append(root)
         self._view(buffer, root)

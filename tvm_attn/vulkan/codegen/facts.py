@@ -9,6 +9,8 @@ from math import gcd
 from typing import Any, NamedTuple
 
 _UNBOUNDED = 1 << 63
+# Beyond this an extent of a local or shared array is not known in a way that helps.
+_MOST_ELEMENTS = 1 << 24
 
 
 class Fact(NamedTuple):
@@ -58,6 +60,21 @@ class Facts:
         if known is None:
             known = self._known[handle] = self._derive(expr)
         return known
+
+    def most_elements(self, extent: Any) -> int | None:
+        """An upper bound of an extent, whose parts are no negative numbers either: 8 for min(n, 8). None if unknown."""
+        fact = self.of(extent)
+        if fact.high < _MOST_ELEMENTS:
+            return fact.high
+        kind = type(extent).__name__
+        if kind not in ("Min", "Mul", "Add"):
+            return None
+        a, b = self.most_elements(extent.a), self.most_elements(extent.b)
+        if kind == "Min":
+            return min((bound for bound in (a, b) if bound is not None), default=None)
+        if a is None or b is None:
+            return None
+        return a * b if kind == "Mul" else a + b
 
     def _derive(self, expr: Any) -> Fact:
         rule = _RULES.get(type(expr).__name__)

@@ -9,13 +9,16 @@ memory.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
 from tvm.tirx import compilation_pipeline
+from tvm_ffi.structural import structural_walk
 
 NAME = "tvm_attn.vulkan"
+_UNKNOWN = 1 << 16  # threads of a block whose extent is no constant: more than any device has
 
 
 def lower_thread_allreduce() -> Any:
@@ -28,7 +31,7 @@ def lower_thread_allreduce() -> Any:
             target = function.attrs.get("target", None) if hasattr(function, "attrs") and function.attrs else None
             if target is not None and target.kind.name == "vulkan" and int(target.attrs.get("thread_warp_size", 1)) > 1:
                 targets[variable] = target
-                mod[variable] = function.with_attr("target", _shuffling(target))
+                mod[variable] = function.with_attr("target", _shuffling(target, _block_threads(function)))
         mod = s_tir.transform.LowerThreadAllreduce()(mod)
         for variable, target in targets.items():
             mod[variable] = mod[variable].with_attr("target", target)
@@ -37,11 +40,25 @@ def lower_thread_allreduce() -> Any:
     return transform
 
 
-def _shuffling(target: Any) -> Any:
+def _block_threads(function: Any) -> int:
+    """The threads of the largest block of a function, or more: the product of the largest extents."""
+    extents: dict[str, int] = {}
+
+    def visit(node: Any) -> None:
+        if node.attr_key == "thread_extent":
+            tag = str(node.node.thread_tag)
+            if tag.startswith("threadIdx"):
+                extents[tag] = max(extents.get(tag, 1), int(getattr(node.value, "value", _UNKNOWN)))
+
+    structural_walk(function.body, ((tirx.AttrStmt,), visit))
+    return math.prod(extents.values())
+
+
+def _shuffling(target: Any, threads: int) -> Any:
     """A target with maskless shuffles and the limits of `target`.
 
-    One subgroup adds up what all of a block have left. TVM makes sure of that by the largest block of the target, so it
-    is told of one that is no larger than the square of the subgroup; larger reductions go through shared memory.
+    One subgroup adds up what all of a block have left. TVM asks the target's largest block whether it can, so it is
+    told of a smaller one where the function's blocks of `threads` threads are small enough.
     """
     known = {
         name: int(target.attrs[name])
@@ -49,7 +66,7 @@ def _shuffling(target: Any) -> Any:
         if name in target.attrs
     }
     square = known["thread_warp_size"] ** 2
-    known["max_num_threads"] = min(known.get("max_num_threads", square), square)
+    known["max_num_threads"] = square if threads <= square else max(threads, known.get("max_num_threads", threads))
     config: dict[str, Any] = {"kind": "metal", **known}
     if target.host is not None:
         config["host"] = target.host.export()
