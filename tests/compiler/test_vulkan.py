@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from transformers import GPT2LMHeadModel
 
 import tvm_attn
+from tvm_attn import targets
 from tvm_attn.compiler.build import Built, build
 from tvm_attn.compiler.verification import prompt_lengths
 from tvm_attn.config import GPT2Config
@@ -22,7 +23,7 @@ from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.model.checkpoint import random_params
 from tvm_attn.runtime.device import obstacle
 from tvm_attn.runtime.model import Model
-from tvm_attn.vulkan import statistics
+from tvm_attn.vulkan import devices, statistics
 
 pytestmark = [
     pytest.mark.skipif(obstacle("vulkan") is not None, reason=f"Vulkan: {obstacle('vulkan')}"),
@@ -125,6 +126,17 @@ def test_quantized(quant: str, tmp_path: Path) -> None:
     built = build(checkpoint(tmp_path, SMALL), "vulkan", "float16", quant, out=tmp_path / "artifact")
     report = built.reports["vulkan-generic"]
     assert report is not None and all(check.passed for check in report.checks)
+
+
+def test_target_with_subgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a target file that says how large this device's subgroups are."""
+    size, generic = devices()[0]["limits"]["subgroup_size"], targets.resolve("vulkan")
+    known = replace(generic, subgroup=size, tvm=generic.tvm | {"thread_warp_size": size})  # type: ignore[call-arg]
+    monkeypatch.setattr(targets, "resolve", lambda name: known)
+    built = build(checkpoint(tmp_path, SMALL), "vulkan", out=tmp_path / "artifact")
+    report = built.reports[known.name]
+    assert report is not None and all(check.passed for check in report.checks)
+    assert f'"subgroup_size":{size}'.encode() in (built.folder / f"lib-{known.name}.so").read_bytes()
 
 
 def test_ten_thousand_decode_steps_leak_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tvm_attn.compiler.fusion import fuse_primitive_functions
 from tvm_attn.errors import CompileError
 from tvm_attn.model.gpt2 import Program
 from tvm_attn.schedule import Record, RecordBook, schedule, template_for
-from tvm_attn.targets import Target
+from tvm_attn.targets import GpuTarget, Target
 
 
 def _schedule_kernels(program: Program, target: Target) -> tuple[tvm.IRModule, list[Record]]:
@@ -88,6 +88,16 @@ def tvm_target(target: Target) -> tvm.target.Target:
     return tvm.target.Target(target.tvm, {"kind": "llvm", "mtriple": f"{target.architecture}-linux-gnu"})
 
 
+def tir_pipeline(target: Target) -> str:
+    """The name of the passes that lower kernels: TVM's own, or those that use the subgroups of a Vulkan device."""
+    if target.device != "vulkan" or not isinstance(target, GpuTarget) or target.subgroup is None:
+        return "default"
+    from tvm_attn.vulkan.codegen import pipeline
+
+    pipeline.register()
+    return pipeline.NAME
+
+
 def compile_program(program: Program, target: Target, library: Path) -> list[Record]:
     """Compiles a program for a target and writes the shared library.
 
@@ -112,7 +122,9 @@ def compile_program(program: Program, target: Target, library: Path) -> list[Rec
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         temporary = Path(folder) / library.name
         try:
-            executable = relax.build(module, tvm_target(target), relax_pipeline=_lower())
+            executable = relax.build(
+                module, tvm_target(target), relax_pipeline=_lower(), tir_pipeline=tir_pipeline(target)
+            )
             executable.export_library(str(temporary))
         except Exception as error:  # TVM raises whatever its C++ code maps to
             last_line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

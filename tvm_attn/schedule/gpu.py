@@ -1,7 +1,8 @@
 """Schedule templates for GPUs without matrix units: Vulkan devices, and CUDA where it has no better one.
 
-What a device can do comes from its target: threads of a block, shared memory, width of a load. Nothing is assumed of
-subgroups here; reductions over the threads of a block are TVM's, which uses them where the target has them.
+What a device can do comes from its target: threads of a block, shared memory, width of a load, subgroups. Reductions
+over the threads of a block are TVM's: through the registers of subgroups where the target has them, else through shared
+memory.
 """
 
 from __future__ import annotations
@@ -74,9 +75,13 @@ def _quantize_rows(kernel: QuantizeRows, target: GpuTarget, choose: Chooser) -> 
 
 
 def _layer_norm(kernel: LayerNorm, target: GpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """One block for a row; both sums are reductions over its threads."""
+    """One block for a row; both sums are reductions over its threads.
+
+    With subgroups of s threads, the sums of up to s of them are added by the first, after one barrier.
+    """
     schedule = s_tir.Schedule(kernel.prim_func())
-    widest = largest_power(1 << (kernel.width.bit_length() - 1), target.max_threads)
+    most = target.max_threads if target.subgroup is None else min(target.max_threads, target.subgroup**2)
+    widest = largest_power(1 << (kernel.width.bit_length() - 1), most)
     candidates = [threads for threads in (32, 64, 128, 256) if threads <= widest] or [widest]
     threads = choose("threads", candidates, candidates[-1])
     total, squares, normalize = (schedule.get_sblock(name) for name in ("sum", "squares", "normalize"))
