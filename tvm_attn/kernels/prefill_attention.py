@@ -78,7 +78,8 @@ class PrefillAttention:
                     )
                     T.writes(o[0:g, 0:rows, vh * head_dim : vh * head_dim + head_dim])
                     query = T.sblock_alloc_buffer((head_dim, query_tile), "float32", scope="local")
-                    keys = T.sblock_alloc_buffer((key_block, head_dim), "float32", scope="local")
+                    # Keys, then values, where they are not float32: converted once, not for every tile.
+                    converted = T.sblock_alloc_buffer((key_block, head_dim), "float32", scope="local")
                     scores = T.sblock_alloc_buffer((key_block, query_tile), "float32", scope="local")
                     output = T.sblock_alloc_buffer((head_dim, query_tile), "float32", scope="local")
                     maximum = T.sblock_alloc_buffer((query_tile,), "float32", scope="local")
@@ -109,11 +110,11 @@ class PrefillAttention:
                             # The last block of the last positions would read past the slot.
                             with T.sblock("key_block"):
                                 vk = T.axis.opaque((visible + key_block - 1) // key_block, block)
-                                if converts:  # once, not for every tile of scores
+                                if converts:
                                     for j, d in T.grid(key_block, head_dim):
                                         with T.sblock("load_keys"):
                                             vj, vd = T.axis.remap("SS", [j, d])
-                                            keys[vj, vd] = T.Cast(
+                                            converted[vj, vd] = T.Cast(
                                                 "float32",
                                                 cache[slot, 0, vh, T.min(vk * key_block + vj, context - 1), vd],
                                             )
@@ -131,7 +132,7 @@ class PrefillAttention:
                                                 if converts:
                                                     tile_scores[vj, vi] = (
                                                         tile_scores[vj, vi]
-                                                        + keys[vjt * key_tile + vj, vd] * query[vd, vi]
+                                                        + converted[vjt * key_tile + vj, vd] * query[vd, vi]
                                                     )
                                                 else:
                                                     tile_scores[vj, vi] = (
@@ -181,6 +182,14 @@ class PrefillAttention:
                                         with T.sblock("sum"):
                                             vj, vi = T.axis.remap("RS", [j, i])
                                             total[vi] = total[vi] + scores[vj, vi]
+                                if converts:
+                                    for j, d in T.grid(key_block, head_dim):
+                                        with T.sblock("load_values"):
+                                            vj, vd = T.axis.remap("SS", [j, d])
+                                            converted[vj, vd] = T.Cast(
+                                                "float32",
+                                                cache[slot, 1, vh, T.min(vk * key_block + vj, context - 1), vd],
+                                            )
                                 for dt in range(head_dim // dim_tile):
                                     with T.sblock("values"):
                                         vdt = T.axis.spatial(head_dim // dim_tile, dt)
@@ -194,10 +203,17 @@ class PrefillAttention:
                                         ):
                                             with T.sblock("accumulate"):
                                                 vj, vd, vi = T.axis.remap("RSS", [j, ds, i])
-                                                acc[vd, vi] = acc[vd, vi] + scores[vj, vi] * T.Cast(
-                                                    "float32",
-                                                    cache[slot, 1, vh, vk * key_block + vj, vdt * dim_tile + vd],
-                                                )
+                                                if converts:
+                                                    acc[vd, vi] = (
+                                                        acc[vd, vi]
+                                                        + scores[vj, vi] * converted[vj, vdt * dim_tile + vd]
+                                                    )
+                                                else:
+                                                    acc[vd, vi] = (
+                                                        acc[vd, vi]
+                                                        + scores[vj, vi]
+                                                        * cache[slot, 1, vh, vk * key_block + vj, vdt * dim_tile + vd]
+                                                    )
                                         for ds, i in T.grid(dim_tile, query_tile):
                                             with T.sblock("keep_output"):
                                                 vd, vi = T.axis.remap("SS", [ds, i])

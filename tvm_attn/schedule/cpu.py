@@ -248,7 +248,7 @@ def _prefill_attention(kernel: PrefillAttention, target: CpuTarget, choose: Choo
     query_tile = 2 * target.lanes
     key_tile = choose("key_tile", (4, 8), 8 if target.tile_columns >= 16 else 4)
     dim_tile = largest_divisor(kernel.head_dim, choose("dim_tile", (4, 8), 8 if target.tile_columns >= 16 else 4))
-    key_block = choose("key_block", (32, 64, 128), 32)
+    key_block = choose("key_block", (32, 64, 128), 32 if kernel.dtype == "float32" else 64)
     tiled = replace(kernel, query_tile=query_tile, key_block=key_block, key_tile=key_tile, dim_tile=dim_tile)
     schedule = s_tir.Schedule(tiled.prim_func(), enable_check=False)
     schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock("tile"))))
@@ -257,7 +257,8 @@ def _prefill_attention(kernel: PrefillAttention, target: CpuTarget, choose: Choo
     for name in ("probabilities", "sum", "normalize"):
         schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
     if kernel.dtype != "float32":
-        _vectorize(schedule, schedule.get_sblock("load_keys"), target.lanes)
+        for name in ("load_keys", "load_values"):
+            _vectorize(schedule, schedule.get_sblock(name), target.lanes)
     products = schedule.get_sblock("products")
     dim, key, query = schedule.get_loops(products)
     schedule.vectorize(query)
