@@ -37,7 +37,7 @@ class Calls(MatrixCalls):
         if name in _TRANSPARENT:
             return self.expr(node.args[0])
         short = name.rpartition(".")[2]
-        if Mathematics.has(short):
+        if short in Mathematics.NAMES:
             return self._mathematics(short, node.args, node)
         raise CompileError(f"the operator {name} is not supported; docs/vulkan-operators.md lists those that are")
 
@@ -94,7 +94,7 @@ class Calls(MatrixCalls):
         if name in _ATOMICS:
             return self.atomic(_ATOMICS[name], node.args[1], node.args[2])
         for candidate in (name, name.removesuffix("f")):
-            if Mathematics.has(candidate):
+            if candidate in Mathematics.NAMES:
                 return self._mathematics(candidate, node.args[1:], node)
         raise CompileError(
             f"the external function {name} does not exist on Vulkan; docs/vulkan-operators.md lists operators"

@@ -1,4 +1,4 @@
-"""Coefficients of the polynomials in `mathematics`, lowest power first, for 32 and 64 bits.
+"""Coefficients of the polynomials in `elementary`, lowest power first, for 32 and 64 bits.
 
 Each interpolates its function at the Chebyshev points of the interval, worked out with 60 digits and rounded once.
 """

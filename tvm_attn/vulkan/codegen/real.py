@@ -1,4 +1,4 @@
-"""Floating-point values with Python's operators, in which `mathematics` writes its formulas."""
+"""Floating-point values with Python's operators, in which `elementary` and `powers` write their formulas."""
 
 from __future__ import annotations
 
