@@ -206,8 +206,6 @@ class Measurement:
         rows, features, results = self.sizes.rows, self.sizes.features, []
         for name, target in self._targets().items():
             for dtype in ("float32", "float16"):
-                if target.matrix and dtype == "float32":
-                    continue
                 kernel = Linear(features, features, target.tile_rows, target.tile_columns, dtype)
                 rng = np.random.default_rng(0)
                 x = rng.standard_normal((rows // kernel.rows, kernel.rows, features), np.float32)
@@ -230,8 +228,8 @@ class Measurement:
         return results
 
     def _targets(self) -> dict[str, GpuTarget]:
-        """Targets whose schedules differ: the least of all devices, this device's limits, its cooperative matrices."""
-        limits, features = self.info["limits"], self.info["features"]
+        """Targets whose schedules differ: what all devices have, and this device's limits."""
+        limits = self.info["limits"]
         threads, shared = min(256, limits["max_workgroup_invocations"]), min(49152, limits["max_shared_memory_bytes"])
         attributes = {
             "max_num_threads": threads,
@@ -239,13 +237,7 @@ class Measurement:
             "max_shared_memory_per_block": shared,
         }
         own = replace(_GENERIC, tvm=_GENERIC.tvm | attributes, max_threads=threads, shared_bytes=shared)
-        found = {"vulkan-generic": _GENERIC, "limits of the device": own}
-        if features["cooperative_matrix"]:
-            subgroup = limits["subgroup_size"]
-            found["cooperative matrices"] = replace(
-                own, tvm=own.tvm | {"thread_warp_size": subgroup}, subgroup=subgroup, matrix=(16, 16, 16)
-            )
-        return found
+        return {"vulkan-generic": _GENERIC, "limits of the device": own}
 
     def dispatch(self) -> dict[str, Any]:
         """What a dispatch of one workgroup costs the host and, by the device's timestamps, the device."""

@@ -98,15 +98,12 @@ class GpuTarget(Target):
         shared_bytes: shared (workgroup) memory of a block.
         subgroup: threads of a subgroup (a warp) that may exchange registers, or None where nothing is assumed.
         vector_bytes: the widest load of a thread.
-        matrix: rows, columns and depth of the cooperative matrices (float16 products, float32 sums) that a subgroup
-            multiplies, or None where it has none.
     """
 
     max_threads: int
     shared_bytes: int
     subgroup: int | None
     vector_bytes: int
-    matrix: tuple[int, int, int] | None = None
 
     def fits_this_machine(self) -> bool:
         """Whether there is such a device."""
@@ -174,7 +171,6 @@ def _gpu_target(common: dict[str, Any], gpu: dict[str, Any]) -> GpuTarget:
         shared_bytes=gpu["shared_bytes"],
         subgroup=gpu.get("subgroup"),
         vector_bytes=gpu["vector_bytes"],
-        matrix=tuple(gpu["matrix"]) if "matrix" in gpu else None,
     )
 
 
