@@ -90,11 +90,12 @@ class MatrixCalls(ThreadCalls):
             raise CompileError(f"a tile of {view.dtype} for a fragment of {dtype}; their types must agree")
         address, unit = self.memory.tile(view, index, dtype)
         step = self.low32(stride)
-        literal = self.arith.literal(step)
+        distance = self.arith.binary("mul", step, self.arith.constant(step.dtype, unit.numerator))
+        literal = self.arith.literal(distance)
         if literal is None:
-            distance = self.arith.binary("div", step, self.arith.constant(step.dtype, unit))
+            distance = self.arith.binary("div", distance, self.arith.constant(step.dtype, unit.denominator))
         else:
-            distance = self.arith.constant(step.dtype, int(literal) // unit)
+            distance = self.arith.constant(step.dtype, int(literal) // unit.denominator)
         name = _LAYOUTS.get(str(layout.value))
         if name is None:
             raise CompileError(f'the layout "{layout.value}" of a tile; row_major and col_major are supported')

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from math import gcd
 from typing import NamedTuple
 
@@ -156,20 +157,24 @@ class Memory:
             raise CompileError(f"atomics on buffer {root.name} need elements of type {array.unit}, not {dtype}")
         return self._unit_pointer(array, index.base)
 
-    def tile(self, view: View, index: Index, dtype: DType) -> tuple[int, int]:
-        """The pointer to the first element of a matrix in memory, and how many elements it steps over at once."""
+    def tile(self, view: View, index: Index, dtype: DType) -> tuple[int, Fraction]:
+        """The pointer to the first element of a matrix in memory, and how far the next element is in what it points to.
+
+        The elements of an array need not have the type of the matrix's: they are taken as bits.
+        """
         assert index.base is not None
         if view.root.writes:
             self._touch(view.root)
         if view.root.scope == "global":
-            return self._global_element(view.root, index.base, dtype), 1
+            return self._global_element(view.root, index.base, dtype), Fraction(1)
         array = self._find(view.root, index, dtype)
-        if self.arith.type(array.unit) != self.arith.type(dtype):
-            raise CompileError(f"matrices in buffer {view.root.name} need elements of type {array.unit}, not {dtype}")
+        ratio = dtype.bytes // array.unit.bytes
+        base = self._in_units(index, ratio).base
+        assert base is not None
         if array.width == 1:
-            return self._unit_pointer(array, index.base), 1
-        vector = self._shifted(self._offset(index.base, -array.offset), array.width)
-        return self._chain(array, self.arith.type(array.unit, array.width), vector.id), array.width
+            return self._unit_pointer(array, base), Fraction(ratio)
+        vector = self._shifted(self._offset(base, -array.offset), array.width)
+        return self._chain(array, self.arith.type(array.unit, array.width), vector.id), Fraction(ratio, array.width)
 
     def invalidate(self, scope: str | None = None) -> None:
         """Forgets loads of memory that is written: of `scope`, or of all memories (at loops)."""
