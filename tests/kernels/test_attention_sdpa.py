@@ -29,6 +29,8 @@ SHAPES = (
 )
 # A float32 sum of 64 products and a softmax: some 1e-7 each; measured NMSE 1e-13.
 NMSE = 1e-12
+# Prefill with a bfloat16 cache may round each probability to bfloat16, by 2**-9 at most.
+PREFILL_NMSE = {"float32": NMSE, "float16": NMSE, "bfloat16": 2.0**-18}
 
 
 @cache
@@ -118,7 +120,9 @@ def decode(
 
 
 def queries(kernel: Any, count: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.standard_normal((count, kernel.heads, kernel.head_dim), dtype=np.float32)
+    """(n, H, D) float32; numbers of bfloat16 where the cache is, as in a model of that dtype."""
+    q = rng.standard_normal((count, kernel.heads, kernel.head_dim), dtype=np.float32)
+    return q.astype(numpy_dtype("bfloat16")).astype(np.float32) if kernel.dtype == "bfloat16" else q
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "context", "dtype"), SHAPES)
@@ -130,8 +134,9 @@ def test_prefill(heads: int, head_dim: int, context: int, dtype: str) -> None:
     cache = new_cache(kernel, {slot: at + rows for slot, rows, at in sequences}, rng)
     q = queries(kernel, sum(rows for _, rows, _ in sequences), rng)
     actual, expected = prefill(kernel, q, cache, sequences)
-    assert nmse(actual, expected) <= NMSE
-    assert np.abs(actual - expected).max() <= 1e-5
+    assert nmse(actual, expected) <= PREFILL_NMSE[dtype]
+    # Outputs are below 5.
+    assert np.abs(actual - expected).max() <= (5 * 2.0**-9 if dtype == "bfloat16" else 1e-5)
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "context", "dtype"), SHAPES)
@@ -194,7 +199,7 @@ def test_scores_beyond_float16(dtype: str) -> None:
     kernel = PrefillAttention(2, 64, 128, ROWS, dtype, 0.125)
     q, cache = _large_integers(kernel, length, length)
     actual, expected = prefill(kernel, q, cache, [(0, length, 0)])
-    assert nmse(actual, expected) <= NMSE
+    assert nmse(actual, expected) <= PREFILL_NMSE[dtype]
     q, cache = _large_integers(kernel, length, 1)
     actual, expected = decode(DecodeAttention(2, 64, 128, ROWS, dtype, 0.125), q, cache, [0], [length - 1])
     assert nmse(actual, expected) <= NMSE
@@ -208,6 +213,6 @@ def test_random_inputs_of_magnitude_256(dtype: str) -> None:
     cache = (new_cache(kernel, {0: 96}, rng).astype(np.float32) * 256).astype(numpy_dtype(dtype))
     q = queries(kernel, 96, rng) * 256
     actual, expected = prefill(kernel, q, cache, [(0, 96, 0)])
-    assert nmse(actual, expected) <= 1e-8
+    assert nmse(actual, expected) <= max(1e-8, PREFILL_NMSE[dtype])
     actual, expected = decode(DecodeAttention(2, 64, 128, ROWS, dtype, 0.125), q[-1:], cache, [0], [95])
     assert nmse(actual, expected) <= 1e-8

@@ -19,6 +19,11 @@ from tvm.script import tirx as T
 from tvm_attn.kernels.activation import exp
 from tvm_attn.kernels.attention import MASKED, attend, error_bound, forget, random_cache
 from tvm_attn.kernels.base import Case
+from tvm_attn.kernels.prefill_attention_bfloat16 import prefill_attention_bfloat16
+from tvm_attn.storage import numpy_dtype
+
+ROUNDED_PROBABILITIES = 2.0**-18
+"""Bound on the normalised mean squared error where each probability is rounded to bfloat16, by 2**-9 at most."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,13 @@ class PrefillAttention:
     """Keys whose scores are in registers together, a divisor of `key_block`."""
     dim_tile: int = 8
     """Output dimensions that are in registers together, a divisor of D."""
+    native: bool = False
+    """Bfloat16 dot products, see `tvm_attn.kernels.prefill_attention_bfloat16`; dtype is bfloat16 and D is even."""
 
     def prim_func(self) -> tirx.PrimFunc:
         """See `Kernel.prim_func`; block "tile", with the steps of the algorithm as blocks inside."""
+        if self.native:
+            return prefill_attention_bfloat16(self)
         heads, head_dim, context, rows, dtype = self.heads, self.head_dim, self.context, self.rows, self.dtype
         width, scale = heads * head_dim, self.scale
         query_tile, key_block, key_tile, dim_tile = self.query_tile, self.key_block, self.key_tile, self.dim_tile
@@ -257,6 +266,10 @@ def _prefill_case(
     groups = -(-count // rows)
     rng = np.random.default_rng(1)
     q = rng.standard_normal((groups * rows, heads, head_dim), dtype=np.float32) * np.float32(magnitude)
+    bound = error_bound(magnitude)
+    if kernel.dtype == "bfloat16":
+        # Dot products take queries and probabilities in bfloat16: these queries exactly, the probabilities rounded.
+        q, bound = q.astype(numpy_dtype("bfloat16")).astype(np.float32), max(bound, ROUNDED_PROBABILITIES)
     cache = random_cache((len(sequences), 2, heads, kernel.context, head_dim), kernel.dtype, magnitude)
     o = np.zeros((groups * rows, heads * head_dim), np.float32)
     expected = o.astype(np.float64)
@@ -273,7 +286,7 @@ def _prefill_case(
         row += length
     shape = (groups, rows, heads * head_dim)
     inputs = (q.reshape(shape), cache, np.array(table, np.int32))
-    return Case(kernel, name, inputs, (o.reshape(shape),), (expected.reshape(shape),), nmse=error_bound(magnitude))
+    return Case(kernel, name, inputs, (o.reshape(shape),), (expected.reshape(shape),), nmse=bound)
 
 
 def random_prefill_case(kernel: PrefillAttention, length: int) -> Case:

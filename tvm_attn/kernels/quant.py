@@ -24,6 +24,11 @@ def _rounded_bits(value: tirx.Expr) -> tirx.Expr:
     return bits + T.int32(0x7FFF) + ((bits >> T.int32(16)) & T.int32(1))
 
 
+def rounded_pair(low: tirx.Expr, high: tirx.Expr) -> tirx.Expr:
+    """Two float32 expressions, rounded to bfloat16, in one int32 word."""
+    return ((_rounded_bits(low) >> T.int32(16)) & T.int32(65535)) | (_rounded_bits(high) & T.int32(-65536))
+
+
 @dataclass(frozen=True)
 class PackPairs:
     """Rounds activations to bfloat16 and pairs element p with element p + K/2.
@@ -49,9 +54,7 @@ class PackPairs:
             for group, row, column in T.grid(g, rows, half):
                 with T.sblock("pack"):
                     vg, vr, vc = T.axis.remap("SSS", [group, row, column])
-                    pairs[vg, vr, vc] = ((_rounded_bits(x[vg, vr, vc]) >> T.int32(16)) & T.int32(65535)) | (
-                        _rounded_bits(x[vg, vr, vc + half]) & T.int32(-65536)
-                    )
+                    pairs[vg, vr, vc] = rounded_pair(x[vg, vr, vc], x[vg, vr, vc + half])
 
         return pack_pairs
 

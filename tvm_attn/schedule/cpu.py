@@ -101,13 +101,16 @@ def _dot_pair(name: str) -> str:
     return text.replace("LOW", mask(range(16))).replace("HIGH", mask(range(16, 32))).replace("ALL", mask(range(32)))
 
 
+def _has_dot(name: str, target: CpuTarget) -> bool:
+    return target.lanes == 16 and _DOT_FEATURES[name] in target.features
+
+
 def _dot_step(kernel: Any, target: CpuTarget, choose: Chooser) -> tuple[Any, str | None]:
     """The kernel with its vector width, and the LLVM IR of its dot product step where the target has an instruction."""
     if kernel.weights in PLAIN:
         return kernel, None
     name = DOT_BFLOAT16 if kernel.weights == "bfloat16_pairs" else DOT_INT8
-    native = target.lanes == 16 and kernel.columns % 16 == 0 and _DOT_FEATURES[name] in target.features
-    if not native:
+    if kernel.columns % 16 or not _has_dot(name, target):
         return replace(kernel, lanes=largest_divisor(kernel.columns, target.lanes)), None
     widths = (16, 32) if kernel.columns % 32 == 0 else (16,)
     lanes = choose("lanes", widths, widths[-1] if kernel.rows == 1 else 16)
@@ -249,28 +252,39 @@ def _prefill_attention(kernel: PrefillAttention, target: CpuTarget, choose: Choo
     key_tile = choose("key_tile", (4, 8), 8 if target.tile_columns >= 16 else 4)
     dim_tile = largest_divisor(kernel.head_dim, choose("dim_tile", (4, 8), 8 if target.tile_columns >= 16 else 4))
     key_block = choose("key_block", (32, 64, 128), 32 if kernel.dtype == "float32" else 64)
+    native = kernel.dtype == "bfloat16" and kernel.head_dim % 2 == 0 and _has_dot(DOT_BFLOAT16, target)
     tiled = replace(kernel, query_tile=query_tile, key_block=key_block, key_tile=key_tile, dim_tile=dim_tile)
-    schedule = s_tir.Schedule(tiled.prim_func(), enable_check=False)
-    schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock("tile"))))
+    schedule = s_tir.Schedule(replace(tiled, native=native).prim_func(), enable_check=False)
+    task = schedule.fuse(*schedule.get_loops(schedule.get_sblock("tile")))
+    schedule.parallel(task)
     for name in ("init_softmax", "init_output", "mask", "keep_maximum", "maximum", "correction", "rescale_sum"):
         schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
     for name in ("probabilities", "sum", "normalize"):
         schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
+    if native:
+        schedule.annotate(task, "pragma_import_llvm", _DOT_STEPS[DOT_BFLOAT16])
+        schedule.vectorize(schedule.get_loops(schedule.get_sblock("pairs"))[-1])
     if kernel.dtype != "float32":
         for name in ("load_keys", "load_values"):
             _vectorize(schedule, schedule.get_sblock(name), target.lanes)
+    # The dot products are vector statements already.
+    spread = schedule.unroll if native else schedule.vectorize
     products = schedule.get_sblock("products")
     dim, key, query = schedule.get_loops(products)
-    schedule.vectorize(query)
+    spread(query)
     schedule.unroll(key)
     init = schedule.decompose_reduction(products, dim)
-    for block in (init, schedule.get_sblock("keep_scores")):
+    for block, how in ((init, spread), (schedule.get_sblock("keep_scores"), schedule.vectorize)):
         key, query = schedule.get_loops(block)[-2:]
-        schedule.vectorize(query)
+        how(query)
         schedule.unroll(key)
-    for name in ("rescale_output", "accumulate", "keep_output"):
+    for name, how in (
+        ("rescale_output", schedule.vectorize),
+        ("accumulate", spread),
+        ("keep_output", schedule.vectorize),
+    ):
         dim, query = schedule.get_loops(schedule.get_sblock(name))[-2:]
-        schedule.vectorize(query)
+        how(query)
         schedule.unroll(dim)
     return _finish(schedule)
 
