@@ -1,7 +1,9 @@
 """Every operator and type against NumPy: float32 and float16 against float64, float64 against extended precision."""
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -9,6 +11,10 @@ import numpy as np
 import pytest
 import tvm
 from tvm import tirx
+
+from tvm_attn.vulkan.codegen import calls, expressions
+from tvm_attn.vulkan.codegen.mathematics import Mathematics
+from tvm_attn.vulkan.codegen.statements import Statements
 
 Array = np.ndarray[Any, Any]
 Elementwise = Callable[..., Array]
@@ -46,6 +52,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Array], Array], tuple[float, float], tuple[
     "abs": (np.abs, (-10.0, 10.0), (0, 0)),
 }
 
+# For float16, where it is not 1: TVM lowers these to several operations in 16 bits.
+HALF_BOUNDS = {"sigmoid": 3, "rsqrt": 2}
+
 
 def _units(got: Array, want: Array, dtype: str) -> float:
     """The largest error in units in the last place of `dtype`."""
@@ -82,8 +91,7 @@ def test_functions_float16(name: str, elementwise: Elementwise) -> None:
         x = x / np.float16(2)
     got = elementwise(getattr(tirx, name), [x], "float16")
     normal = np.abs(reference(x.astype("float64"))) > 2.0**-14
-    bound = {"sigmoid": 3, "rsqrt": 2}.get(name, 1)  # TVM lowers these to several operations in 16 bits.
-    assert _units(got[normal], reference(x.astype("float64"))[normal], "float16") <= bound
+    assert _units(got[normal], reference(x.astype("float64"))[normal], "float16") <= HALF_BOUNDS.get(name, 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -304,3 +312,38 @@ def test_unsupported_operator_names_operator_and_kernel(run: Callable[..., list[
 
     with pytest.raises((CompileError, RuntimeError), match=r"strange.*besselj"):
         tvm.compile(tvm.IRModule({"strange": strange}), target="vulkan")
+
+
+# The documentation ----------------------------------------------------------------------------------------------
+
+
+def _documented() -> dict[str, dict[str, list[str]]]:
+    """Section of docs/vulkan-operators.md -> name in the first column -> the other columns."""
+    path = Path(__file__).parents[3] / "docs" / "vulkan-operators.md"
+    sections: dict[str, dict[str, list[str]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            rows = sections[line[3:]] = {}
+        elif line.startswith("| `"):
+            name, *columns = (column.strip() for column in line.strip("|").split(" |"))
+            rows[name.strip("`")] = columns
+    return sections
+
+
+def test_documentation_lists_what_the_code_generator_supports() -> None:
+    members = dir(Statements)
+    sections = _documented()
+    nodes = {name[1:] for name in members if re.fullmatch("_[A-Z][A-Za-z]+", name)}
+    assert set(sections["Expressions"]) == nodes | set(expressions._BINARY) | set(expressions._COMPARE)
+    assert set(sections["Mathematics"]) == Mathematics.NAMES
+    methods = (re.fullmatch("_(?:call|effect)_(prim|tirx)_(.+)", name) for name in members)
+    names = {f"{method[1]}.{method[2]}" for method in methods if method}
+    assert set(sections["Calls"]) == names | calls._NOTHING | calls._TRANSPARENT | set(calls._ATOMICS)
+    assert set(sections["Statements"]) == {name[6:] for name in members if name.startswith("_stmt_")}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_documented_accuracy_is_what_the_tests_hold(name: str) -> None:
+    _, single, double, half, _ = _documented()["Mathematics"]["fabs" if name == "abs" else name]
+    assert (float(single), float(double)) == FUNCTIONS[name][2]
+    assert float(half) == HALF_BOUNDS.get(name, 1)
