@@ -35,9 +35,10 @@ def test_the_roofline_takes_the_longer_time() -> None:
     assert LIMITS.bound(Work(10**9, 0, 80 * 10**9)) == (2.0, "memory")
 
 
-def test_products_have_their_own_limit_and_attention_is_float32() -> None:
+def test_products_have_their_own_limit_and_attention_is_bfloat16_or_float32() -> None:
     work = Work(400 * 10**9, 200 * 10**9, 1)
-    assert LIMITS.bound(work, "bfloat16") == (2.0, "compute")
+    assert LIMITS.bound(work, "bfloat16") == (1.5, "compute")
+    assert dataclasses.replace(LIMITS, int8_gops=800.0).bound(work, "int8") == (1.5, "compute")
     assert LIMITS.bound(work, "int8") == (3.0, "compute")  # not measured: float32's
 
 

@@ -69,9 +69,11 @@ class Limits:
     def bound(self, work: Work, arithmetic: str = "float32") -> tuple[float, str]:
         """The least seconds that a call can take, and what binds: "compute" or "memory", whichever takes longer.
 
-        The roofline model (Williams et al., 2009). Matrix products run in `arithmetic`, attention in float32.
+        The roofline model (Williams et al., 2009). Matrix products run in `arithmetic`; attention as well where that is
+        bfloat16, else in float32.
         """
-        compute = (work.products / self.compute(arithmetic) + work.attention / self.float32_gflops) / 1e9
+        attention = self.compute("bfloat16" if arithmetic == "bfloat16" else "float32")
+        compute = (work.products / self.compute(arithmetic) + work.attention / attention) / 1e9
         return max((compute, "compute"), (work.bytes / self.read_gbytes / 1e9, "memory"))
 
 
