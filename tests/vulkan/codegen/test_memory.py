@@ -106,6 +106,36 @@ def test_vectors_with_a_stride_and_gathers(run: Run) -> None:
     np.testing.assert_array_equal(run(kernel, x, places, np.zeros((3, 64), "float32"))[-1], want)
 
 
+def test_operators_on_lanes(run: Run) -> None:
+    """Halves of vectors, their combination, and the dot product of four bytes."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x: T.Buffer((256,), "int8"), y: T.Buffer((256,), "int8"), z: T.Buffer((64,), "int32"),
+        halves: T.Buffer((256,), "int8"), products: T.Buffer((64,), "int32"),
+    ):  # fmt: skip
+        for i in T.thread_binding(32, "threadIdx.x"):
+            with T.sblock("all"):
+                v = T.axis.spatial(32, i)
+                T.reads(x[0:256], y[0:256], z[0:64])
+                T.writes(halves[0:256], products[0:64])
+                halves[T.Ramp(v * 8, 1, 8)] = T.vectorcombine(
+                    "int8x8",
+                    T.vectorhigh("int8x4", x[T.Ramp(v * 8, 1, 8)]),
+                    T.vectorlow("int8x4", x[T.Ramp(v * 8, 1, 8)]),
+                )
+                for j in range(2):
+                    products[v * 2 + j] = T.dp4a(
+                        x[T.Ramp(v * 8 + j * 4, 1, 4)], y[T.Ramp(v * 8 + j * 4, 1, 4)], z[v * 2 + j]
+                    )
+
+    x, y = (np.random.default_rng(seed).integers(-128, 128, 256, "int8") for seed in (0, 1))
+    z = np.random.default_rng(2).integers(-(1 << 20), 1 << 20, 64, "int32")
+    *_, halves, products = run(kernel, x, y, z, np.zeros_like(x), np.zeros_like(z))
+    np.testing.assert_array_equal(halves, np.roll(x.reshape(32, 8), 4, axis=1).reshape(-1))
+    np.testing.assert_array_equal(products, (x.astype("int32") * y).reshape(64, 4).sum(1) + z)
+
+
 def test_unaligned_vectors(run: Run, emitted: Emitted) -> None:
     """Vectors of four at odd places: what is stated to the driver is what is known, an alignment of one element."""
 

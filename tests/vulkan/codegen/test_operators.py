@@ -175,6 +175,16 @@ def test_functions_of_two_arguments(elementwise: Elementwise) -> None:
     np.testing.assert_array_equal(elementwise(tirx.nextafter, [x, y], "float32"), np.nextafter(x, y))
 
 
+def test_ldexp_and_fma(elementwise: Elementwise) -> None:
+    rng = np.random.default_rng(5)
+    x, y, z = (rng.uniform(-50, 50, 1024).astype("float32") for _ in range(3))
+    n = rng.integers(-100, 100, 1024, "int32")
+    np.testing.assert_array_equal(elementwise(tirx.ldexp, [x, n], "float32"), np.ldexp(x, n))
+    want = x.astype("float64") * y + z
+    got = elementwise(tirx.op.fma, [x, y, z], "float32")
+    assert np.max(np.abs(got - want)) <= np.spacing(np.float32(2500))  # of the largest product: one rounding or two
+
+
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 
 
