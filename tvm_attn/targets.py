@@ -98,12 +98,15 @@ class GpuTarget(Target):
         shared_bytes: shared (workgroup) memory of a block.
         subgroup: threads of a subgroup (a warp) that may exchange registers, or None where nothing is assumed.
         vector_bytes: the widest load of a thread.
+        matrix: M, N, K of the matrices that a subgroup multiplies, float16 with float32 sums; None where nothing is
+            assumed.
     """
 
     max_threads: int
     shared_bytes: int
     subgroup: int | None
     vector_bytes: int
+    matrix: tuple[int, int, int] | None
 
     def fits_this_machine(self) -> bool:
         """Whether there is such a device."""
@@ -171,7 +174,15 @@ def _gpu_target(common: dict[str, Any], gpu: dict[str, Any]) -> GpuTarget:
         shared_bytes=gpu["shared_bytes"],
         subgroup=gpu.get("subgroup"),
         vector_bytes=gpu["vector_bytes"],
+        matrix=_matrix(gpu),
     )
+
+
+def _matrix(gpu: dict[str, Any]) -> tuple[int, int, int] | None:
+    if "matrix" not in gpu:
+        return None
+    m, n, k = gpu["matrix"]
+    return m, n, k
 
 
 def resolve(name: str) -> Target:

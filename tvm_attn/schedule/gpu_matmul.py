@@ -1,4 +1,4 @@
-"""Schedule templates of linear layers for GPUs without matrix units.
+"""Schedule templates of linear layers for GPUs; `gpu_matrix` has the one for their matrix units.
 
 A linear layer has two loop structures; where the number of rows is unknown, both of them and a branch on the host. For
 many rows, a block of threads computes a tile of rows by columns: tiles of x and of the weight go through shared memory,
@@ -14,6 +14,7 @@ from tvm import s_tir, tirx
 
 from tvm_attn.kernels.weights import PLAIN
 from tvm_attn.kernels.weights import strip_columns as largest_power
+from tvm_attn.schedule import gpu_matrix
 from tvm_attn.schedule.base import Chooser
 from tvm_attn.storage import numpy_dtype
 from tvm_attn.targets import GpuTarget
@@ -29,10 +30,12 @@ def matmul(kernel: Any, target: GpuTarget, choose: Chooser) -> tirx.PrimFunc:
     function = kernel.prim_func()
     if kernel.rows == 1 and kernel.groups == 1:
         return _split_features(kernel, function, target, choose)
-    few_groups = choose("few_groups", (0, 1, 2, 4), 2)
+    # Groups of matrices are larger: their rows are then as many as those of two groups of register tiles.
+    has_matrices = gpu_matrix.fits(kernel, target)
+    few_groups = choose("few_groups", (0, 1, 2, 4), 1 if has_matrices else 2)
     if kernel.groups is not None:
         return (_split_features if kernel.groups <= few_groups else _tiled)(kernel, function, target, choose)
-    tiled = _tiled(kernel, function, target, choose)
+    tiled = (gpu_matrix.tiled if has_matrices else _tiled)(kernel, function, target, choose)
     if not few_groups:
         return tiled
     split = _split_features(kernel, function, target, choose)
