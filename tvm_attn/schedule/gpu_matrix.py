@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from tvm import s_tir, tirx
-from tvm.script import tirx as T
 
 from tvm_attn.kernels.weights import strip_columns as largest_power
 from tvm_attn.schedule.base import Chooser
+from tvm_attn.schedule.matrix_intrinsics import intrinsics
 from tvm_attn.targets import GpuTarget
 
 _PAD_BYTES = 16
@@ -153,136 +152,10 @@ def plain_fragments(kernel: Any, function: tirx.PrimFunc, target: GpuTarget, cho
         schedule.compute_at(block, k_outer)
         vector = max(1, largest_power(size, math.prod(threads) * lanes) // math.prod(threads))
         _share(schedule, schedule.get_loops(block)[4:], threads, vector)
-        schedule.storage_align(block, 0, -2, _PAD_BYTES, _PAD_BYTES // 2)
-    schedule.storage_align(store, 0, -2, _PAD_BYTES, _PAD_BYTES // 4)
+        schedule.storage_align(block, 0, -2, 16, 8)
     schedule.reverse_compute_at(epilogue, block_x)
     _share(schedule, schedule.get_loops(epilogue)[2:], threads, 1)
     return Fragments(schedule, fill, load_a, load_b, matmul, store, whole)
-
-
-def _shared_bytes(rows: int, columns: int, k: int) -> int:
-    """Shared memory of a block: float16 tiles of x and the weight, float32 sums."""
-    return rows * (2 * k + _PAD_BYTES) + k * (2 * columns + _PAD_BYTES) + rows * (4 * columns + _PAD_BYTES)
-
-
-def _group_blocks(kernel: Any, target: GpuTarget) -> list[int]:
-    """How many row groups of a block shared memory allows, with the shortest tiles and a strip."""
-    assert target.matrix is not None
-    k = target.matrix[2]
-    blocks = (1, 2, 4, 8)
-    return [n for n in blocks if _shared_bytes(n * kernel.rows, kernel.columns, k) <= target.shared_bytes]
-
-
-@dataclass(frozen=True)
-class Fragments:
-    """A schedule whose fragments are plain arrays of each thread, and what all threads of a subgroup do to them.
-
-    Attributes:
-        schedule: complete but for `tensorize`.
-        fill, load_a, load_b, multiply, store: the blocks that touch fragments; their innermost loops are one fragment.
-        whole: loops over whole fragments.
-    """
-
-    schedule: s_tir.Schedule
-    fill: Any
-    load_a: Any
-    load_b: Any
-    multiply: Any
-    store: Any
-    whole: list[Any]
-
-
-def plain_fragments(kernel: Any, function: tirx.PrimFunc, target: GpuTarget, choose: Chooser) -> Fragments:
-    """All of the schedule but the tensor intrinsics. It computes the same without them, many times over."""
-    assert target.matrix is not None and target.subgroup is not None
-    schedule = s_tir.Schedule(function)
-    matmul, epilogue = schedule.get_child_blocks(schedule.get_sblock("root"))
-    m, n, k_step = target.matrix
-    rows, columns = kernel.rows, kernel.columns
-    group_blocks = _group_blocks(kernel, target)
-    group_block = choose("matrix_groups", group_blocks, max(size for size in group_blocks if size <= 4))
-    strip_blocks = [
-        count
-        for count in (1, 2, 4)
-        if kernel.strips % count == 0
-        and _shared_bytes(group_block * rows, count * columns, k_step) <= target.shared_bytes
-    ]
-    strip_block = choose("matrix_strips", strip_blocks, largest_power(strip_blocks[-1], max(1, 64 // columns)))
-    tile_rows, tile_columns = group_block * rows, strip_block * columns
-    k_tiles = [
-        depth * k_step
-        for depth in (1, 2, 4)
-        if _shared_bytes(tile_rows, tile_columns, depth * k_step) <= target.shared_bytes
-    ]
-    k_tile = choose("matrix_k", k_tiles, k_tiles[min(1, len(k_tiles) - 1)])
-    subgroups = target.max_threads // target.subgroup
-    down = largest_power(tile_rows // m, min(subgroups, choose("subgroups_down", (1, 2, 4), 2)))
-    across = largest_power(tile_columns // n, min(subgroups // down, choose("subgroups_across", (1, 2, 4), 2)))
-
-    schedule.pad_einsum(matmul, [group_block, 1, 1, 1, k_tile])
-    shared_x = schedule.cache_read(matmul, 0, "shared")
-    schedule.unsafe_set_dtype(shared_x, 0, "float16")
-    shared_w = schedule.cache_read(matmul, 1, "shared")
-    for block in schedule.get_child_blocks(schedule.get_sblock("root")):
-        if schedule.get(block).name_hint.endswith("_pad"):
-            schedule.compute_inline(block)
-
-    group, strip, row, column, k = schedule.get_loops(matmul)
-    block_y, group = schedule.split(group, [None, group_block])
-    block_x, strip = schedule.split(strip, [None, strip_block])
-    row, row_in = schedule.split(row, [None, m])
-    column, column_in = schedule.split(column, [None, n])
-    k_outer, k, k_in = schedule.split(k, [None, k_tile // k_step, k_step])
-    schedule.reorder(block_y, block_x, group, row, strip, column, k_outer, k, row_in, column_in, k_in)
-    subgroup_y, row = schedule.split(schedule.fuse(group, row), [down, None])
-    subgroup_x, column = schedule.split(schedule.fuse(strip, column), [across, None])
-    schedule.reorder(subgroup_y, subgroup_x, k_outer, k, row, column)
-    subgroup = schedule.fuse(subgroup_y, subgroup_x)
-    schedule.bind(block_y, "blockIdx.y")
-    schedule.bind(block_x, "blockIdx.x")
-    schedule.bind(subgroup, "threadIdx.y")
-
-    schedule.set_scope(matmul, 0, "shared")
-    store = schedule.cache_write(matmul, 0, "local")
-    schedule.reverse_compute_at(store, subgroup)
-    load_a = schedule.cache_read(matmul, 0, "local")
-    load_b = schedule.cache_read(matmul, 1, "local")
-    for block, sizes in ((load_a, (m, k_step)), (load_b, (k_step, n)), (store, (m, n))):
-        if block != store:
-            schedule.compute_at(block, k)
-        i, j = schedule.get_loops(block)[-2:]
-        i, i_in = schedule.split(i, [None, sizes[0]])
-        j, j_in = schedule.split(j, [None, sizes[1]])
-        schedule.reorder(i, j, i_in, j_in)
-    fill = schedule.decompose_reduction(matmul, k_outer)
-    schedule.unroll(k)
-    # Fragments are told apart by constants: loops over them must not remain.
-    for block, first, last in ((fill, 3, -2), (load_a, 5, -2), (load_b, 5, -2), (matmul, 5, -3), (store, 3, -2)):
-        for loop in schedule.get_loops(block)[first:last]:
-            schedule.unroll(loop)
-
-    threads = (down * across, target.subgroup)
-    pads_features = kernel.in_features % k_tile != 0
-    x_lanes = 1 if pads_features else target.vector_bytes // 4
-    for block, size, lanes in (
-        (shared_x, tile_rows * k_tile, x_lanes),
-        (shared_w, tile_columns * k_tile, target.vector_bytes // 2),
-    ):
-        schedule.compute_at(block, k_outer)
-        vector = max(1, largest_power(size, math.prod(threads) * lanes) // math.prod(threads))
-        _share(schedule, schedule.get_loops(block)[4:], threads, vector)
-        schedule.storage_align(block, 0, -2, _PAD_BYTES, _PAD_BYTES // 2)
-    schedule.storage_align(store, 0, -2, _PAD_BYTES, _PAD_BYTES // 4)
-    schedule.reverse_compute_at(epilogue, block_x)
-    _share(schedule, schedule.get_loops(epilogue)[2:], threads, 1)
-    return Fragments(schedule, fill, load_a, load_b, matmul, store, whole)
-
-
-def _fragment_loops(schedule: s_tir.Schedule, block: Any) -> list[Any]:
-    """The serial loops over whole fragments around a block."""
-    loops = schedule.get_loops(block)
-    inner = 3 if len(schedule.get(block).iter_vars) and False else 2
-    return loops[:-inner]
 
 
 def _share(schedule: s_tir.Schedule, loops: list[Any], threads: tuple[int, int], vector: int) -> None:
@@ -296,147 +169,14 @@ def _share(schedule: s_tir.Schedule, loops: list[Any], threads: tuple[int, int],
 
 def tensorize(fragments: Fragments, sizes: tuple[int, int, int]) -> None:
     """Moves the fragments to the registers of subgroups and replaces the loops over their elements by intrinsics."""
-    schedule, names = fragments.schedule, _intrinsics(*sizes)
+    schedule, names = fragments.schedule, intrinsics(*sizes)
+    sums = schedule.get(fragments.store).name_hint
     schedule.set_scope(fragments.load_a, 0, "wmma.matrix_a")
     schedule.set_scope(fragments.load_b, 0, "wmma.matrix_b")
     schedule.set_scope(fragments.multiply, 0, "wmma.accumulator")
     for block in ("fill", "load_a", "load_b", "multiply", "store"):
         loops = schedule.get_loops(getattr(fragments, block))
         schedule.tensorize(loops[-3 if block == "multiply" else -2], names[block])
+    schedule.storage_align(f"{sums}_o", 0, -2, 16, 4)
     for loop in fragments.whole:  # a fragment is in registers only where its index is a constant
         schedule.unroll(loop)
-
-
-def _at(fragment: Any, stride: Any, sizes: tuple[int, int]) -> Any:
-    """The index of the fragment that a region of fragments begins with: TVM counts them in rows of the buffer."""
-    row = fragment.elem_offset // stride // sizes[0]
-    return row * (stride // sizes[1]) + fragment.elem_offset % stride // sizes[1]
-
-
-@cache
-def _intrinsics(m: int, n: int, k: int) -> dict[str, str]:
-    """Registers the tensor intrinsics for float16 matrices of M x K and K x N with float32 sums: operation -> name.
-
-    TVM has them, in a module that takes half a minute to import.
-    """
-    pairs = {
-        "fill": _fill(m, n, k),
-        "load_a": _move((m, n, k), (m, k), "float16", "shared", "wmma.matrix_a"),
-        "load_b": _move((m, n, k), (k, n), "float16", "shared", "wmma.matrix_b"),
-        "multiply": _multiply(m, n, k),
-        "store": _move((m, n, k), (m, n), "float32", "wmma.accumulator", "shared"),
-    }
-    names = {operation: f"tvm_attn.matrix_{m}x{n}x{k}.{operation}" for operation in pairs}
-    for operation, (description, implementation) in pairs.items():
-        s_tir.TensorIntrin.register(names[operation], description, implementation, override=True)
-    return names
-
-
-def _fill(m: int, n: int, k: int) -> tuple[tirx.PrimFunc, tirx.PrimFunc]:
-    @T.prim_func(s_tir=True)
-    def description(c: T.handle):
-        sums = T.match_buffer(c, (m, n), "float32", align=64, offset_factor=n, scope="wmma.accumulator")
-        with T.sblock("root"):
-            T.reads()
-            T.writes(sums[0:m, 0:n])
-            for i, j in T.grid(m, n):
-                with T.sblock("element"):
-                    vi, vj = T.axis.remap("SS", [i, j])
-                    sums[vi, vj] = T.float32(0)
-
-    @T.prim_func(s_tir=True)
-    def implementation(c: T.handle):
-        row, element = T.int32(), T.int32()
-        sums = T.match_buffer(
-            c, (m, n), "float32", align=64, offset_factor=n, scope="wmma.accumulator", strides=[row, element]
-        )
-        with T.sblock("root"):
-            T.reads()
-            T.writes(sums[0:m, 0:n])
-            T.evaluate(T.tvm_fill_fragment(sums.data, m, n, k, _at(sums, row, (m, n)), T.float32(0), dtype="void"))
-
-    return description, implementation
-
-
-def _move(
-    sizes: tuple[int, int, int], shape: tuple[int, int], dtype: str, source: str, target: str
-) -> tuple[tirx.PrimFunc, tirx.PrimFunc]:
-    """Between shared memory and a fragment; the scopes say which is which."""
-    (m, n, k), (rows, columns), loads = sizes, shape, source == "shared"
-
-    def move(a: Any, a_row: Any, b: Any, b_row: Any) -> Any:
-        if loads:
-            pointer = a.access_ptr("r", ptr_type=dtype)
-            call, at, stride = T.tvm_load_matrix_sync, _at(b, b_row, shape), a_row
-        else:
-            pointer = b.access_ptr("w", ptr_type=dtype)
-            call, at, stride = T.tvm_store_matrix_sync, _at(a, a_row, shape), b_row
-        return call((b if loads else a).data, m, n, k, at, pointer, stride, "row_major", dtype="void")
-
-    @T.prim_func(s_tir=True)
-    def description(a_handle: T.handle, b_handle: T.handle):
-        a = T.match_buffer(a_handle, shape, dtype, align=64, offset_factor=columns, scope=source)
-        b = T.match_buffer(b_handle, shape, dtype, align=64, offset_factor=columns, scope=target)
-        with T.sblock("root"):
-            T.reads(a[0:rows, 0:columns])
-            T.writes(b[0:rows, 0:columns])
-            for i, j in T.grid(rows, columns):
-                with T.sblock("element"):
-                    vi, vj = T.axis.remap("SS", [i, j])
-                    b[vi, vj] = a[vi, vj]
-
-    @T.prim_func(s_tir=True)
-    def implementation(a_handle: T.handle, b_handle: T.handle):
-        a_row, a_element, b_row, b_element = T.int32(), T.int32(), T.int32(), T.int32()
-        a = T.match_buffer(
-            a_handle, shape, dtype, align=64, offset_factor=columns, scope=source, strides=[a_row, a_element]
-        )
-        b = T.match_buffer(
-            b_handle, shape, dtype, align=64, offset_factor=columns, scope=target, strides=[b_row, b_element]
-        )
-        with T.sblock("root"):
-            T.reads(a[0:rows, 0:columns])
-            T.writes(b[0:rows, 0:columns])
-            T.evaluate(move(a, a_row, b, b_row))
-
-    return description, implementation
-
-
-def _multiply(m: int, n: int, k: int) -> tuple[tirx.PrimFunc, tirx.PrimFunc]:
-    @T.prim_func(s_tir=True)
-    def description(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle):
-        a = T.match_buffer(a_handle, (m, k), "float16", align=64, offset_factor=k, scope="wmma.matrix_a")
-        b = T.match_buffer(b_handle, (k, n), "float16", align=64, offset_factor=n, scope="wmma.matrix_b")
-        c = T.match_buffer(c_handle, (m, n), "float32", align=64, offset_factor=n, scope="wmma.accumulator")
-        with T.sblock("root"):
-            T.reads(c[0:m, 0:n], a[0:m, 0:k], b[0:k, 0:n])
-            T.writes(c[0:m, 0:n])
-            for i, j, step in T.grid(m, n, k):
-                with T.sblock("element"):
-                    vi, vj, vk = T.axis.remap("SSR", [i, j, step])
-                    c[vi, vj] = c[vi, vj] + T.Cast("float32", a[vi, vk]) * T.Cast("float32", b[vk, vj])
-
-    @T.prim_func(s_tir=True)
-    def implementation(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle):
-        a_row, b_row, c_row = T.int32(), T.int32(), T.int32()
-        a_element, b_element, c_element = T.int32(), T.int32(), T.int32()
-        a = T.match_buffer(
-            a_handle, (m, k), "float16", align=64, offset_factor=k, scope="wmma.matrix_a", strides=[a_row, a_element]
-        )
-        b = T.match_buffer(
-            b_handle, (k, n), "float16", align=64, offset_factor=n, scope="wmma.matrix_b", strides=[b_row, b_element]
-        )
-        c = T.match_buffer(
-            c_handle, (m, n), "float32", align=64, offset_factor=n, scope="wmma.accumulator", strides=[c_row, c_element]
-        )
-        with T.sblock("root"):
-            T.reads(c[0:m, 0:n], a[0:m, 0:k], b[0:k, 0:n])
-            T.writes(c[0:m, 0:n])
-            T.evaluate(
-                T.tvm_mma_sync(
-                    c.data, _at(c, c_row, (m, n)), a.data, _at(a, a_row, (m, k)),
-                    b.data, _at(b, b_row, (k, n)), c.data, _at(c, c_row, (m, n)), dtype="void",
-                )
-            )  # fmt: skip
-
-    return description, implementation
