@@ -1,7 +1,7 @@
 """Tensor intrinsics for float16 matrices with float32 sums, in TVM's matrix calls, for `gpu_matrix`.
 
-The code generators of CUDA and of `tvm_attn.vulkan` know these calls. TVM has such intrinsics, too, in a module that takes
-half a minute to import.
+The code generators of CUDA and of `tvm_attn.vulkan` know these calls. TVM has such intrinsics, too, in a module that
+takes half a minute to import.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from tvm.script import tirx as T
 
 @cache
 def intrinsics(m: int, n: int, k: int) -> dict[str, str]:
-    """Registers the tensor intrinsics for float16 matrices of M x K and K x N with float32 sums: operation -> name.
-
-    TVM has them, in a module that takes half a minute to import.
-    """
+    """Registers the tensor intrinsics for float16 matrices of M x K and K x N with float32 sums: operation -> name."""
     pairs = {
         "fill": _fill(m, n, k),
         "load_a": _move((m, n, k), (m, k), "float16", "shared", "wmma.matrix_a"),
