@@ -1,7 +1,7 @@
 """Linear layers on cooperative matrices: what is generated, and what it computes with the matrix calls emulated.
 
-Mesa's llvmpipe has no cooperative matrices. The kernels run on it as they are generated but for TVM's matrix calls, which
-become loops over the same memory (`with_emulated_matrices`); on real matrices they have never run.
+Mesa's llvmpipe has no cooperative matrices. The kernels run on it as they are generated but for TVM's matrix calls,
+which become loops over the same memory (`with_emulated_matrices`); with matrix instructions they have never run.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def with_emulated_matrices(function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, int]:
     """A lowered kernel whose subgroup of 32 threads in x does without matrix instructions, and how many it had.
 
-    A thread keeps 8 neighbours of a row of each 16 x 16 accumulator, and reads what these need: a row of A and 8 columns
-    of B.
+    A thread keeps 8 neighbours of a row of each 16 x 16 accumulator, and reads what these need: a row of A and 8
+    columns of B.
     """
     elements = {"wmma.matrix_a": 16, "wmma.matrix_b": 16 * 8, "wmma.accumulator": 8}
     fragments: dict[str, Any] = {}
@@ -97,10 +97,9 @@ def with_emulated_matrices(function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, int]
             name, scopes[node.buffer.name] = node.buffer.name, node.buffer.scope()
             shape = (int(node.buffer.shape[0]) // 256 * elements[scopes[name]],)
             fragments[name] = tirx.decl_buffer(shape, node.buffer.dtype, name, scope="local")
-        elif isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent":
-            if node.node.thread_tag == "threadIdx.x":
-                assert int(node.value) == 32
-                threads.append(node.node.var)
+        elif getattr(node, "attr_key", None) == "thread_extent" and node.node.thread_tag == "threadIdx.x":
+            assert int(node.value) == 32
+            threads.append(node.node.var)
 
     structural_walk(function.body, ((tirx.AllocBuffer, tirx.AttrStmt), collect))
     if not fragments:

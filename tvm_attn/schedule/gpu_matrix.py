@@ -41,9 +41,10 @@ def tiled(kernel: Any, function: tirx.PrimFunc, target: GpuTarget, choose: Choos
     group_block, strip_block, k_tile = _tile(kernel, target, choose)
     tile_rows, tile_columns = group_block * kernel.rows, strip_block * kernel.columns
     subgroups = target.max_threads // target.subgroup
-    down = largest_power(tile_rows // m, min(subgroups, choose("subgroups_down", (1, 2, 4), 2)))
-    across = largest_power(tile_columns // n, min(subgroups // down, choose("subgroups_across", (1, 2, 4), 2)))
-    threads = (down * across, target.subgroup)
+    down = _parts(group_block, kernel.rows // m, min(subgroups, choose("subgroups_down", (1, 2, 4), 2)))
+    most = min(subgroups // math.prod(down), choose("subgroups_across", (1, 2, 4), 2))
+    across = _parts(strip_block, kernel.columns // n, most)
+    threads = (math.prod(down + across), target.subgroup)
 
     schedule = s_tir.Schedule(function)
     matmul, epilogue = schedule.get_child_blocks(schedule.get_sblock("root"))
@@ -61,11 +62,11 @@ def tiled(kernel: Any, function: tirx.PrimFunc, target: GpuTarget, choose: Choos
     row, row_in = schedule.split(row, [None, m])
     column, column_in = schedule.split(column, [None, n])
     k_outer, k, k_in = schedule.split(k, [None, k_tile // k_step, k_step])
-    schedule.reorder(block_y, block_x, group, row, strip, column, k_outer, k, row_in, column_in, k_in)
-    subgroup_y, row = schedule.split(schedule.fuse(group, row), [down, None])
-    subgroup_x, column = schedule.split(schedule.fuse(strip, column), [across, None])
-    schedule.reorder(subgroup_y, subgroup_x, k_outer, k, row, column)
-    subgroup = schedule.fuse(subgroup_y, subgroup_x)
+    places = (group, row, strip, column)
+    split = [schedule.split(loop, [count, None]) for loop, count in zip(places, down + across, strict=True)]
+    subgroup_loops, loops = zip(*split, strict=True)
+    schedule.reorder(block_y, block_x, *subgroup_loops, k_outer, k, *loops, row_in, column_in, k_in)
+    subgroup = schedule.fuse(*subgroup_loops)
     for loop, tag in ((block_y, "blockIdx.y"), (block_x, "blockIdx.x"), (subgroup, "threadIdx.y")):
         schedule.bind(loop, tag)
 
@@ -117,6 +118,12 @@ def _tile(kernel: Any, target: GpuTarget, choose: Chooser) -> tuple[int, int, in
     strip_block = choose("matrix_strips", strips, max(narrow, default=1))
     depths = [n * k_step for n in (1, 2, 4) if fitting(strip_block * kernel.columns, n * k_step)]
     return group_block, strip_block, choose("matrix_k", depths, depths[min(1, len(depths) - 1)])
+
+
+def _parts(blocks: int, fragments: int, most: int) -> tuple[int, int]:
+    """Into how many parts the subgroups divide the row groups or strips of a tile, and the fragments of each."""
+    outer = largest_power(blocks, most)
+    return outer, largest_power(fragments, most // outer)
 
 
 def _group_blocks(kernel: Any, target: GpuTarget) -> list[int]:
