@@ -9,6 +9,7 @@ from typing import Any
 
 from tvm_attn import targets
 from tvm_attn.errors import DeviceError
+from tvm_attn.runtime.device import obstacle as device_obstacle
 from tvm_attn.runtime.machine import cpu_features, usable_cores
 
 # Keys of a target's TVM target, and the feature that a Vulkan device has then (tvm_attn/vulkan/src/kernel_blob.h).
@@ -149,6 +150,16 @@ def _vulkan_devices() -> list[Device]:
         lacking = "; ".join(f"{device.name} lacks {', '.join(device.missing)}" for device in found)
         raise DeviceError(f"no usable Vulkan device: {lacking or 'the loader reports none'}")
     return sorted(found, key=lambda device: (bool(device.missing), device.device))
+
+
+def obstacle(target: targets.GpuTarget) -> str | None:
+    """Why the first device of a target's class does not run its code, in words; None where it does."""
+    if reason := device_obstacle(target.device):
+        return reason
+    devices = _cuda_devices() if target.device == "cuda" else _vulkan_devices()
+    device = next(device for device in devices if device.device == f"{target.device}:0")
+    lacking = ", ".join(_gpu_lacks(target, device))
+    return f"{device.device} lacks {lacking}" if lacking else None
 
 
 def _fits(devices: list[Device], absent: dict[str, str]) -> Iterator[Fit]:

@@ -109,10 +109,10 @@ class GpuTarget(Target):
     matrix: tuple[int, int, int] | None
 
     def fits_this_machine(self) -> bool:
-        """Whether there is such a device."""
-        from tvm_attn.runtime.device import obstacle
+        """Whether the first device of the class has what the target assumes."""
+        from tvm_attn.inventory import obstacle
 
-        return obstacle(self.device) is None
+        return obstacle(self) is None
 
 
 def names() -> list[str]:
@@ -181,6 +181,8 @@ def _gpu_target(common: dict[str, Any], gpu: dict[str, Any]) -> GpuTarget:
 def _matrix(gpu: dict[str, Any]) -> tuple[int, int, int] | None:
     if "matrix" not in gpu:
         return None
+    if len(gpu["matrix"]) != 3:
+        raise TargetError(f"gpu.matrix is {gpu['matrix']}; give three sizes, e.g. [16, 16, 16]")
     m, n, k = gpu["matrix"]
     return m, n, k
 

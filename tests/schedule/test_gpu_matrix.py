@@ -6,6 +6,7 @@ which become loops over the same memory (`with_emulated_matrices`); with matrix 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ import tvm
 from tvm import ir, tirx
 from tvm_ffi.structural import structural_map, structural_walk
 
-from tvm_attn import targets, vulkan
-from tvm_attn.compiler.build import Built, build
-from tvm_attn.compiler.pipeline import tir_pipeline, tvm_target
+from tvm_attn import inventory, targets, vulkan
+from tvm_attn.compiler.build import build, layout_for
+from tvm_attn.compiler.pipeline import compile_program, tir_pipeline, tvm_target
 from tvm_attn.config import GPT2Config
 from tvm_attn.kernels import Case, Head, Kernel, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.matmul import random_case
+from tvm_attn.model.gpt2 import build_program
 from tvm_attn.runtime.device import obstacle
 from tvm_attn.schedule import gpu_matrix, schedule
 from tvm_attn.targets import GpuTarget
@@ -201,3 +203,94 @@ def test_matches_float64_with_emulated_matrices(case: Case, chosen: dict[str, in
     function = compiled(case.kernel, {"few_groups": 0} | chosen)
     assert max(emulation) > 0
     check(case, function["main"])
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Linear(768, 3072, 16, 64, "float16", activation="gelu_new"),
+        ResidualLinear(3072, 768, 16, 64, "float16"),
+        QKVLinear(768, 2304, 16, 64, "float16", heads=12, context=1024, cache_dtype="float16"),
+        Head(768, 50257, 16, 64, "float16"),
+    ],
+    ids=lambda kernel: kernel.family,
+)
+def test_many_rows_use_matrices_and_few_rows_do_not(kernel: Kernel, records: Records) -> None:
+    """The layers of the 124M model. The validator has seen the modules: it watches every test."""
+    compiled(kernel)
+    (plain, plain_code), (matrix, code) = records
+    assert "cooperative_matrix" not in plain["features"]
+    assert b"SPV_KHR_cooperative_matrix" not in plain_code
+    assert {"cooperative_matrix", "vulkan_memory_model", "float16"} <= set(matrix["features"])
+    assert matrix["subgroup_size"] == MATRIX.subgroup
+    assert matrix["workgroup_size"][0] == MATRIX.subgroup
+    assert matrix["shared_bytes"] <= MATRIX.shared_bytes
+    text = disassemble(code)
+    # Four subgroups with four sums each, and two steps through a tile of 32 features.
+    assert text.count("OpCooperativeMatrixMulAddKHR") == 8
+    assert text.count("OpCooperativeMatrixStoreKHR") == 4
+
+
+def test_tiles_are_loaded_from_aligned_rows(records: Records) -> None:
+    """Vulkan asks for pointers and strides of 16 bytes (VUID-RuntimeSpirv-OpCooperativeMatrixLoadKHR-08986)."""
+    compiled(Linear(96, 128, 16, 64, "float16"), {"few_groups": 0, "matrix_k": 16})
+    ((_, code),) = records
+    text = disassemble(code)
+    names = dict(re.findall(r"%(\d+) = OpConstant %\d+ (\d+)", text))
+    pointees = {**dict(re.findall(r"%(\d+) = OpTypePointer Workgroup %(\d+)", text))}
+    widths = {ident: int(bits) // 8 for ident, bits in re.findall(r"%(\d+) = Op(?:TypeFloat|TypeInt) (\d+)", text)}
+    types = dict(re.findall(r"%(\d+) = OpAccessChain %(\d+)", text))
+    loads = re.findall(r"OpCooperativeMatrixLoadKHR %\d+ %(\d+) %\d+ %(\d+)", text)
+    stores = re.findall(r"OpCooperativeMatrixStoreKHR %(\d+) %\d+ %\d+ %(\d+)", text)
+    assert loads and stores
+    for pointer, stride in loads + stores:
+        assert int(names[stride]) * widths[pointees[types[pointer]]] % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes"),
+    [
+        (Linear(96, 128, 16, 64, "float32"), {}),
+        (Linear(96, 128, 8, 64, "float16"), {}),
+        (Linear(96, 24, 16, 8, "float16"), {}),
+        (Linear(96, 128, 16, 64, "float16", groups=3), {}),
+        (Linear(96, 128, 16, 64, "float16"), {"matrix": None}),
+        (Linear(96, 128, 16, 64, "float16"), {"subgroup": None}),
+        (Linear(96, 128, 16, 64, "float16"), {"shared_bytes": 4096}),
+    ],
+)
+def test_what_matrices_do_not_fit_gets_the_plain_schedule(kernel: Linear, changes: dict[str, Any]) -> None:
+    target = replace(MATRIX, **changes)
+    assert not gpu_matrix.fits(kernel, target)
+    assert "wmma" not in schedule(kernel, target).script()
+
+
+def test_targets_without_matrices_know_nothing_of_them() -> None:
+    generic = targets.resolve("vulkan")
+    assert isinstance(generic, GpuTarget) and generic.matrix is None and generic.subgroup is None
+    assert MATRIX.matrix == (16, 16, 16)
+
+
+def test_a_model_compiles(tmp_path: Path, records: Records) -> None:
+    config = GPT2Config(
+        vocab_size=300, n_positions=40, n_embd=64, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    program = build_program(config, layout_for(config, MATRIX, "float16", "none"), 48, 8)
+    compile_program(program, MATRIX, tmp_path / "lib.so")
+    assert (tmp_path / "lib.so").exists()
+    using = {
+        record["name"].split("_kernel")[0].rstrip("_0123456789")
+        for record, _ in records
+        if "cooperative_matrix" in record["features"]
+    }
+    assert using == {"linear", "residual_linear", "qkv_linear", "head"}
+    assert all("subgroup_shuffle" in record["features"] for record, _ in records if "layer_norm" in record["name"])
+
+
+def test_a_build_for_another_device_is_not_checked(demo_model_dir: Path, tmp_path: Path) -> None:
+    reason = inventory.obstacle(MATRIX)
+    if reason is None:
+        pytest.skip("this device has cooperative matrices")
+    built = build(demo_model_dir, "vulkan-matrix", "float16", out=tmp_path / "artifact")
+    assert built.reports["vulkan-matrix"] is None
+    assert any("lib-vulkan-matrix.so was compiled but not checked" in note and reason in note for note in built.notes)

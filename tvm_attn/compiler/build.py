@@ -24,6 +24,7 @@ from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.compiler.verification import Report, verify
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import TargetError
+from tvm_attn.inventory import obstacle as gpu_obstacle
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.model.checkpoint import (
     Checkpoint,
@@ -34,11 +35,10 @@ from tvm_attn.model.checkpoint import (
 from tvm_attn.model.gpt2 import Layout, Program, build_program, padded_vocabulary
 from tvm_attn.model.params import stored_params
 from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
-from tvm_attn.runtime.device import obstacle as device_obstacle
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.storage import QUANTIZATIONS, stored_types
-from tvm_attn.targets import CpuTarget, Target
+from tvm_attn.targets import CpuTarget, GpuTarget, Target
 
 MAX_BATCH = 64
 """Most sequences of one decode call that libraries are planned for."""
@@ -250,7 +250,7 @@ def _verify_libraries(
     set_threads(None)
     reports: dict[str, Report | None] = {}
     for target, library in zip(resolved, Artifact(folder).libraries, strict=True):
-        obstacle = library.obstacle() or device_obstacle(library.device)
+        obstacle = library.obstacle() or (gpu_obstacle(target) if isinstance(target, GpuTarget) else None)
         if obstacle:
             reports[target.name] = None
             notes.append(f"{library.file} was compiled but not checked: {obstacle}; run tvm_attn.verify where it runs")
