@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from tvm import arith, ir, tirx
+from tvm import ir, tirx
+from tvm.sym.analyzer import Analyzer
 from tvm_ffi.structural import structural_map, structural_walk
 
 from tvm_attn import inventory, targets, vulkan
@@ -143,7 +144,7 @@ def with_emulated_matrices(function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, int]
             fragment, index, stride = fragment_of(arguments[0]), arguments[4], arguments[6]
             assert arguments[7].value == "row_major" and arguments[5].op.name == "tirx.address_of"
             # Vulkan asks for pointers and strides of 16 bytes (VUID-RuntimeSpirv-OpCooperativeMatrixLoadKHR-08986).
-            modulus = arith.Analyzer().modular_set(arguments[5].args[0].indices[0])
+            modulus = Analyzer().modular_set(arguments[5].args[0].indices[0])
             for distance in (modulus.coeff, modulus.base, stride):
                 assert int(distance) * np.dtype(fragment.dtype).itemsize % 16 == 0
             memory, (place,) = arguments[5].args[0].source, arguments[5].args[0].indices

@@ -37,7 +37,7 @@ def _at(fragment: Any, stride: Any, sizes: tuple[int, int]) -> Any:
 
 def _fill(m: int, n: int, k: int) -> tuple[tirx.PrimFunc, tirx.PrimFunc]:
     @T.prim_func(s_tir=True)
-    def description(c: T.handle):
+    def description(c: T.handle) -> None:
         sums = T.match_buffer(c, (m, n), "float32", align=64, offset_factor=n, scope="wmma.accumulator")
         with T.sblock("root"):
             T.reads()
@@ -48,7 +48,7 @@ def _fill(m: int, n: int, k: int) -> tuple[tirx.PrimFunc, tirx.PrimFunc]:
                     sums[vi, vj] = T.float32(0)
 
     @T.prim_func(s_tir=True)
-    def implementation(c: T.handle):
+    def implementation(c: T.handle) -> None:
         row, element = T.int32(), T.int32()
         sums = T.match_buffer(
             c, (m, n), "float32", align=64, offset_factor=n, scope="wmma.accumulator", strides=[row, element]
@@ -77,7 +77,7 @@ def _move(
         return call((b if loads else a).data, m, n, k, at, pointer, stride, "row_major", dtype="void")
 
     @T.prim_func(s_tir=True)
-    def description(a_handle: T.handle, b_handle: T.handle):
+    def description(a_handle: T.handle, b_handle: T.handle) -> None:
         a = T.match_buffer(a_handle, shape, dtype, align=64, offset_factor=columns, scope=source)
         b = T.match_buffer(b_handle, shape, dtype, align=64, offset_factor=columns, scope=target)
         with T.sblock("root"):
@@ -89,7 +89,7 @@ def _move(
                     b[vi, vj] = a[vi, vj]
 
     @T.prim_func(s_tir=True)
-    def implementation(a_handle: T.handle, b_handle: T.handle):
+    def implementation(a_handle: T.handle, b_handle: T.handle) -> None:
         a_row, a_element, b_row, b_element = T.int32(), T.int32(), T.int32(), T.int32()
         a = T.match_buffer(
             a_handle, shape, dtype, align=64, offset_factor=columns, scope=source, strides=[a_row, a_element]
@@ -107,7 +107,7 @@ def _move(
 
 def _multiply(m: int, n: int, k: int) -> tuple[tirx.PrimFunc, tirx.PrimFunc]:
     @T.prim_func(s_tir=True)
-    def description(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle):
+    def description(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
         a = T.match_buffer(a_handle, (m, k), "float16", align=64, offset_factor=k, scope="wmma.matrix_a")
         b = T.match_buffer(b_handle, (k, n), "float16", align=64, offset_factor=n, scope="wmma.matrix_b")
         c = T.match_buffer(c_handle, (m, n), "float32", align=64, offset_factor=n, scope="wmma.accumulator")
@@ -120,7 +120,7 @@ def _multiply(m: int, n: int, k: int) -> tuple[tirx.PrimFunc, tirx.PrimFunc]:
                     c[vi, vj] = c[vi, vj] + T.Cast("float32", a[vi, vk]) * T.Cast("float32", b[vk, vj])
 
     @T.prim_func(s_tir=True)
-    def implementation(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle):
+    def implementation(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
         a_row, b_row, c_row = T.int32(), T.int32(), T.int32()
         a_element, b_element, c_element = T.int32(), T.int32(), T.int32()
         a = T.match_buffer(
