@@ -64,7 +64,7 @@ def test_figures_are_of_the_median() -> None:
 
 def test_figures_of_bfloat16_have_its_limit() -> None:
     figures = report.case_figures(benchmark().measurements[0], OURS, replace(benchmark(), arithmetic="bfloat16"))
-    assert figures["fraction_of_limit"] == pytest.approx((30 / 400 + 20 / 200) / 0.5)
+    assert figures["fraction_of_limit"] == pytest.approx((30 / 400 + 20 / 400) / 0.5)
 
 
 def test_tables_show_figures_ratios_and_gaps() -> None:

@@ -9,16 +9,26 @@ from tvm.s_tir import meta_schedule as ms
 from tvm_attn import targets
 from tvm_attn.kernels import LayerNorm, Linear
 from tvm_attn.schedule import schedule
-from tvm_attn.tuning.space import Space, indices_of
+from tvm_attn.tuning.space import Candidate, Space, indices_of
 
 TARGET = targets.detect_cpu()
 LINEAR = Linear(32, 64, 8, 32, "float32")
 
 
-def test_candidates_are_all_distinct_functions_and_the_defaults_come_first() -> None:
-    space = Space.of(LINEAR, TARGET)
+@pytest.fixture(scope="module")
+def space() -> Space:
+    return Space.of(LINEAR, TARGET)
+
+
+@pytest.fixture(scope="module")
+def candidates(space: Space) -> list[Candidate]:
+    return space.candidates(space.size)
+
+
+def test_candidates_are_all_distinct_functions_and_the_defaults_come_first(
+    space: Space, candidates: list[Candidate]
+) -> None:
     assert [choice.name for choice in space.choices] == ["group_block", "prefetch_bytes", "k_unroll"]
-    candidates = space.candidates(space.size)
     assert candidates[0].indices == space.default
     assert tvm_ffi.structural_equal(candidates[0].function, schedule(LINEAR, TARGET))
     everything = itertools.product(*(range(len(choice.candidates)) for choice in space.choices))
@@ -36,8 +46,7 @@ def test_decisions_without_a_difference_are_one_candidate() -> None:
     assert [candidate.indices[0] for candidate in candidates] == list(range(len(prefetch.candidates)))
 
 
-def test_a_larger_sample_adds_to_a_smaller_one() -> None:
-    space = Space.of(LINEAR, TARGET)
+def test_a_larger_sample_adds_to_a_smaller_one(space: Space) -> None:
     small, large = space.candidates(3), space.candidates(7)
     assert len(small) == 3
     assert [candidate.indices for candidate in small] == [candidate.indices for candidate in large][:3]
@@ -48,9 +57,10 @@ def test_a_kernel_without_choices() -> None:
 
 
 @pytest.mark.parametrize("position", [0, -1])
-def test_a_trace_carries_the_decisions_through_the_database(position: int) -> None:
-    space = Space.of(LINEAR, TARGET)
-    candidate = space.candidates(space.size)[position]
+def test_a_trace_carries_the_decisions_through_the_database(
+    space: Space, candidates: list[Candidate], position: int
+) -> None:
+    candidate = candidates[position]
     made = space.to_schedule(candidate)
     assert indices_of(made.trace) == candidate.indices
     workload = ms.database.Workload(made.mod)
