@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tvm_attn import devices, inventory, targets
-from tvm_attn.errors import DeviceError
+from tvm_attn._resources import resource_dir
+from tvm_attn.errors import DeviceError, TargetError
 from tvm_attn.runtime.machine import usable_cores
 
 GPU = inventory.Device(
@@ -99,3 +101,24 @@ def test_unusable_devices_fit_no_target(generic: targets.GpuTarget) -> None:
     unusable = dataclasses.replace(GPU, device="vulkan", missing=("bufferDeviceAddress",))
     fits = [fit for fit in inventory._fits([unusable], {"vulkan": "why"}) if fit.target == generic.name]
     assert fits == [inventory.Fit(generic.name, "vulkan", ("why",))]
+
+
+def test_why_a_device_does_not_run_a_target(generic: targets.GpuTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "device_obstacle", lambda kind: None)
+    monkeypatch.setattr(inventory, "_vulkan_devices", lambda: [GPU])
+    matrix = targets.read("vulkan-matrix")
+    assert isinstance(matrix, targets.GpuTarget)
+    assert inventory.obstacle(generic) is None and generic.fits_this_machine()
+    assert inventory.obstacle(matrix) == "vulkan:0 lacks cooperative_matrix"
+    assert not matrix.fits_this_machine()
+    monkeypatch.setattr(inventory, "device_obstacle", lambda kind: f"no {kind} today")
+    assert inventory.obstacle(generic) == "no vulkan today"
+
+
+def test_matrices_have_three_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (resource_dir("targets") / "vulkan-matrix.toml").read_text()
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "short.toml").write_text(text.replace("[16, 16, 16]", "[16, 16]"))
+    monkeypatch.setattr(targets, "resource_dir", lambda name: tmp_path / name)
+    with pytest.raises(TargetError, match=r"gpu.matrix is \[16, 16\]; give three sizes"):
+        targets.read("short")
