@@ -1,4 +1,4 @@
-"""Schedule templates for GPUs without matrix units: Vulkan devices, and CUDA where it has no better one.
+"""Schedule templates for GPUs: Vulkan devices, and CUDA where it has no better one. Linear layers use matrix units.
 
 What a device can do comes from its target: threads of a block, shared memory, width of a load, subgroups. Reductions
 over the threads of a block are TVM's: through the registers of subgroups where the target has them, else through shared
