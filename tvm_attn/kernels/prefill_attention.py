@@ -16,9 +16,9 @@ import numpy as np
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tvm_attn.kernels.activation import exp
 from tvm_attn.kernels.attention import MASKED, attend, error_bound, forget, random_cache
 from tvm_attn.kernels.base import Case
+from tvm_attn.kernels.online_softmax import softmax_step
 from tvm_attn.kernels.prefill_attention_bfloat16 import prefill_attention_bfloat16
 from tvm_attn.storage import numpy_dtype
 
@@ -64,6 +64,7 @@ class PrefillAttention:
         query_tile, key_block, key_tile, dim_tile = self.query_tile, self.key_block, self.key_tile, self.dim_tile
 
         converts = dtype != "float32"
+        update_softmax = softmax_step(key_block, query_tile)
 
         @T.prim_func(s_tir=True)
         def prefill_attention(
@@ -159,38 +160,7 @@ class PrefillAttention:
                                             with T.sblock("keep_scores"):
                                                 vj, vi = T.axis.remap("SS", [js, i])
                                                 scores[vjt * key_tile + vj, vi] = tile_scores[vj, vi]
-                                if vk * key_block + key_block - 1 > first:
-                                    for j, i in T.grid(key_block, query_tile):
-                                        with T.sblock("mask"):
-                                            vj, vi = T.axis.remap("SS", [j, i])
-                                            scores[vj, vi] = T.Select(
-                                                vk * key_block + vj <= first + vi, scores[vj, vi], T.float32(MASKED)
-                                            )
-                                for i in range(query_tile):
-                                    with T.sblock("keep_maximum"):
-                                        vi = T.axis.spatial(query_tile, i)
-                                        previous[vi] = maximum[vi]
-                                for j, i in T.grid(key_block, query_tile):
-                                    with T.sblock("maximum"):
-                                        vj, vi = T.axis.remap("RS", [j, i])
-                                        maximum[vi] = T.max(maximum[vi], scores[vj, vi])
-                                for i in range(query_tile):
-                                    with T.sblock("correction"):
-                                        vi = T.axis.spatial(query_tile, i)
-                                        previous[vi] = exp(previous[vi] - maximum[vi])
-                                for i in range(query_tile):
-                                    with T.sblock("rescale_sum"):
-                                        vi = T.axis.spatial(query_tile, i)
-                                        total[vi] = total[vi] * previous[vi]
-                                for j in range(key_block):
-                                    for i in range(query_tile):
-                                        with T.sblock("probabilities"):
-                                            vj, vi = T.axis.remap("SS", [j, i])
-                                            scores[vj, vi] = exp(scores[vj, vi] - maximum[vi])
-                                    for i in range(query_tile):
-                                        with T.sblock("sum"):
-                                            vj, vi = T.axis.remap("RS", [j, i])
-                                            total[vi] = total[vi] + scores[vj, vi]
+                                update_softmax(scores, maximum, previous, total, vk * key_block, first)
                                 if converts:
                                     for j, d in T.grid(key_block, head_dim):
                                         with T.sblock("load_values"):

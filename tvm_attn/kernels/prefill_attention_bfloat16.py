@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tvm_attn.kernels.activation import exp
 from tvm_attn.kernels.attention import MASKED
 from tvm_attn.kernels.matmul import DOT_BFLOAT16
+from tvm_attn.kernels.online_softmax import softmax_step
 from tvm_attn.kernels.quant import rounded_pair
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def prefill_attention_bfloat16(kernel: PrefillAttention) -> tirx.PrimFunc:
     query_tile, key_block, key_tile, dim_tile = kernel.query_tile, kernel.key_block, kernel.key_tile, kernel.dim_tile
     dot = f"{DOT_BFLOAT16}_{LANES}"
     vectors = query_tile // LANES
+    update_softmax = softmax_step(key_block, query_tile)
 
     @T.prim_func(s_tir=True)
     def prefill_attention(q_handle: T.handle, cache_handle: T.handle, sequences_handle: T.handle, o_handle: T.handle):
@@ -129,38 +130,7 @@ def prefill_attention_bfloat16(kernel: PrefillAttention) -> tirx.PrimFunc:
                                         with T.sblock("keep_scores"):
                                             vj, vi = T.axis.remap("SS", [js, i])
                                             scores[vjt * key_tile + vj, vi] = tile_scores[vj, vi] * T.float32(scale)
-                            if vk * key_block + key_block - 1 > first:
-                                for j, i in T.grid(key_block, query_tile):
-                                    with T.sblock("mask"):
-                                        vj, vi = T.axis.remap("SS", [j, i])
-                                        scores[vj, vi] = T.Select(
-                                            vk * key_block + vj <= first + vi, scores[vj, vi], T.float32(MASKED)
-                                        )
-                            for i in range(query_tile):
-                                with T.sblock("keep_maximum"):
-                                    vi = T.axis.spatial(query_tile, i)
-                                    previous[vi] = maximum[vi]
-                            for j, i in T.grid(key_block, query_tile):
-                                with T.sblock("maximum"):
-                                    vj, vi = T.axis.remap("RS", [j, i])
-                                    maximum[vi] = T.max(maximum[vi], scores[vj, vi])
-                            for i in range(query_tile):
-                                with T.sblock("correction"):
-                                    vi = T.axis.spatial(query_tile, i)
-                                    previous[vi] = exp(previous[vi] - maximum[vi])
-                            for i in range(query_tile):
-                                with T.sblock("rescale_sum"):
-                                    vi = T.axis.spatial(query_tile, i)
-                                    total[vi] = total[vi] * previous[vi]
-                            for j in range(key_block):
-                                for i in range(query_tile):
-                                    with T.sblock("probabilities"):
-                                        vj, vi = T.axis.remap("SS", [j, i])
-                                        scores[vj, vi] = exp(scores[vj, vi] - maximum[vi])
-                                for i in range(query_tile):
-                                    with T.sblock("sum"):
-                                        vj, vi = T.axis.remap("RS", [j, i])
-                                        total[vi] = total[vi] + scores[vj, vi]
+                            update_softmax(scores, maximum, previous, total, vk * key_block, first)
                             for j, i in T.grid(half_block, query_tile):
                                 with T.sblock("pairs"):
                                     vj, vi = T.axis.remap("SS", [j, i])
