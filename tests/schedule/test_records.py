@@ -24,7 +24,8 @@ from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels import Case, DecodeAttention, Head, Linear, PackPlain, PrefillAttention
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.model.checkpoint import random_params
-from tvm_attn.model.gpt2 import Program, build_program
+from tvm_attn.model.gpt2 import build_program
+from tvm_attn.model.module import Program
 from tvm_attn.schedule import Record, RecordBook, Template, cpu, gpu, records, schedule, template_for
 from tvm_attn.targets import CpuTarget, Target
 

@@ -32,7 +32,8 @@ from tvm_attn.model.checkpoint import (
     open_checkpoint,
     random_params,
 )
-from tvm_attn.model.gpt2 import Layout, Program, build_program, padded_vocabulary
+from tvm_attn.model.gpt2 import build_program
+from tvm_attn.model.module import Layout, Program, padded_vocabulary
 from tvm_attn.model.params import stored_params
 from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
 from tvm_attn.runtime.engine import CompiledEngine
@@ -200,6 +201,8 @@ def _weight_format(config: GPT2Config, target: Target, dtype: str, quant: str) -
 def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str) -> Layout:
     """The layout of a model's library for a target."""
     weights = _weight_format(config, target, dtype, quant)
+    if target.device == "cuda" and dtype != "float32":
+        return Layout(target.tile_rows, 1, dtype, weights, fuse_layers=False, tensor_cores=True)
     return Layout(target.tile_rows, target.tile_columns, dtype, weights, fuse_layers=target.device == "cpu")
 
 

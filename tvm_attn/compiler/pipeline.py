@@ -12,7 +12,7 @@ from tvm import relax, tirx
 
 from tvm_attn.compiler.fusion import fuse_primitive_functions
 from tvm_attn.errors import CompileError
-from tvm_attn.model.gpt2 import Program
+from tvm_attn.model.module import Program
 from tvm_attn.schedule import Record, RecordBook, schedule, template_for
 from tvm_attn.targets import GpuTarget, Target
 

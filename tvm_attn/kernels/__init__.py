@@ -8,7 +8,7 @@ no predicate, whatever the number of tokens; the caller pads with rows whose pos
 the KV cache.
 """
 
-from tvm_attn.kernels.base import Case, Kernel
+from tvm_attn.kernels.base import Case, Kernel, PortableKernel
 from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.embedding import Embedding, GatherRows
 from tvm_attn.kernels.matmul import Head, Linear, QKVLinear, ResidualLinear
@@ -18,7 +18,7 @@ from tvm_attn.kernels.quant import PackPairs, QuantizeRows
 from tvm_attn.kernels.sampling import Argmax
 from tvm_attn.kernels.weights import PackPlain, PackWords
 
-FAMILIES: tuple[type[Kernel], ...] = (
+FAMILIES: tuple[type[PortableKernel], ...] = (
     Embedding,
     GatherRows,
     LayerNorm,
@@ -49,6 +49,7 @@ __all__ = [
     "PackPairs",
     "PackPlain",
     "PackWords",
+    "PortableKernel",
     "PrefillAttention",
     "QKVLinear",
     "QuantizeRows",

@@ -1,7 +1,8 @@
 """The protocol that every kernel meets.
 
-A kernel is a frozen dataclass of its static sizes. It builds its TensorIR function, computes the same thing in NumPy
-float64, and lists the cases that tests and benchmarks share.
+A kernel is a frozen dataclass of its static sizes. It says what is computed, does the same thing in NumPy float64, and
+lists the cases that tests and benchmarks share. A portable kernel builds its TensorIR function, which templates of
+every device class schedule; those of `tvm_attn.kernels.cuda` are for one class, and their templates build functions.
 """
 
 from __future__ import annotations
@@ -47,13 +48,18 @@ class Kernel(Protocol):
 
     family: ClassVar[str]
 
-    def prim_func(self) -> tirx.PrimFunc:
-        """The TensorIR function, unscheduled, for any target."""
-        ...
-
     @staticmethod
     def cases() -> Iterator[Case]:
         """Inputs with their float64 references: odd sizes, single rows, full context, extreme values."""
+        ...
+
+
+@runtime_checkable
+class PortableKernel(Kernel, Protocol):
+    """A kernel for every target."""
+
+    def prim_func(self) -> tirx.PrimFunc:
+        """The TensorIR function, unscheduled, for any target."""
         ...
 
 

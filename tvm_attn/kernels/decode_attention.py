@@ -54,7 +54,7 @@ class DecodeAttention:
     """Partial sums of a dot product kept side by side, a divisor of D."""
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; blocks "chunk" and "merge"."""
+        """See `PortableKernel.prim_func`; blocks "chunk" and "merge"."""
         heads, head_dim, context, rows, dtype = self.heads, self.head_dim, self.context, self.rows, self.dtype
         width, scale, g = heads * head_dim, self.scale, row_groups(self.groups)
         key_chunk, key_block, lanes = self.key_chunk, self.key_block, self.lanes

@@ -38,7 +38,7 @@ class Embedding:
     groups: int | None = None
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; block "embed"."""
+        """See `PortableKernel.prim_func`; block "embed"."""
         rows, columns, width, context = self.rows, self.columns, self.width, self.context
         dtype, weights, g = self.dtype, self.weights, row_groups(self.groups)
         types = packed_types(weights, width, self.vocabulary, columns)
@@ -118,7 +118,7 @@ class GatherRows:
     rows: int
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; block "gather"."""
+        """See `PortableKernel.prim_func`; block "gather"."""
         rows, width = self.rows, self.width
 
         @T.prim_func(s_tir=True)

@@ -298,7 +298,7 @@ class Linear(_Matmul):
     activation: str | None = None
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`."""
+        """See `PortableKernel.prim_func`."""
         return self._build(activation=self.activation)
 
     @staticmethod
@@ -327,7 +327,7 @@ class ResidualLinear(_Matmul):
     family: ClassVar[str] = "residual_linear"
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`."""
+        """See `PortableKernel.prim_func`."""
         return self._build(residual=True)
 
     @staticmethod
@@ -350,7 +350,7 @@ class Head(_Matmul):
     has_bias: ClassVar[bool] = False
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`."""
+        """See `PortableKernel.prim_func`."""
         return self._build()
 
     @staticmethod
@@ -379,7 +379,7 @@ class QKVLinear(_Matmul):
     cache_dtype: str = "float32"
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`."""
+        """See `PortableKernel.prim_func`."""
         return self._build(cache=_Cache(self.heads, self.context, self.cache_dtype))
 
     @staticmethod

@@ -32,7 +32,7 @@ class LayerNorm:
     groups: int | None = None
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; blocks "sum", "squares" and "normalize"."""
+        """See `PortableKernel.prim_func`; blocks "sum", "squares" and "normalize"."""
         width, rows, g = self.width, self.rows, row_groups(self.groups)
         epsilon, scale = self.epsilon, 1.0 / self.width
 

@@ -56,7 +56,7 @@ class PrefillAttention:
     """Bfloat16 dot products, see `tvm_attn.kernels.prefill_attention_bfloat16`; dtype is bfloat16 and D is even."""
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; block "tile", with the steps of the algorithm as blocks inside."""
+        """See `PortableKernel.prim_func`; block "tile", with the steps of the algorithm as blocks inside."""
         if self.native:
             return prefill_attention_bfloat16(self)
         heads, head_dim, context, rows, dtype = self.heads, self.head_dim, self.context, self.rows, self.dtype

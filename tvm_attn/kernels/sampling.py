@@ -33,7 +33,7 @@ class Argmax:
     groups: int | None = None
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; blocks "row", with "lane_max", "lane_index" and "merge" inside."""
+        """See `PortableKernel.prim_func`; blocks "row", with "lane_max", "lane_index" and "merge" inside."""
         vocabulary, columns, rows, lanes = self.vocabulary, self.columns, self.rows, self.lanes
         g = row_groups(self.groups)
 

@@ -17,7 +17,7 @@ from tvm_attn.errors import TuningError
 from tvm_attn.kernels import (
     Case,
     DecodeAttention,
-    Kernel,
+    PortableKernel,
     PrefillAttention,
     decode_attention,
     matmul,
@@ -56,7 +56,7 @@ class Call:
         return max(self.flops / (peak.float32_gflops * 1e9), self.bytes / (peak.memory_gbytes * 1e9))
 
 
-def calls_of(kernel: Kernel) -> tuple[Call, ...]:
+def calls_of(kernel: PortableKernel) -> tuple[Call, ...]:
     """The calls to measure.
 
     Raises:

@@ -16,7 +16,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_attn.kernels import Kernel
+from tvm_attn.kernels import PortableKernel
 from tvm_attn.schedule import Template, schedule, template_for
 from tvm_attn.targets import Target
 
@@ -59,14 +59,14 @@ class Space:
         function: the function with the defaults.
     """
 
-    kernel: Kernel
+    kernel: PortableKernel
     target: Target
     template: Template
     choices: tuple[Choice, ...]
     function: tirx.PrimFunc
 
     @staticmethod
-    def of(kernel: Kernel, target: Target) -> Space:
+    def of(kernel: PortableKernel, target: Target) -> Space:
         """Asks the template which decisions it takes.
 
         Raises:

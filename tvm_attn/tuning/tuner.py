@@ -17,7 +17,7 @@ from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.build import layout_for
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import TargetError, TuningError
-from tvm_attn.kernels import Kernel
+from tvm_attn.kernels import PortableKernel
 from tvm_attn.model.checkpoint import open_checkpoint
 from tvm_attn.model.gpt2 import build_program
 from tvm_attn.runtime.machine import usable_cores
@@ -139,7 +139,7 @@ def tune(
         raise TargetError(f"dtype {dtype!r} is not available for {resolved.name}: {', '.join(resolved.dtypes)}")
     config = _config(model)
     program = build_program(config, layout_for(config, resolved, dtype, quant), config.n_positions, 1)
-    chosen = _chosen(list(program.kernels.values()), kernels)
+    chosen = _chosen([kernel for kernel in program.kernels.values() if isinstance(kernel, PortableKernel)], kernels)
     folder = records_folder(out, resolved.name)
     work = Path(work) if work is not None else Path.home() / ".cache" / "tvm-attn" / "tune" / resolved.name
     return search(chosen, resolved, trials, folder, work, progress)
@@ -153,7 +153,7 @@ def _config(model: str | Path) -> GPT2Config:
     return open_checkpoint(model).config
 
 
-def _chosen(kernels: list[Kernel], families: Sequence[str] | None) -> list[Kernel]:
+def _chosen(kernels: list[PortableKernel], families: Sequence[str] | None) -> list[PortableKernel]:
     available = sorted({kernel.family for kernel in kernels})
     unknown = sorted(set(families or ()) - set(available))
     if unknown:
@@ -162,7 +162,7 @@ def _chosen(kernels: list[Kernel], families: Sequence[str] | None) -> list[Kerne
 
 
 def search(
-    kernels: Sequence[Kernel],
+    kernels: Sequence[PortableKernel],
     target: Target,
     trials: int,
     folder: Path,

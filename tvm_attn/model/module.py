@@ -1,0 +1,140 @@
+"""What GPT-2's Relax module is made of: the layout of its tensors, its parameters, and the calls of its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm import IRModule, relax, tirx
+
+from tvm_attn.config import GPT2Config, param_shapes
+from tvm_attn.kernels import Kernel, PackPlain, PackWords
+from tvm_attn.kernels.weights import PLAIN, packed_types, strip_columns
+from tvm_attn.storage import GROUP, TABLES, is_quantizable, scales_name, stored_types
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How activations and weights lie in memory; a property of the target.
+
+    Attributes:
+        rows: R, the rows of a group.
+        columns: C, the widest strip of packed columns, a power of two.
+        dtype: storage dtype of the KV cache and the position table: float32, float16 or bfloat16.
+        weights: format of the other matrices, see `tvm_attn.kernels.weights`.
+        fuse_layers: whether a layer of decode is one kernel, see `tvm_attn.compiler.fusion`.
+        tensor_cores: whether the kernels are those of `tvm_attn.kernels.cuda`; then C is 1, and dtype no float32.
+    """
+
+    rows: int
+    columns: int
+    dtype: str
+    weights: str
+    fuse_layers: bool
+    tensor_cores: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """GPT-2 as Relax.
+
+    Attributes:
+        module: the Relax functions, and a declaration of each kernel, which has no body.
+        kernels: the kernel behind each declaration, by its name there; the compiler puts its scheduled function there.
+        parameters: names of the canonical tensors that `transform_params` asks for, by its index.
+    """
+
+    module: IRModule
+    kernels: dict[str, Kernel]
+    parameters: list[str]
+
+
+Type = tuple[tuple[int, ...], str]
+"""Shape and dtype of a tensor."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter on its way into the library's layout.
+
+    Attributes:
+        given: canonical tensors by name: the parameter, and its scales where it is quantized.
+        packed: the tensors that kernels take, in order.
+        kernels: the kernel that makes each of them, or None where the canonical tensor is used as it is.
+        sizes: K, N and C of a packed matrix; zeros for the others.
+    """
+
+    given: dict[str, Type]
+    packed: list[Type]
+    kernels: list[PackPlain | PackWords | None]
+    sizes: tuple[int, int, int] = (0, 0, 0)
+
+
+def _parameter(name: str, shape: tuple[int, ...], layout: Layout, types: dict[str, Type]) -> Parameter:
+    if not is_quantizable(name, shape):
+        return Parameter({name: types[name]}, [types[name]], [None])
+    # Token table and head are (V, E) and padded; linear layers are (in, out) and have strips that divide them.
+    table, weights = name in TABLES, layout.weights
+    k, n = (shape[1], shape[0]) if table else shape
+    columns = layout.columns if table else strip_columns(n, layout.columns)
+    sizes = (k, n, columns)
+    packed: list[Type] = [*packed_types(weights, k, n, columns)]
+    if weights in PLAIN:
+        return Parameter({name: types[name]}, packed, [PackPlain(*sizes, weights, table)], sizes)
+    words = PackWords(*sizes, weights, table)
+    if weights == "bfloat16_pairs":
+        return Parameter({name: types[name]}, packed, [words], sizes)
+    given = {given_name: types[given_name] for given_name in (name, scales_name(name))}
+    return Parameter(given, packed, [words, PackPlain(k // GROUP, n, columns, "float16", table)], sizes)
+
+
+def padded_vocabulary(config: GPT2Config, layout: Layout) -> int:
+    """V', the number of columns of the logits."""
+    return -(-config.vocab_size // layout.columns) * layout.columns
+
+
+def _declaration(name: str, operands: int) -> tirx.PrimFunc:
+    """A function without a body, in a kernel's place: parsing TensorIR that scheduling parses again takes a second."""
+    parameters = [tirx.Var(f"operand_{i}", "handle") for i in range(operands)]
+    return tirx.PrimFunc(parameters, tirx.Evaluate(0)).with_attr("global_symbol", name)
+
+
+class Module:
+    """The Relax module in the making: adds every kernel once and emits calls to it."""
+
+    def __init__(self, config: GPT2Config, layout: Layout) -> None:
+        self.config, self.layout = config, layout
+        self.builder = relax.BlockBuilder()
+        self.kernels: dict[str, Kernel] = {}
+        self._variables: dict[Kernel, relax.GlobalVar] = {}
+        types = stored_types(config, layout.dtype, layout.weights if layout.weights in ("int8", "int4") else "none")
+        shapes = param_shapes(config)
+        self.parameters = {name: _parameter(name, shape, layout, types) for name, shape in shapes.items()}
+
+    def call(
+        self,
+        kernel: Kernel,
+        arguments: Sequence[relax.Expr],
+        outputs: list[relax.TensorType],
+        in_place: list[int] | None = None,
+    ) -> relax.Var:
+        """Emits a call; `in_place` gives per output the argument it updates, or -1 for a fresh tensor."""
+        if kernel not in self._variables:
+            name = f"{kernel.family}_{len(self.kernels)}"
+            fresh = len(outputs) if in_place is None else in_place.count(-1)
+            self._variables[kernel] = self.builder.add_func(_declaration(name, len(arguments) + fresh), name)
+            self.kernels[self._variables[kernel].name_hint] = kernel
+        variable, tuple_ = self._variables[kernel], relax.Tuple(list(arguments))
+        if in_place:
+            return self.builder.emit(relax.op.call_tir_inplace(variable, tuple_, in_place, outputs))
+        return self.builder.emit(relax.call_tir(variable, tuple_, outputs))
+
+    def kv_type(self, slots: tirx.Var) -> relax.TupleType:
+        """Type of the KV cache: one tensor a layer."""
+        config = self.config
+        shape = (slots, 2, config.n_head, config.n_positions, config.head_dim)
+        return relax.TupleType([relax.TensorType(shape, self.layout.dtype)] * config.n_layer)
+
+    def params_type(self) -> relax.TupleType:
+        """Type of the packed parameters."""
+        return relax.TupleType([relax.TensorType(*kind) for p in self.parameters.values() for kind in p.packed])
