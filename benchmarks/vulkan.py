@@ -30,8 +30,9 @@ from tvm_attn.benchmark.counts import decode_work
 from tvm_attn.benchmark.machine import describe_machine, describe_versions
 from tvm_attn.benchmark.ours import CompiledSystem
 from tvm_attn.benchmark.system import Case
-from tvm_attn.compiler.build import build, verify_artifact
+from tvm_attn.compiler.build import build
 from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.compiler.verification import verify_artifact
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.kernels import Linear
 from tvm_attn.model.checkpoint import random_params

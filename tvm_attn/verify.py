@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verify(args: argparse.Namespace) -> int:
     with status() as progress:
-        from tvm_attn.compiler.build import verify_artifact
+        from tvm_attn.compiler.verification import verify_artifact
 
         report = verify_artifact(args.artifact, args.device, progress)
     if args.json:

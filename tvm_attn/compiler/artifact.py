@@ -70,6 +70,20 @@ def _replace(new: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def packed_first(params: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Puts the small parameters that are used as they are behind those that are packed.
+
+    `transform_params` asks for them in that order, so every shard is read once.
+    """
+    unpacked = []
+    for name, array in params:
+        if array.ndim == 1 or name == "wpe.weight":
+            unpacked.append((name, array))
+        else:
+            yield name, array
+    yield from unpacked
+
+
 def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes parameters in the tensor-cache convention of TVM and MLC-LLM, one shard in memory at a time.
 

@@ -19,9 +19,9 @@ import tvm_attn
 from tvm_attn import targets
 from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.accuracy import measure_accuracy
-from tvm_attn.compiler.artifact import artifact_folder, write_manifest, write_params
+from tvm_attn.compiler.artifact import artifact_folder, packed_first, write_manifest, write_params
 from tvm_attn.compiler.pipeline import compile_program
-from tvm_attn.compiler.verification import Report, verify
+from tvm_attn.compiler.verification import VERIFY_BATCH, Report, verify
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import TargetError
 from tvm_attn.inventory import obstacle as gpu_obstacle
@@ -43,8 +43,6 @@ from tvm_attn.targets import CpuTarget, GpuTarget, Target
 
 MAX_BATCH = 64
 """Most sequences of one decode call that libraries are planned for."""
-# Enough slots for a ragged batch of every length that is checked.
-_VERIFY_BATCH = 5
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def build(
     reports: dict[str, Report | None] = {}
     with artifact_folder(folder) as temporary:
         progress("writing the parameters")
-        write_params(temporary, _packed_first(stored_params(weights.params(), dtype, quant)))
+        write_params(temporary, packed_first(stored_params(weights.params(), dtype, quant)))
         tokenizer = weights.tokenizer_json()
         if tokenizer is not None:
             (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
@@ -160,20 +158,6 @@ def _open_weights(model: str | Path, notes: list[str], progress: Callable[[str],
     if checkpoint.tokenizer_json() is None:
         notes.append("the checkpoint has no tokenizer: prompts and completions are token ids")
     return _Weights(checkpoint.config, checkpoint.source, checkpoint)
-
-
-def _packed_first(params: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Puts the small parameters that are used as they are behind those that are packed.
-
-    `transform_params` asks for them in that order, so every shard is read once.
-    """
-    unpacked = []
-    for name, array in params:
-        if array.ndim == 1 or name == "wpe.weight":
-            unpacked.append((name, array))
-        else:
-            yield name, array
-    yield from unpacked
 
 
 def _manifest(weights: _Weights, dtype: str, quant: str) -> dict[str, Any]:
@@ -260,7 +244,7 @@ def _verify_libraries(
             continue
         artifact = Artifact(folder)
         device = tvm.runtime.device(library.device, 0)
-        engine = CompiledEngine(artifact, library, device, min(_VERIFY_BATCH, library.max_batch))
+        engine = CompiledEngine(artifact, library, device, min(VERIFY_BATCH, library.max_batch))
         report = verify(artifact, engine, progress)
         report.raise_if_failed(library.file)
         reports[target.name] = report
@@ -272,17 +256,3 @@ def _verify_libraries(
             entry["accuracy"] = accuracy.to_dict()
             notes.append(f"{target.name}: {accuracy.summary()}")
     return reports
-
-
-def verify_artifact(
-    folder: str | Path, device: str = "auto", progress: Callable[[str], None] = lambda message: None
-) -> Report:
-    """Checks an artifact's library for a device against PyTorch; see `verification.verify`.
-
-    Raises:
-        ArtifactError: the artifact is damaged or cannot run here.
-        DeviceError: the device is unknown.
-        VerificationError: PyTorch is not installed.
-    """
-    loaded = tvm_attn.load(folder, device, max_batch=_VERIFY_BATCH)
-    return verify(Artifact(folder), loaded.engine, progress)

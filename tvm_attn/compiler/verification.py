@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import tvm_attn
 from tvm_attn.errors import VerificationError
 from tvm_attn.model.params import effective_params
 from tvm_attn.model.reference import Reference
@@ -21,6 +23,8 @@ from tvm_attn.runtime.engine import CompiledEngine
 
 LENGTHS = (1, 7, 64)
 """Prompt lengths that are checked besides the full context and its neighbour."""
+VERIFY_BATCH = 5
+"""Slots of the engine that is checked: enough for a ragged batch of every length."""
 _DECODE_STEPS = 4
 # Tokens of the float64 run that measures the float32 reference's own error.
 _FLOAT64_TOKENS = 64
@@ -115,7 +119,10 @@ def prompt_lengths(context: int) -> list[int]:
 
 
 def verify(
-    artifact: Artifact, engine: CompiledEngine, progress: Callable[[str], None] = lambda message: None
+    artifact: Artifact,
+    engine: CompiledEngine,
+    progress: Callable[[str], None] = lambda message: None,
+    device: str = "cpu",
 ) -> Report:
     """Compares a library's functions with PyTorch in float32 on the artifact's weights.
 
@@ -123,6 +130,7 @@ def verify(
         artifact: where the weights come from.
         engine: the loaded library; slots 0, 1, ... are overwritten.
         progress: told what happens next.
+        device: where PyTorch computes, as it names devices.
 
     Returns:
         The report; nothing is raised for a failed check.
@@ -139,11 +147,11 @@ def verify(
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, (2, config.n_positions), dtype=np.int32)
     progress("PyTorch reference, float32")
-    reference = Reference(config, params)
+    reference = Reference(config, params, device=device)
     expected = [reference.logits(row[None])[0] for row in ids]
     progress("PyTorch reference, float64")
     count = min(_FLOAT64_TOKENS, config.n_positions)
-    exact = Reference(config, params, "float64").logits(ids[:1, :count])[0]
+    exact = Reference(config, params, "float64", device).logits(ids[:1, :count])[0]
     reference_nmse = _Accumulator().add(expected[0][:count], exact).nmse
     del reference, params
     artifact.parameters.close()
@@ -156,6 +164,31 @@ def verify(
             result.add(actual, wanted)
         checks.append(result.check(function, case, bounds))
     return Report(tuple(checks), bounds, reference_nmse)
+
+
+def verify_artifact(
+    folder: str | Path, device: str = "auto", progress: Callable[[str], None] = lambda message: None
+) -> Report:
+    """Checks an artifact's library for a device against PyTorch; see `verify`. Needs TVM's runtime only.
+
+    Raises:
+        ArtifactError: the artifact is damaged or cannot run here.
+        DeviceError: the device is unknown.
+        VerificationError: PyTorch is not installed.
+    """
+    loaded = tvm_attn.load(folder, device, max_batch=VERIFY_BATCH)
+    return verify(Artifact(folder), loaded.engine, progress, reference_device(loaded.device))
+
+
+def reference_device(device: str) -> str:
+    """Where PyTorch computes for a library that runs on `device`: there, if it can, else on the processor."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    try:
+        import torch
+    except ImportError:
+        return "cpu"  # `Reference` says what is missing
+    return device if torch.cuda.is_available() else "cpu"
 
 
 Pairs = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]

@@ -11,7 +11,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.base import Case, row_groups, without_unused
-from tvm_attn.kernels.weights import PLAIN, dequantize, element, pack, pack_words, packed_types, quantize
+from tvm_attn.kernels.weights import PLAIN, element, pack, pack_words, packed_types
+from tvm_attn.quantization import dequantize, quantize
 from tvm_attn.storage import numpy_dtype
 
 

@@ -29,14 +29,13 @@ from tvm_attn.kernels.base import Case, row_groups, without_unused
 from tvm_attn.kernels.quant import pair_words, quantize_rows
 from tvm_attn.kernels.weights import (
     PLAIN,
-    dequantize,
     high_half,
     low_half,
     pack,
     pack_words,
     packed_types,
-    quantize,
 )
+from tvm_attn.quantization import dequantize, quantize
 from tvm_attn.storage import GROUP, numpy_dtype
 
 DOT_BFLOAT16, DOT_INT8 = "tvm_attn_dot_bfloat16", "tvm_attn_dot_int8"

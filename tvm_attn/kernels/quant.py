@@ -43,7 +43,7 @@ class PackPairs:
     groups: int | None = None
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; block "pack"."""
+        """See `PortableKernel.prim_func`; block "pack"."""
         half, rows, g = self.width // 2, self.rows, row_groups(self.groups)
 
         @T.prim_func(s_tir=True)
@@ -91,7 +91,7 @@ class QuantizeRows:
     groups: int | None = None
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; block "group", with "largest", "reduce", "words" and "sum" inside."""
+        """See `PortableKernel.prim_func`; block "group", with "largest", "reduce", "words" and "sum" inside."""
         width, rows, g = self.width, self.rows, row_groups(self.groups)
         offset, per_group = OFFSETS[self.weights], GROUP // 4
 

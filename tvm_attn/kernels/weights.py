@@ -25,6 +25,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.base import Case
+from tvm_attn.quantization import quantize, to_nibbles
 from tvm_attn.storage import GROUP, numpy_dtype
 
 PLAIN = ("float32", "float16", "bfloat16")
@@ -88,39 +89,7 @@ def element(
     return T.Cast("float32", value) * T.Cast("float32", packed[1][strip, group, column])
 
 
-# ---- references, and what the checkpoint reader uses ----
-
-
-def quantize(weight: np.ndarray, weights: str) -> tuple[np.ndarray, np.ndarray]:
-    """Canonical quantized form of a float32 weight (K, N): values int8 (K, N), and float16 scales (K/G, N).
-
-    The scale is rounded to float16 first, so that the values are the best for the scale that is stored.
-    """
-    k, n = weight.shape
-    largest = 127 if weights == "int8" else 7
-    groups = weight.astype(np.float32).reshape(k // GROUP, GROUP, n)
-    scales = (np.abs(groups).max(1) / largest).astype(np.float16)
-    divisor = np.where(scales == 0, np.float32(1), scales.astype(np.float32))
-    values = np.clip(np.rint(groups / divisor[:, None]), -largest, largest)
-    return values.astype(np.int8).reshape(k, n), scales
-
-
-def dequantize(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32 (K, N) of int8 values (K, N) and float16 scales (K/G, N)."""
-    return values.astype(np.float32) * np.repeat(scales.astype(np.float32), GROUP, axis=0)
-
-
-def to_nibbles(values: np.ndarray) -> np.ndarray:
-    """int8 values in -8..7, (K, N), as uint8 (K/2, N): row 2 i in the low half of a byte, row 2 i + 1 above."""
-    unsigned = (values + 8).astype(np.uint8)
-    return unsigned[0::2] | (unsigned[1::2] << 4)
-
-
-def from_nibbles(packed: np.ndarray) -> np.ndarray:
-    """The inverse of `to_nibbles`."""
-    values = np.empty((2 * packed.shape[0], packed.shape[1]), np.int8)
-    values[0::2], values[1::2] = packed & 15, packed >> 4
-    return values - np.int8(8)
+# ---- references ----
 
 
 def pack(weight: np.ndarray, columns: int) -> np.ndarray:
@@ -166,7 +135,7 @@ class PackPlain:
     transposed: bool = False
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; block "pack"."""
+        """See `PortableKernel.prim_func`; block "pack"."""
         columns, k, n, dtype = self.columns, self.in_features, self.out_features, self.dtype
         transposed, strips = self.transposed, -(-self.out_features // self.columns)
         shape = (n, k) if transposed else (k, n)
@@ -216,7 +185,7 @@ class PackWords:
     transposed: bool = False
 
     def prim_func(self) -> tirx.PrimFunc:
-        """See `Kernel.prim_func`; block "pack"."""
+        """See `PortableKernel.prim_func`; block "pack"."""
         columns, k, n, weights, transposed = (
             self.columns,
             self.in_features,

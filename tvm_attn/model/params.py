@@ -8,8 +8,8 @@ import numpy as np
 
 from tvm_attn.config import GPT2Config, param_shapes
 from tvm_attn.errors import CheckpointError
-from tvm_attn.kernels.weights import dequantize, from_nibbles, quantize, to_nibbles
 from tvm_attn.model.checkpoint import cast_params
+from tvm_attn.quantization import dequantize, from_nibbles, quantize, to_nibbles
 from tvm_attn.storage import TABLES, is_quantizable, scales_name
 
 

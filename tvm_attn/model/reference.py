@@ -7,7 +7,8 @@ It recomputes the whole sequence each time and stores all T x T scores: it has n
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
@@ -25,15 +26,21 @@ class Reference:
 
     `params` are the canonical parameters in float32, float64, float16 or ml_dtypes.bfloat16. Arrays that already have
     `dtype` are used where they lie, without a copy; of the others, the one in use is converted each time, so that the
-    largest model in float64 needs no second copy of its weights.
+    largest model in float64 needs no second copy of its weights. Another `device` than the processor gets a copy of them;
+    products are exact to their dtype there, too: TF32 is off.
 
     Raises VerificationError where PyTorch is not installed.
     """
 
     def __init__(
-        self, config: GPT2Config, params: Mapping[str, np.ndarray], dtype: Literal["float32", "float64"] = "float32"
+        self,
+        config: GPT2Config,
+        params: Mapping[str, np.ndarray],
+        dtype: Literal["float32", "float64"] = "float32",
+        device: str = "cpu",
     ) -> None:
         self._torch = _import_torch()
+        self._device = self._torch.device(device)
         self.config = config
         self._dtype = getattr(self._torch, dtype)
         self._params = {name: self._tensor(array) for name, array in params.items()}
@@ -49,14 +56,15 @@ class Reference:
             raise ValueError(f"ids must be (B, T) with 1 <= T <= {config.n_positions}, not {ids.shape}")
         if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
             raise ValueError(f"ids must lie in [0, {config.vocab_size})")
-        with torch.inference_mode():
-            x = self._params["wte.weight"][torch.from_numpy(ids.astype(np.int64))].to(self._dtype)  # (B, T, E)
+        with torch.inference_mode(), self._exact_products():
+            rows = torch.from_numpy(ids.astype(np.int64)).to(self._device)
+            x = self._params["wte.weight"][rows].to(self._dtype)  # (B, T, E)
             x = x + self._param("wpe.weight")[: ids.shape[1]]
             for layer in range(config.n_layer):
                 x = x + self._attention(self._layer_norm(x, f"h.{layer}.ln_1"), layer)
                 x = x + self._mlp(self._layer_norm(x, f"h.{layer}.ln_2"), layer)
             head = self._param("wte.weight" if config.tie_word_embeddings else "lm_head.weight")
-            logits: np.ndarray = (self._layer_norm(x, "ln_f") @ head.T).numpy()
+            logits: np.ndarray = (self._layer_norm(x, "ln_f") @ head.T).cpu().numpy()
             return logits
 
     def _attention(self, x: "Tensor", layer: int) -> "Tensor":
@@ -65,7 +73,7 @@ class Reference:
         qkv = self._linear(x, f"h.{layer}.attn.c_attn").view(B, T, 3, self.config.n_head, self.config.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
         scores = q @ k.transpose(-1, -2) * self.config.attention_scale(layer)  # (B, H, T, T)
-        future = torch.ones(T, T, dtype=torch.bool).triu(diagonal=1)
+        future = torch.ones(T, T, dtype=torch.bool, device=self._device).triu(diagonal=1)
         weights = scores.masked_fill_(future, float("-inf")).softmax(dim=-1)
         return self._linear((weights @ v).transpose(1, 2).reshape(B, T, E), f"h.{layer}.attn.c_proj")
 
@@ -106,7 +114,17 @@ class Reference:
                 tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
             else:
                 tensor = torch.from_numpy(array)
-        return tensor
+        return tensor.to(self._device)
+
+    @contextmanager
+    def _exact_products(self) -> Iterator[None]:
+        """Without TF32, which a program may have switched on for float32 products on CUDA."""
+        products = self._torch.backends.cuda.matmul
+        before, products.allow_tf32 = products.allow_tf32, False
+        try:
+            yield
+        finally:
+            products.allow_tf32 = before
 
 
 def _import_torch() -> Any:

@@ -18,7 +18,8 @@ import numpy as np
 
 from tvm_attn.kernels.activation import EXPRESSIONS, REFERENCES
 from tvm_attn.kernels.base import Case
-from tvm_attn.kernels.weights import dequantize, pack, pack_words, packed_types, quantize
+from tvm_attn.kernels.weights import pack, pack_words, packed_types
+from tvm_attn.quantization import dequantize, quantize
 from tvm_attn.storage import numpy_dtype
 
 DTYPES = ("float16", "bfloat16")
