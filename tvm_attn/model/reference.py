@@ -26,7 +26,7 @@ class Reference:
 
     `params` are the canonical parameters in float32, float64, float16 or ml_dtypes.bfloat16. Arrays that already have
     `dtype` are used where they lie, without a copy; of the others, the one in use is converted each time, so that the
-    largest model in float64 needs no second copy of its weights. Another `device` than the processor gets a copy of them;
+    largest model in float64 needs no second copy of its weights. Any `device` but the processor gets a copy of them;
     products are exact to their dtype there, too: TF32 is off.
 
     Raises VerificationError where PyTorch is not installed.
