@@ -1,0 +1,108 @@
+"""The PTX instructions of the tensor-core kernels, as functions that emit one statement each.
+
+They are called while a TIRx function is built (inside `tvm.script.ir_builder.IRBuilder`, or from the body of a parsed
+`T.prim_func`), and take expressions. Registers are elements of `T.alloc_local` buffers with constant indices; those
+that hold two 16-bit numbers are uint32. Addresses in shared memory are uint32 (see `shared_address`): kernels compute
+them themselves, because one register and a constant offset is all that an address should cost.
+
+Fragments of `mma.sync.aligned.m16n8k16.row.col` (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point
+type"), with group = lane / 4 and pair = lane % 4; a register of A or B holds the numbers of two neighbouring k:
+
+| operand | register | row or column | k |
+|---|---|---|---|
+| A 16x16 | 0, 1, 2, 3 | row group, group + 8, group, group + 8 | 2 pair, + 1; registers 2 and 3: 8 more |
+| B 16x8 | 0, 1 | column group | 2 pair, + 1; register 1: 8 more |
+| C 16x8 | 0, 1, 2, 3 | row group (0, 1), group + 8 (2, 3) | columns 2 pair, + 1, 2 pair, + 1 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+SHORT = {"float16": "f16", "bfloat16": "bf16"}
+"""PTX's names of the types that tensor cores multiply here."""
+
+
+def uint32(value: tirx.Expr | int) -> tirx.Expr:
+    """A number that is not negative, as uint32."""
+    return T.uint32(value) if isinstance(value, int) else T.Cast("uint32", value)
+
+
+def shared_address(buffer: tirx.Buffer) -> tirx.Expr:
+    """Where a one-dimensional buffer begins in the window of shared memory, uint32."""
+    return T.cuda.cvta_generic_to_shared(buffer.ptr_to([0]))
+
+
+def swizzle(row: tirx.Expr, unit: tirx.Expr, row_bytes: int, unit_bytes: int = 16) -> tirx.Expr:
+    """The place of a unit in its row of shared memory, so that one column of units touches all banks.
+
+    Reading one unit of each of 128 / `unit_bytes` consecutive rows (which is what `ldmatrix` does with 16 bytes) takes
+    one pass if the units lie in different banks, that is at different places modulo 128 bytes. Rows of 128 bytes and
+    more all begin in bank 0, so unit u of row r goes to place u ^ (r % 8). Rows of 64 bytes begin in banks 0 and 16 by
+    turns, so each two rows share a value: u ^ (r / 2 % 4). Adding a multiple of 8 rows changes no place.
+    """
+    units, line_units = row_bytes // unit_bytes, 128 // unit_bytes
+    rows_per_line = max(1, line_units // units)
+    distinct = min(units, line_units)
+    return unit if distinct == 1 else unit ^ (row // rows_per_line % distinct)
+
+
+def cp_async(shared: tirx.Expr, source: tirx.Expr, size: int = 16, valid: tirx.Expr | None = None) -> None:
+    """Starts a copy of 4, 8 or 16 bytes from global to shared memory; where `valid` is false, of zeros.
+
+    Args:
+        shared: address in shared memory, uint32, a multiple of `size`.
+        source: pointer to global memory, a multiple of `size`; not read where `valid` is false, so it may point
+            anywhere then.
+        size: bytes. 16 go past the L1 cache.
+        valid: condition.
+    """
+    cache = "cg" if size == 16 else "ca"
+    sizes = (size,) if valid is None else (size, T.Select(valid, T.uint32(size), T.uint32(0)))
+    T.evaluate(T.ptx[f"cp.async.{cache}.shared.global"](shared, source, *sizes))
+
+
+def cp_async_commit() -> None:
+    """Makes a group of the copies that this thread started since the last group."""
+    T.evaluate(T.ptx.cp.async_.commit_group())
+
+
+def cp_async_wait(pending: int) -> None:
+    """Waits until at most `pending` of this thread's newest groups are not complete."""
+    T.evaluate(T.ptx.cp.async_.wait_group(pending))
+
+
+def ldmatrix(registers: Sequence[tirx.Expr], row: tirx.Expr, transpose: bool = False) -> None:
+    """Loads one, two or four 8x8 matrices of 16-bit numbers, one register each.
+
+    Lanes 8 i to 8 i + 7 give the addresses of the 16-byte rows of matrix i. A lane receives the numbers 2 pair and
+    2 pair + 1 of row `group`; with `transpose`, of column `group`.
+    """
+    trans = ".trans" if transpose else ""
+    instruction = T.ptx[f"ldmatrix.sync.aligned.m8n8.x{len(registers)}{trans}.shared.b16"]
+    T.evaluate(instruction(*registers, row))
+
+
+def mma(c: Sequence[tirx.Expr], a: Sequence[tirx.Expr], b: Sequence[tirx.Expr], dtype: str) -> None:
+    """c += a b: (16, 8) float32, four registers; (16, 16) and (16, 8) of `dtype`, four and two registers."""
+    short = SHORT[dtype]
+    instruction = T.ptx[f"mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32"]
+    T.evaluate(instruction(*c, *a, *b, *c))
+
+
+def pack(register: tirx.Expr, low: tirx.Expr, high: tirx.Expr, dtype: str) -> None:
+    """Rounds two float32 to `dtype`, to nearest even; `low` gets the lower address when the register is stored."""
+    T.evaluate(T.ptx[f"cvt.rn.{SHORT[dtype]}x2.f32"](register, high, low))
+
+
+def permute_bytes(register: tirx.Expr, a: tirx.Expr, b: tirx.Expr, selector: int) -> None:
+    """Byte i of the result is the one that nibble i of `selector` names: 0-3 of a, 4-7 of b; all are uint32."""
+    T.evaluate(T.ptx["prmt.b32"](register, a, b, T.uint32(selector)))
+
+
+def fma_pairs(register: tirx.Expr, a: tirx.Expr, b: tirx.Expr, c: tirx.Expr, dtype: str) -> None:
+    """a * b + c for both numbers of a register, rounded once."""
+    T.evaluate(T.ptx[f"fma.rn.{SHORT[dtype]}x2"](register, a, b, c))
