@@ -27,6 +27,7 @@ from tvm_attn.errors import TargetError
 from tvm_attn.inventory import obstacle as gpu_obstacle
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.model.checkpoint import (
+    RANDOM_SOURCE,
     Checkpoint,
     CheckpointUnavailable,
     open_checkpoint,
@@ -154,7 +155,7 @@ def _open_weights(model: str | Path, notes: list[str], progress: Callable[[str],
         if config is None:
             raise
         notes.append(f"random weights: {' '.join(str(error).split())} (--model FOLDER)")
-        return _Weights(config, "random weights, seed 0", None)
+        return _Weights(config, RANDOM_SOURCE, None)
     if checkpoint.tokenizer_json() is None:
         notes.append("the checkpoint has no tokenizer: prompts and completions are token ids")
     return _Weights(checkpoint.config, checkpoint.source, checkpoint)

@@ -27,7 +27,17 @@ from tvm_attn.model.hub import CheckpointUnavailable, hub_id, hub_snapshot
 from tvm_attn.model.tokenizer import tokenizer_json
 from tvm_attn.storage import numpy_dtype
 
-__all__ = ["Checkpoint", "CheckpointUnavailable", "cast_params", "open_checkpoint", "random_params"]
+__all__ = [
+    "RANDOM_SOURCE",
+    "Checkpoint",
+    "CheckpointUnavailable",
+    "cast_params",
+    "open_checkpoint",
+    "random_params",
+]
+
+RANDOM_SOURCE = "random weights, seed 0"
+"""What an artifact with `random_params` says of where its weights came from."""
 
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
