@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -37,11 +38,11 @@ class Peak:
 
 @dataclass(frozen=True)
 class Target(ABC):
-    """One kind of hardware, as its file says; `CpuTarget` or `GpuTarget`.
+    """One kind of hardware, as its file says; `CpuTarget`, `GpuTarget` or `CudaTarget`.
 
     Attributes:
         name: the file's name without `.toml`, e.g. "cpu-znver4".
-        device: "cpu" or "vulkan".
+        device: "cpu", "cuda" or "vulkan".
         description: one line for people.
         tvm: what `tvm.target.Target` takes.
         tile_rows: rows of a register tile and of a row group.
@@ -115,6 +116,21 @@ class GpuTarget(Target):
         return obstacle(self) is None
 
 
+@dataclass(frozen=True)
+class CudaTarget(GpuTarget):
+    """NVIDIA GPUs.
+
+    Attributes:
+        architectures: those whose machine code a library holds, as nvcc names them, e.g. ("sm_80", "sm_90a"). Code for
+            sm_XY runs on X.Y and later minor versions; code for sm_90a on 9.0 alone.
+        ptx: the virtual architecture whose PTX a library holds for the driver to compile where no machine code fits,
+            e.g. "compute_80"; None for no PTX.
+    """
+
+    architectures: tuple[str, ...]
+    ptx: str | None
+
+
 def names() -> list[str]:
     """The names of all targets, sorted."""
     return sorted(path.stem for path in resource_dir("targets").glob("*.toml"))
@@ -127,7 +143,8 @@ def read(name: str) -> Target:
         TargetError: no such file, or the file is malformed.
     """
     if name not in names():
-        raise TargetError(f"unknown target {name!r}; known targets: cpu, vulkan, {', '.join(names())}")
+        known = ", ".join(sorted({"cpu", "vulkan", *names()}))
+        raise TargetError(f"unknown target {name!r}; known targets: {known}")
     return _read_file(resource_dir("targets") / f"{name}.toml")
 
 
@@ -145,7 +162,10 @@ def _read_file(path: Path) -> Target:
             "dtypes": tuple(table["dtypes"]),
             "peak": Peak(peak["float32_gflops"], peak["memory_gbytes"]) if peak else None,
         }
-        return _cpu_target(common, table) if table["device"] == "cpu" else _gpu_target(common, table["gpu"])
+        if table["device"] == "cpu":
+            return _cpu_target(common, table)
+        common |= _gpu_limits(table["gpu"])
+        return _cuda_target(common, table["cuda"]) if table["device"] == "cuda" else GpuTarget(**common)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TargetError(f"{path} is not valid TOML: {error}") from error
     except KeyError as error:
@@ -165,17 +185,25 @@ def _cpu_target(common: dict[str, Any], table: dict[str, Any]) -> CpuTarget:
     )
 
 
-def _gpu_target(common: dict[str, Any], gpu: dict[str, Any]) -> GpuTarget:
-    return GpuTarget(
-        **common,
-        architecture=platform.machine(),
-        features=(),
-        max_threads=gpu["max_threads"],
-        shared_bytes=gpu["shared_bytes"],
-        subgroup=gpu.get("subgroup"),
-        vector_bytes=gpu["vector_bytes"],
-        matrix=_matrix(gpu),
-    )
+def _gpu_limits(gpu: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architecture": platform.machine(),
+        "features": (),
+        "max_threads": gpu["max_threads"],
+        "shared_bytes": gpu["shared_bytes"],
+        "subgroup": gpu.get("subgroup"),
+        "vector_bytes": gpu["vector_bytes"],
+        "matrix": _matrix(gpu),
+    }
+
+
+def _cuda_target(common: dict[str, Any], cuda: dict[str, Any]) -> CudaTarget:
+    architectures, ptx = tuple(cuda["architectures"]), cuda.get("ptx")
+    if not architectures or not all(re.fullmatch(r"sm_\d+[af]?", name) for name in architectures):
+        raise TargetError(f"cuda.architectures is {list(architectures)}; give a list such as ['sm_80', 'sm_90a']")
+    if ptx is not None and not re.fullmatch(r"compute_\d+", ptx):
+        raise TargetError(f"cuda.ptx is {ptx!r}; give a virtual architecture such as 'compute_80', or leave it out")
+    return CudaTarget(**common, architectures=architectures, ptx=ptx)
 
 
 def _matrix(gpu: dict[str, Any]) -> tuple[int, int, int] | None:
@@ -189,13 +217,11 @@ def _matrix(gpu: dict[str, Any]) -> tuple[int, int, int] | None:
 
 def resolve(name: str) -> Target:
     """The target that `--target` names: "cpu" is this machine's processor, "vulkan" any Vulkan device, anything else a
-    file's name.
+    file's name, as "cuda" is.
 
     Raises:
         TargetError: the target is unknown, or no file fits this machine.
     """
-    if name == "cuda":
-        raise TargetError(f"target {name!r} is not implemented yet; available: cpu, vulkan, {', '.join(names())}")
     if name == "cpu":
         return detect_cpu()
     return read("vulkan-generic" if name == "vulkan" else name)

@@ -1,0 +1,233 @@
+"""CUDA C to a fatbin: machine code for several architectures and PTX for those to come, without a GPU or a driver.
+
+Two ways, the first that is there: nvcc of an installed CUDA toolkit (`CUDA_HOME`, `CUDA_PATH`, `PATH`), or NVRTC from
+PyPI (`pip install 'tvm-attn[cuda]'`). Arithmetic is as CUDA C says: division and square roots are rounded correctly
+and denormals kept, since `--use_fast_math` is not given; kernels that can do with less ask for it themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tvm_attn.compiler import nvrtc
+from tvm_attn.errors import CompileError
+from tvm_attn.runtime.machine import usable_cores
+
+
+@dataclass(frozen=True)
+class Image:
+    """Code for one architecture.
+
+    Attributes:
+        architecture: "sm_90a" for machine code, "compute_80" for PTX.
+        code: the cubin, or the text.
+        log: what the compiler said; with the resources of each kernel, as `ptxas -v` prints them.
+    """
+
+    architecture: str
+    code: bytes
+    log: str
+
+
+class CudaCompiler(ABC):
+    """Compiles CUDA C."""
+
+    @abstractmethod
+    def lacks(self, architectures: Sequence[str]) -> list[str]:
+        """Those of the architectures that this compiler does not know."""
+
+    @abstractmethod
+    def image(self, source: str, architecture: str) -> Image:
+        """Machine code ("sm_80") or PTX ("compute_80"). Raises CompileError."""
+
+    @abstractmethod
+    def fatbin(self, source: str, architectures: Sequence[str]) -> bytes:
+        """All of them in one image that the driver picks from; it decompresses nothing but PTX. Raises CompileError."""
+
+
+@dataclass(frozen=True)
+class Nvcc(CudaCompiler):
+    """The compiler of the CUDA toolkit."""
+
+    path: Path
+
+    def lacks(self, architectures: Sequence[str]) -> list[str]:
+        """See `CudaCompiler`."""
+        listed = subprocess.run([str(self.path), "--list-gpu-arch"], capture_output=True, text=True, check=False)
+        known = set(re.findall(r"compute_(\d+)", listed.stdout))
+        return [name for name in architectures if _digits(name) not in known]
+
+    def image(self, source: str, architecture: str) -> Image:
+        """See `CudaCompiler`."""
+        kind = "--cubin" if architecture.startswith("sm_") else "--ptx"
+        code, log = self._run(source, [kind, f"-arch={architecture}", "--ptxas-options=-v"])
+        return Image(architecture, code, log)
+
+    def fatbin(self, source: str, architectures: Sequence[str]) -> bytes:
+        """See `CudaCompiler`."""
+        options = [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in architectures]
+        return self._run(source, ["--fatbin", f"--threads={usable_cores()}", *options])[0]
+
+    def _run(self, source: str, options: Sequence[str]) -> tuple[bytes, str]:
+        with tempfile.TemporaryDirectory(prefix="tvm_attn-cuda-") as folder:
+            path, output = Path(folder, "kernels.cu"), Path(folder, "kernels.out")
+            path.write_text(source, encoding="utf-8")
+            # -w: TVM's helper functions are declared whether or not a program uses them.
+            command = [str(self.path), "-std=c++17", "-O3", "-w", *options, "-o", str(output), str(path)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            if done.returncode != 0 or not output.is_file():
+                raise CompileError(f"{self.path} failed: {_first_error(done.stdout)}")
+            return output.read_bytes(), done.stdout
+
+
+@dataclass(frozen=True)
+class Nvrtc(CudaCompiler):
+    """The packages nvidia-cuda-nvrtc and nvidia-nvfatbin with the headers of nvidia-cuda-runtime.
+
+    Attributes:
+        folder: where they have put lib/ and include/.
+    """
+
+    folder: Path
+
+    def lacks(self, architectures: Sequence[str]) -> list[str]:
+        """See `CudaCompiler`; the versions that tvm-attn asks for know all."""
+        return []
+
+    def image(self, source: str, architecture: str) -> Image:
+        """See `CudaCompiler`."""
+        with tempfile.TemporaryDirectory(prefix="tvm_attn-cuda-") as folder:
+            return self._image(_written(source, folder), architecture)
+
+    def fatbin(self, source: str, architectures: Sequence[str]) -> bytes:
+        """See `CudaCompiler`."""
+        with tempfile.TemporaryDirectory(prefix="tvm_attn-cuda-") as folder:
+            path, output = _written(source, folder), Path(folder, "kernels.fatbin")
+            with ThreadPoolExecutor(usable_cores()) as pool:
+                images = list(pool.map(lambda name: self._image(path, name), architectures))
+            named = [(image.architecture, str(path.with_suffix(f".{image.architecture}"))) for image in images]
+            self._run({"do": "combine", "library": self._library("nvfatbin"), "images": named, "output": str(output)})
+            return output.read_bytes()
+
+    def _image(self, source: Path, architecture: str) -> Image:
+        output = source.with_suffix(f".{architecture}")
+        # device functions without __device__ are TVM's helpers.
+        options = ["-default-device", "--std=c++17", "--device-int128", "-w"]
+        options += [f"-I{self.folder / 'include'}", f"-I{self.folder / 'include' / 'cccl'}"]
+        if architecture.startswith("sm_"):
+            options.append("--ptxas-options=-v")
+        task = {"do": "compile", "library": self._library("nvrtc"), "architecture": architecture, "options": options}
+        log = self._run({**task, "source": str(source), "output": str(output)})
+        return Image(architecture, output.read_bytes(), log)
+
+    def _run(self, task: dict[str, Any]) -> str:
+        command = [sys.executable, "-I", nvrtc.__file__]
+        done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise CompileError(f"NVRTC failed: {_first_error(done.stdout + done.stderr)}")
+        return done.stdout
+
+    def _library(self, name: str) -> str:
+        return str(next((self.folder / "lib").glob(f"lib{name}.so.*")))
+
+
+def _written(source: str, folder: str) -> Path:
+    path = Path(folder, "kernels.cu")
+    path.write_text(source, encoding="utf-8")
+    return path
+
+
+def _digits(architecture: str) -> str:
+    return re.sub(r"\D", "", architecture)
+
+
+def _first_error(text: str) -> str:
+    """The line that says what was wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[-1] if lines else "no message")
+
+
+def find_compiler(architectures: Sequence[str] = ()) -> CudaCompiler:
+    """The compiler of this machine: nvcc where there is one that knows the architectures, else NVRTC.
+
+    Raises:
+        CompileError: neither is installed, or nvcc is older than an architecture.
+    """
+    packaged = _find_nvrtc()
+    path = _find_nvcc()
+    if path is not None:
+        nvcc = Nvcc(path)
+        missing = nvcc.lacks(architectures)
+        if not missing:
+            return nvcc
+        if packaged is None:
+            raise CompileError(
+                f"{path} does not know {', '.join(missing)}: install a newer CUDA toolkit, "
+                "or pip install 'tvm-attn[cuda]' for NVRTC, or name a target that it knows, e.g. --target cuda-sm80"
+            )
+    if packaged is None:
+        raise CompileError(
+            "no CUDA compiler: pip install 'tvm-attn[cuda]' for NVRTC, or install NVIDIA's CUDA toolkit and put nvcc "
+            "on PATH or set CUDA_HOME; neither needs a GPU"
+        )
+    return packaged
+
+
+def _find_nvcc() -> Path | None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        folder = os.environ.get(variable)
+        if folder and os.access(path := Path(folder, "bin", "nvcc"), os.X_OK):
+            return path
+    found = shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def _find_nvrtc() -> Nvrtc | None:
+    """Where the packages are, whichever folder of `nvidia` holds them."""
+    spec = find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for candidate in sorted(Path(folder).glob("cu[0-9]*"), reverse=True):
+            libraries = all(any((candidate / "lib").glob(f"lib{name}.so.*")) for name in ("nvrtc", "nvfatbin"))
+            headers = ("cuda_fp16.h", "crt/host_defines.h", "cccl/cuda/std/cstdint")
+            if libraries and all((candidate / "include" / name).is_file() for name in headers):
+                return Nvrtc(candidate)
+    return None
+
+
+def compile_fatbin(
+    source: str,
+    architectures: Sequence[str],
+    ptx: str | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> bytes:
+    """Compiles CUDA C for all architectures at once.
+
+    Args:
+        source: the translation unit.
+        architectures: e.g. ("sm_80", "sm_90a").
+        ptx: virtual architecture of the PTX that goes with it, e.g. "compute_80", or None.
+        progress: told what happens next.
+
+    Returns:
+        A fatbin, as `cuModuleLoadData` takes it.
+
+    Raises:
+        CompileError: no compiler, one that is too old, or an error in the source.
+    """
+    wanted = (*architectures, *((ptx,) if ptx else ()))
+    compiler = find_compiler(wanted)
+    progress(f"machine code for {', '.join(wanted)}")
+    return compiler.fatbin(source, wanted)
