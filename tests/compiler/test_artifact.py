@@ -203,8 +203,8 @@ def test_edit_with_new_hash_of_something_harmless(altered: Path) -> None:
 
 
 TOP_LEVEL: list[tuple[str, Any, str]] = [
-    ("format", 1, "format 1 is not this version's format 2"),
-    ("format", "2", "format '2'"),
+    ("format", 2, "format 2 is not this version's format 3"),
+    ("format", "3", "format '3'"),
     ("dtype", "float64", "dtype 'float64'"),
     ("dtype", [], r"dtype \[\]"),
     ("dtype", "float16", "compiled for dtype 'float32', not 'float16'"),
@@ -245,6 +245,10 @@ LIBRARY: list[tuple[str, Any, str]] = [
     *(("features", value, "garbles") for value in (None, 5, "avx", {}, [[]], [5, "x"])),
     ("device", "cuda", "no library for 'cpu'"),
     ("device", 5, "device"),
+    *(("architectures", value, "garbles") for value in (None, 5, "sm_80", {}, [5], ["gfx90a"], ["sm_80x"], [""])),
+    ("architectures", ["sm_80"], r"architectures \[\], not \['sm_80'\]"),
+    *(("ptx", value, "garbles") for value in (80, [], "", "ptx")),
+    ("ptx", "compute_80", "ptx None, not 'compute_80'"),
     *(("rows", value, "rows") for value in (0, -1, "8", 8.5, None, True)),
     *((key, value, key) for key in ("vocabulary", "max_prefill_rows", "max_batch") for value in (0, "64", None)),
     *(("file", value, "not listed") for value in ("lib.so", "../lib.so", "/lib.so", "params", "a\0b", "")),

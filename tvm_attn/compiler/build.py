@@ -40,7 +40,7 @@ from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.storage import QUANTIZATIONS, stored_types
-from tvm_attn.targets import CpuTarget, GpuTarget, Target
+from tvm_attn.targets import CpuTarget, CudaTarget, GpuTarget, Target
 
 MAX_BATCH = 64
 """Most sequences of one decode call that libraries are planned for."""
@@ -207,6 +207,8 @@ def _compile(config: GPT2Config, target: Target, dtype: str, quant: str, folder:
         max_prefill_rows=max_prefill_rows,
         max_batch=MAX_BATCH,
         parameters=tuple(program.parameters),
+        architectures=target.architectures if isinstance(target, CudaTarget) else (),
+        ptx=target.ptx if isinstance(target, CudaTarget) else None,
     )
     _add_identity(program, identity(config, dtype, quant, library))
     records = compile_program(program, target, folder / library.file)

@@ -19,13 +19,14 @@ import numpy as np
 
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import ArtifactError, ConfigError
+from tvm_attn.runtime.cuda import Capability, code_rank
 from tvm_attn.runtime.machine import cpu_features, platform_name
 from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 
 MANIFEST = "manifest.json"
 PARAMS_INDEX = "params/tensor-cache.json"
-FORMAT = 2
-"""Version of the artifact's format; a reader accepts its own version only. In 2, libraries say what they are."""
+FORMAT = 3
+"""Version of the artifact's format; a reader accepts its own version only. In 3, CUDA libraries say what runs them."""
 
 
 def digest(body: dict[str, Any]) -> str:
@@ -48,6 +49,8 @@ class Library:
         vocabulary: V', the columns of its logits.
         max_prefill_rows, max_batch: the largest calls it was planned for, in rows.
         parameters: names of the canonical tensors, in the order in which its `transform_params` numbers them.
+        architectures: for CUDA, what it holds machine code for, e.g. ("sm_80", "sm_90a"); else empty.
+        ptx: for CUDA, the virtual architecture that it holds PTX for, e.g. "compute_80"; else None.
     """
 
     file: str
@@ -60,14 +63,27 @@ class Library:
     max_prefill_rows: int
     max_batch: int
     parameters: tuple[str, ...]
+    architectures: tuple[str, ...] = ()
+    ptx: str | None = None
 
-    def obstacle(self) -> str | None:
-        """Why it cannot run on this machine, in words; None where it can."""
+    def obstacle(self, capability: Capability | None = None) -> str | None:
+        """Why it cannot run on this machine, in words; None where it can.
+
+        Args:
+            capability: compute capability of the CUDA device; None leaves the question open.
+        """
         if self.platform != platform_name():
             return f"it was built for {self.platform}, this is {platform_name()}"
         if missing := sorted(set(self.features) - cpu_features()):
             return f"this processor lacks {', '.join(missing)}"
+        if capability is not None and self.rank(capability) is None:
+            code = ", ".join([*self.architectures, *([f"PTX of {self.ptx}"] if self.ptx else [])])
+            return f"it holds {code or 'no code'}, the device has compute capability {capability[0]}.{capability[1]}"
         return None
+
+    def rank(self, capability: Capability) -> tuple[int, int] | None:
+        """How well its code suits a CUDA device, see `code_rank`."""
+        return code_rank(self.architectures, self.ptx, capability)
 
 
 def identity(config: GPT2Config, dtype: str, quantization: str, library: Library) -> str:
@@ -148,22 +164,28 @@ class Artifact:
             if self._versions.get(name) != version:
                 raise self._error(f"it was built with {name} {self._versions.get(name)}, here {version} is installed")
 
-    def library(self, device: str) -> Library:
-        """The library to run on a device class: of those that this machine can run, the one with most features.
+    def library(self, device: str, capability: Capability | None = None) -> Library:
+        """The library to run on a device class: of those that can run here, the one with most features.
+
+        Args:
+            device: the device class.
+            capability: compute capability of a CUDA device: the code that suits it best is taken, and of libraries
+                that have it the one made for the fewest architectures. None takes any device to run all of them.
 
         Raises:
-            ArtifactError: there is none for the device class, or this machine can run none; says why.
+            ArtifactError: there is none for the device class, or none can run here; says why.
         """
         of_device = [library for library in self.libraries if library.device == device]
         if not of_device:
             available = ", ".join(library.target for library in self.libraries)
             raise self._error(f"it holds no library for {device!r} (it has: {available})")
-        usable = [library for library in of_device if library.obstacle() is None]
+        usable = [library for library in of_device if library.obstacle(capability) is None]
         if not usable:
-            raise self._error(
-                "; ".join(f"{library.file} cannot run here: {library.obstacle()}" for library in of_device)
-            )
-        return max(usable, key=lambda library: len(library.features))
+            reasons = (f"{library.file} cannot run here: {library.obstacle(capability)}" for library in of_device)
+            raise self._error("; ".join(reasons))
+        if capability is None:
+            return max(usable, key=lambda library: len(library.features))
+        return max(usable, key=lambda library: (library.rank(capability) or (), -len(library.architectures)))
 
     def check_identity(self, library: Library, text: str) -> None:
         """Compares what a library says of itself, see `identity`, with the manifest.
@@ -248,8 +270,15 @@ def _library(entry: Any) -> Library:
     sizes = {name: _entry(entry, name, int) for name in ("rows", "vocabulary", "max_prefill_rows", "max_batch")}
     if min(sizes.values()) < 1:
         raise TypeError(f"{min(sizes, key=sizes.__getitem__)} is not positive")
-    features, parameters = (_strings(_entry(entry, name, list)) for name in ("features", "parameters"))
-    return Library(**names, features=features, parameters=parameters, **sizes)
+    features, parameters, architectures = (
+        _strings(_entry(entry, name, list)) for name in ("features", "parameters", "architectures")
+    )
+    ptx = None if entry["ptx"] is None else _entry(entry, "ptx", str)
+    try:
+        code_rank(architectures, ptx, (0, 0))
+    except ValueError as error:
+        raise TypeError(str(error)) from error
+    return Library(**names, **sizes, features=features, parameters=parameters, architectures=architectures, ptx=ptx)
 
 
 def _strings(values: list[Any]) -> tuple[str, ...]:
