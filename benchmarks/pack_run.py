@@ -1,0 +1,93 @@
+"""Starts a command in this bundle with the Python that runs this file.
+
+    python3 run.py                                                      what is here
+    python3 run.py -m tvm_attn.generate artifacts/demo --prompt "Return"
+    python3 run.py -m tvm_attn.verify artifacts/gpt2 --device cuda:0
+    python3 run.py -m pytest tests/gpu
+    python3 run.py benchmarks/gpu.py
+
+Arguments are the interpreter's; paths are relative to the bundle. Parameters that were left out are made first.
+Needs NumPy, and PyTorch for what compares with it.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    facts = json.loads((ROOT / "bundle.json").read_text(encoding="utf-8"))
+    if problem := _problem(facts):
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    os.environ.update(environment(facts, dict(os.environ)))
+    os.chdir(ROOT)
+    for artifact in facts["artifacts"]:
+        if artifact["parameters"] == "restored" and not _restore(Path("artifacts") / artifact["name"]):
+            return 2
+    if len(sys.argv) == 1:
+        names = ", ".join(artifact["name"] for artifact in facts["artifacts"]) or "none"
+        print(f"{__doc__}\nartifacts: {names}; kernels: {'yes' if Path('kernels').is_dir() else 'no'}")
+        return 0
+    # Signals reach the command, and its exit status the caller.
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+
+
+def _problem(facts: dict) -> str:
+    """What this machine lacks for this bundle, or nothing."""
+    version = ".".join(platform.python_version_tuple()[:2])
+    here = f"{sys.platform}-{platform.machine()}"
+    if here != facts["platform"]:
+        return f"this bundle is for {facts['platform']}, this machine is {here}; pack it on such a machine"
+    if platform.python_implementation() != "CPython" or version not in facts["pythons"]:
+        packed = ", ".join(facts["pythons"])
+        return f"this bundle serves CPython {packed}, this is {version}; pack it again with --python {version}"
+    if not _has("numpy"):
+        return f"{sys.executable} has no NumPy; run this with the Python that has NumPy and PyTorch"
+    return ""
+
+
+def environment(facts: dict, given: dict) -> dict:
+    """Variables that let the command find TVM's runtime, and packages that this Python lacks."""
+    lacking = [name for name, module in facts["extra"].items() if not _has(module)]
+    paths = [ROOT, ROOT / "site", *(ROOT / "extra" / name for name in lacking)]
+    return {
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), *filter(None, [given.get("PYTHONPATH")])]),
+        "TVM_USE_RUNTIME_LIB": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Plugins of the machine's own pytest may not fit this one.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor a package around it
+        return False
+
+
+def _restore(folder: Path) -> bool:
+    if (folder / "params" / "tensor-cache.json").is_file():
+        return True
+    code = "import sys; from tvm_attn.compiler.restore import restore_params; r = restore_params(sys.argv[1]); "
+    code += "print(*r.different, sep=', ')"
+    print(f"making the parameters of {folder}", file=sys.stderr)
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(f"error: the parameters of {folder} cannot be made", file=sys.stderr)
+        return False
+    if different := done.stdout.strip():
+        print(f"note: not bit for bit the builder's (another NumPy or C library): {different}", file=sys.stderr)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
