@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tvm_attn.errors import DeviceError
-from tvm_attn.runtime import device
+from tvm_attn.runtime import cuda, device
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ class Artifact:
     """Libraries for some device classes, all of which fit this machine."""
 
     def __init__(self, *kinds: str) -> None:
-        self.libraries = [SimpleNamespace(device=kind, obstacle=lambda: None) for kind in kinds]
+        self.libraries = [SimpleNamespace(device=kind, obstacle=lambda capability: None) for kind in kinds]
 
-    def library(self, kind: str) -> Any:
+    def library(self, kind: str, capability: Any = None) -> Any:
         return next(library for library in self.libraries if library.device == kind)
 
 
@@ -59,6 +59,7 @@ def test_automatic_choice(
 ) -> None:
     monkeypatch.setattr(device, "obstacle", lambda kind, index=0: None if kind in {"cpu", *present} else "absent")
     monkeypatch.setattr(device, "is_software", lambda kind, index=0: kind in software)
+    monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
     library, kind, index = device.choose_device(Artifact(*kinds), "auto")  # type: ignore[arg-type]
     assert (library.device, kind, index) == (expected, expected, 0)
 

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,14 @@ def capability(index: int) -> Capability:
 
 def select(index: int) -> None:
     """Makes `cuda:index` the current device of this thread: a CUDA graph is captured and launched there."""
+    _set_device()(2, index)  # kDLCUDA
+
+
+@cache
+def _set_device() -> Any:
     import tvm_ffi
 
-    tvm_ffi.get_global_func("__tvm_set_device")(2, index)  # kDLCUDA
+    return tvm_ffi.get_global_func("__tvm_set_device")
 
 
 def code_rank(architectures: Sequence[str], ptx: str | None, capability: Capability) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from tvm_attn.errors import DeviceError
+from tvm_attn.runtime import cuda
 from tvm_attn.runtime.artifact import Artifact, Library
 
 GPU_KINDS = ("cuda", "vulkan")
@@ -32,6 +33,8 @@ def obstacle(kind: str, index: int = 0) -> str | None:
     """Why a device cannot be used, in words; None where it can."""
     if kind == "cpu":
         return None
+    if kind == "cuda":
+        return cuda.obstacle(index)
     import tvm
     import tvm_ffi
 
@@ -62,16 +65,26 @@ def choose_device(artifact: Artifact, name: str) -> tuple[Library, str, int]:
     """
     chosen = parse_device(name) or _automatic(artifact)
     kind, index = chosen
-    library = artifact.library(kind)
+    library = artifact.library(kind)  # what the artifact lacks comes before what the machine lacks
     if reason := obstacle(kind, index):
         raise DeviceError(f"device {kind}:{index}: {reason}; python -m tvm_attn.devices lists what this machine has")
+    if kind == "cuda":
+        library = artifact.library(kind, cuda.capability(index))
     return library, kind, index
 
 
 def _automatic(artifact: Artifact) -> tuple[str, int]:
-    available = {library.device for library in artifact.libraries if library.obstacle() is None}
-    present = [kind for kind in GPU_KINDS if kind in available and obstacle(kind) is None]
+    present = [kind for kind in GPU_KINDS if _is_usable(artifact, kind)]
     real = [kind for kind in present if not is_software(kind)]
     if real:
         return real[0], 0
-    return (present[0], 0) if present and "cpu" not in available else ("cpu", 0)
+    return (present[0], 0) if present and not _is_usable(artifact, "cpu") else ("cpu", 0)
+
+
+def _is_usable(artifact: Artifact, kind: str) -> bool:
+    """Whether the first device of a kind is there and the artifact has a library that it can run."""
+    libraries = [library for library in artifact.libraries if library.device == kind]
+    if not libraries or obstacle(kind) is not None:
+        return False
+    capability = cuda.capability(0) if kind == "cuda" else None
+    return any(library.obstacle(capability) is None for library in libraries)

@@ -7,43 +7,23 @@ Imports TVM's runtime only; its compiler need not be there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import tvm
+import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
 from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.runtime.artifact import Artifact, Library
+from tvm_attn.runtime.graph import Steps
+from tvm_attn.runtime.inputs import Inputs, Int32Array
+from tvm_attn.runtime.logits import DeviceLogits
+from tvm_attn.runtime.memory import free_memory, memory_needs
+from tvm_attn.runtime.stream import Stream
 from tvm_attn.storage import numpy_dtype
 from tvm_attn.vulkan import require_device
-
-Int32Array = npt.NDArray[np.int32]
-
-
-class DeviceLogits:
-    """Next-token logits of some sequences, in one tensor (g, R, V') a call of the model."""
-
-    def __init__(self, engine: CompiledEngine, parts: list[tuple[tvm.runtime.Tensor, int]]) -> None:
-        self._engine, self._parts = engine, parts
-
-    def numpy(self) -> npt.NDArray[np.float32]:
-        """The logits (B, V), float32."""
-        vocabulary = self._engine.config.vocab_size
-        rows = [_flat_rows(tensor)[:count, :vocabulary] for tensor, count in self._parts]
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
-
-    def argmax(self) -> Int32Array:
-        """The id of the largest logit of each row, (B,) int32; -1 for a row that holds NaN."""
-        ids = [self._engine.argmax(tensor)[:count] for tensor, count in self._parts]
-        return ids[0] if len(ids) == 1 else np.concatenate(ids)
-
-
-def _flat_rows(tensor: tvm.runtime.Tensor) -> np.ndarray:
-    """A (g, R, ...) tensor on the host as (g * R, ...); on the CPU a view, without a copy."""
-    array = np.from_dlpack(tensor) if tensor.device == tvm.cpu(0) else tensor.numpy()
-    return array.reshape(-1, *array.shape[2:])
 
 
 class CompiledEngine:
@@ -54,33 +34,75 @@ class CompiledEngine:
         library: the library of the artifact to run.
         device: TVM's device.
         max_batch: number of KV-cache slots.
+        graph: whether `decode` runs the steps of the library, as CUDA graphs, where it has them.
+        stream: of a CUDA device, as an integer; see `tvm_attn.runtime.stream`.
+
+    Attributes:
+        library: as given.
 
     Raises:
         ArtifactError: a file is damaged, or the library is not what the manifest says.
-        DeviceError: `max_batch` is out of range, the device lacks a feature, or memory is short.
+        DeviceError: an argument is out of range, the device lacks a feature, or memory is short.
     """
 
-    def __init__(self, artifact: Artifact, library: Library, device: tvm.runtime.Device, max_batch: int) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        library: Library,
+        device: tvm.runtime.Device,
+        max_batch: int,
+        *,
+        graph: bool = True,
+        stream: int | None = None,
+    ) -> None:
         if not (isinstance(max_batch, int) and 1 <= max_batch <= library.max_batch):
             raise DeviceError(f"max_batch must be 1 to {library.max_batch}, not {max_batch!r}")
+        if stream is not None and (library.device != "cuda" or not isinstance(stream, int) or stream < 0):
+            raise DeviceError(f"stream must be the handle of a CUDA stream, or None on other devices, not {stream!r}")
         self.config = artifact.config
         self.max_batch = max_batch
-        self._library, self._device = library, device
+        self.library, self._device = library, device
+        self._stream = Stream(device, stream)
+        self._logits_shape: tuple[int, ...] | None = None
+        self._inputs = Inputs(device, self._stream.wait)
+        self._steps = Steps(self._inputs, self._stream, self.config.vocab_size) if graph else None
         # The content is checked and then loaded by name: TVM loads libraries from files only.
         artifact.read(library.file)
-        self._vm = _virtual_machine(artifact, library, device)
+        self._bind(_virtual_machine(artifact, library, device, stream))
+        self._require_memory(artifact)
         self._params = self._pack(artifact)
         self._kv = self._new_cache(artifact.dtype)
+        self._stream.wait()
+
+    @property
+    def graph(self) -> bool:
+        """Whether `decode` runs steps."""
+        return self._steps is not None and "step" in self._functions
 
     def on(self, machine: VirtualMachine) -> CompiledEngine:
         """An engine with the same parameters and cache that calls another build of the same functions."""
         engine = copy.copy(self)
-        engine._vm = machine
+        engine._bind(machine)
         return engine
+
+    def _bind(self, machine: VirtualMachine) -> None:
+        names = ("step", "step_group", "decode_group")
+        self._functions = {name for name in names if machine.module.implements_function(name)}
+        self._vm = machine
+
+    def _call(self, name: str, *rows: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
+        """Calls a function of the library that takes the KV cache and the parameters."""
+        return self._stream.run(self._vm[name], *rows, self._kv, self._params)
+
+    def _require_memory(self, artifact: Artifact) -> None:
+        free = free_memory(self._device)
+        if free is not None:
+            needs = memory_needs(artifact, self.library, self.max_batch)
+            needs.require(free, f"{self.library.device}:{self._device.index}")
 
     def _pack(self, artifact: Artifact) -> tvm.runtime.Object:
         """The parameters in the library's layout; they are read and packed one at a time."""
-        parameters, names = artifact.parameters, self._library.parameters
+        parameters, names = artifact.parameters, self.library.parameters
         failure: list[ArtifactError] = []
 
         def get(index: int, _name: str) -> tvm.runtime.Tensor:
@@ -91,19 +113,25 @@ class CompiledEngine:
                 raise
 
         try:
-            return self._vm["transform_params"](get)
+            return self._stream.run(self._vm["transform_params"], get)
         except Exception as error:
             # The error crosses TVM's virtual machine, which may wrap it.
-            raise (failure[0] if failure else _misfit(artifact, self._library, error)) from error
+            raise (failure[0] if failure else _misfit(artifact, self.library, error)) from error
         finally:
             parameters.close()
 
-    def _new_cache(self, dtype: str) -> tuple[tvm.runtime.Tensor, ...]:
-        """One tensor a layer. Not filled: what lies beyond a sequence's length is never used."""
+    def _new_cache(self, dtype: str) -> Sequence[tvm.runtime.Tensor]:
+        """One tensor a layer, as the TVM array that a call takes them as.
+
+        Not filled: what lies beyond a sequence's length is never used.
+        """
         config = self.config
         shape = (self.max_batch, 2, config.n_head, config.n_positions, config.head_dim)
         try:
-            return tuple(tvm.runtime.empty(shape, dtype, self._device) for _ in range(config.n_layer))
+            caches: Sequence[tvm.runtime.Tensor] = tvm_ffi.convert(
+                [tvm.runtime.empty(shape, dtype, self._device) for _ in range(config.n_layer)]
+            )
+            return caches
         except Exception as error:
             size = numpy_dtype(dtype).itemsize * int(np.prod(shape)) * config.n_layer
             message = f"no memory for a KV cache of {size / 2**30:.1f} GiB; lower max_batch (now {self.max_batch})"
@@ -126,19 +154,32 @@ class CompiledEngine:
         for first, last in self._calls(prompts):
             rows = self._prompt_rows(prompts[first:last], slots[first:last])
             ends = np.cumsum([len(prompt) for prompt in prompts[first:last]]) - 1
-            last_rows = self._groups(ends.astype(np.int32), fill=0)
-            parts.append((self._vm["prefill"](*rows, last_rows, self._kv, self._params), last - first))
-        return DeviceLogits(self, parts)
+            last_rows = self._inputs.write("last_rows", self._groups(ends.astype(np.int32), fill=0))
+            parts.append((self._call("prefill", *rows, last_rows), last - first))
+        return self._device_logits(parts)
 
     def logits(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> list[npt.NDArray[np.float32]]:
         """As `prefill`, but returns the logits of every token: one (T_b, V) float32 array a prompt."""
-        results = []
-        for first, last in self._calls(prompts):
-            rows = self._prompt_rows(prompts[first:last], slots[first:last])
-            flat = _flat_rows(self._vm["logits"](*rows, self._kv, self._params))[:, : self.config.vocab_size]
+        results: list[npt.NDArray[np.float32]] = []
+        for (first, last), tensor, _ in self._all_logits(prompts, slots):
+            flat = self._stream.read(tensor)[:, : self.config.vocab_size]
             ends = np.cumsum([len(prompt) for prompt in prompts[first:last]])
             results += np.split(flat[: ends[-1]], ends[:-1])
         return results
+
+    def device_logits(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> DeviceLogits:
+        """As `logits`, but leaves them on the device: one row a token, the prompts one after the other."""
+        return self._device_logits([(tensor, rows) for _, tensor, rows in self._all_logits(prompts, slots)])
+
+    def _all_logits(
+        self, prompts: Sequence[Int32Array], slots: Sequence[int]
+    ) -> Iterator[tuple[tuple[int, int], tvm.runtime.Tensor, int]]:
+        """Runs prompts: for each call their range, the logits (g, R, V') of all tokens, and the number of these."""
+        for first, last in self._calls(prompts):
+            rows = self._prompt_rows(prompts[first:last], slots[first:last])
+            self._drop_unused(rows[0].shape)
+            count = sum(len(prompt) for prompt in prompts[first:last])
+            yield (first, last), self._call("logits", *rows), count
 
     def decode(self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array) -> DeviceLogits:
         """Runs one token a sequence.
@@ -148,25 +189,48 @@ class CompiledEngine:
                 positions up to it.
 
         Returns:
-            Logits that follow each token.
+            Logits that follow each token; those of a step are a `StepLogits`, which the next step overwrites.
         """
-        if len(token_ids) == 1:
-            rows = [_host_tensor(values.reshape(1, 1), self._device) for values in (token_ids, positions, slots)]
-            return DeviceLogits(self, [(self._vm["decode_one"](*rows, self._kv, self._params), 1)])
-        rows = [self._groups(token_ids, 0), self._groups(positions, -1), self._groups(slots, 0)]
-        return DeviceLogits(self, [(self._vm["decode"](*rows, self._kv, self._params), len(token_ids))])
+        count, kind = len(token_ids), "step" if self.graph else "decode"
+        if count == 1:
+            name, rows = f"{kind}_one", 1
+        else:
+            rows = self.library.rows
+            name = f"{kind}_group" if count <= rows and f"{kind}_group" in self._functions else kind
+        values = {
+            "token_ids": self._groups(token_ids, 0, rows),
+            "positions": self._groups(positions, -1, rows),
+            "slots": self._groups(slots, 0, rows),
+        }
+        if self._steps is not None and self.graph:
+            return self._steps.run(self._call, name, values, count)
+        tensors = [self._inputs.write(argument, array) for argument, array in values.items()]
+        return self._device_logits([(self._call(name, *tensors), count)])
+
+    def _drop_unused(self, shape: tuple[int, ...]) -> None:
+        """Empties TVM's pool where the logits of all tokens change their size.
+
+        They are the one large tensor that is not planned for the longest prompt, and a pool with one for each length
+        would fill a GPU.
+        """
+        if self._logits_shape not in (None, shape) and self.library.device != "cpu":
+            tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()
+        self._logits_shape = shape
+
+    def _device_logits(self, parts: Sequence[tuple[tvm.runtime.Tensor, int]]) -> DeviceLogits:
+        return DeviceLogits(self._stream, self.config.vocab_size, self.argmax, parts)
 
     def argmax(self, logits: tvm.runtime.Tensor) -> Int32Array:
         """argmax over the vocabulary of logits (g, R, V'), as (g * R,) int32."""
         name = "argmax_one" if tuple(logits.shape[:2]) == (1, 1) else "argmax"
-        return _flat_rows(self._vm[name](logits))
+        return self._stream.read(self._stream.run(self._vm[name], logits))
 
     def _calls(self, prompts: Sequence[Int32Array]) -> list[tuple[int, int]]:
         """Ranges of prompts that fit one call, in order."""
         ranges: list[tuple[int, int]] = []
         rows = 0
         for index, prompt in enumerate(prompts):
-            if ranges and rows + len(prompt) <= self._library.max_prefill_rows:
+            if ranges and rows + len(prompt) <= self.library.max_prefill_rows:
                 ranges[-1] = (ranges[-1][0], index + 1)
                 rows += len(prompt)
             else:
@@ -180,23 +244,20 @@ class CompiledEngine:
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         starts = np.cumsum([0, *lengths[:-1]])
         sequences = np.array(list(zip(slots, starts, lengths, [0] * len(lengths), strict=True)), np.int32)
-        return [
-            self._groups(np.concatenate(prompts).astype(np.int32), 0),
-            self._groups(positions, -1),
-            self._groups(np.repeat(np.asarray(slots, np.int32), lengths), 0),
-            _host_tensor(sequences, self._device),
-        ]
+        arguments = {
+            "token_ids": self._groups(np.concatenate(prompts).astype(np.int32), 0),
+            "positions": self._groups(positions, -1),
+            "slots": self._groups(np.repeat(np.asarray(slots, np.int32), lengths), 0),
+            "sequences": sequences,
+        }
+        return [self._inputs.write(name, values) for name, values in arguments.items()]
 
-    def _groups(self, values: Int32Array, fill: int) -> tvm.runtime.Tensor:
-        """(n,) int32 as whole groups (g, R), padded with `fill`."""
-        rows = self._library.rows
+    def _groups(self, values: Int32Array, fill: int, rows: int | None = None) -> Int32Array:
+        """(n,) int32 as whole groups (g, R), or groups of `rows`, padded with `fill`; a new array."""
+        rows = rows or self.library.rows
         groups = np.full((-(-len(values) // rows), rows), fill, np.int32)
         groups.reshape(-1)[: len(values)] = values
-        return _host_tensor(groups, self._device)
-
-
-def _host_tensor(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Tensor:
-    return tvm.runtime.tensor(array, device=device)
+        return groups
 
 
 def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Tensor:
@@ -209,12 +270,17 @@ def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Ten
     return tensor
 
 
-def _virtual_machine(artifact: Artifact, library: Library, device: tvm.runtime.Device) -> VirtualMachine:
+def _virtual_machine(
+    artifact: Artifact, library: Library, device: tvm.runtime.Device, stream: int | None
+) -> VirtualMachine:
+    # TVM's pool is one for all models of a device and knows no streams: it would give memory that one stream still
+    # reads to a model on another. Freeing without a pool waits for the device.
+    allocator = None if stream is None else "naive"
     try:
         module = tvm.runtime.load_module(str(artifact.folder / library.file))
         if library.device == "vulkan":
             require_device(module, device.index)
-        machine = VirtualMachine(module, device)
+        machine = VirtualMachine(module, device, allocator)
         identity = str(machine["identity"]())
     except DeviceError:
         raise

@@ -14,6 +14,7 @@ from tvm_attn.errors import GenerationError
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats, Prompt
 from tvm_attn.runtime.device import parse_device
+from tvm_attn.runtime.dlpack import host_array
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.runtime.tokenizer import Tokenizer
 from tvm_attn.runtime.tvm_import import import_tvm
@@ -25,10 +26,13 @@ class Model:
     Attributes:
         config: the model's hyperparameters.
         tokenizer: the tokenizer, or None where the artifact has none; token ids work all the same.
-        device: where it runs, e.g. "cpu" or "vulkan:0".
+        device: where it runs, e.g. "cpu" or "cuda:0".
+        engine: the compiled functions; its calls leave logits on the device, where others take them through DLPack.
     """
 
-    def __init__(self, artifact: Artifact, device: str, max_batch: int) -> None:
+    def __init__(
+        self, artifact: Artifact, device: str, max_batch: int, *, graph: bool = True, stream: int | None = None
+    ) -> None:
         import tvm
 
         from tvm_attn.runtime.device import choose_device
@@ -39,14 +43,17 @@ class Model:
         self.device = "cpu" if kind == "cpu" else f"{kind}:{index}"
         text = artifact.tokenizer_json()
         self.tokenizer = None if text is None else Tokenizer(text)
-        self.engine = CompiledEngine(artifact, library, tvm.runtime.device(kind, index), max_batch)
+        self.engine = CompiledEngine(
+            artifact, library, tvm.runtime.device(kind, index), max_batch, graph=graph, stream=stream
+        )
         self._loop = DecodingLoop(self.engine, self.tokenizer)
 
-    def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    def logits(self, ids: Any) -> npt.NDArray[np.float32]:
         """Next-token logits after every token.
 
         Args:
-            ids: integers (B, T) in 0 .. vocab_size - 1, 1 <= T <= n_positions.
+            ids: integers (B, T) in 0 .. vocab_size - 1, 1 <= T <= n_positions: an array, nested lists, or a tensor of
+                PyTorch or another library with DLPack, on any device.
 
         Returns:
             float32 (B, T, vocab_size).
@@ -54,7 +61,7 @@ class Model:
         Raises:
             GenerationError: the shape, the dtype or an id is wrong, or unfinished streams hold every KV-cache slot.
         """
-        array = np.asarray(ids)
+        array = host_array(ids)
         if array.ndim != 2 or array.dtype.kind not in "iu" or 0 in array.shape:
             raise GenerationError(f"ids must be integers (B, T), not {array.dtype} of shape {array.shape}")
         if array.shape[1] > self.config.n_positions:
@@ -128,7 +135,15 @@ def _options(given: dict[str, Any]) -> GenerationOptions:
     return GenerationOptions(**given)
 
 
-def load(folder: str | Path, device: str = "auto", *, threads: int | None = None, max_batch: int = 8) -> Model:
+def load(
+    folder: str | Path,
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    max_batch: int = 8,
+    graph: bool = True,
+    stream: int | None = None,
+) -> Model:
     """Loads an artifact.
 
     Args:
@@ -136,11 +151,16 @@ def load(folder: str | Path, device: str = "auto", *, threads: int | None = None
         device: "cpu", "cuda:0" or "vulkan:0", where the artifact has a library for it; "auto" is a GPU where there is
             one, else the processor.
         threads: CPU threads; None takes TVM_NUM_THREADS, else all cores that this process may use.
-        max_batch: KV-cache slots, the most sequences that are decoded together; memory is taken as they are used.
+        max_batch: KV-cache slots, the most sequences that are decoded together. A GPU's memory is taken at once, the
+            processor's as it is used.
+        graph: whether each decoded token is one launch of a CUDA graph, where the library has been compiled for it;
+            without, its kernels are launched one by one, with the same result.
+        stream: the CUDA stream that the work goes to, as an integer such as `torch.cuda.Stream().cuda_stream`, which
+            must outlive the model; None is the default stream. See `tvm_attn.runtime.stream`.
 
     Raises:
         ArtifactError: the artifact is damaged, or not for this machine or TVM version.
-        DeviceError: the device is unknown or absent, or an argument is out of range.
+        DeviceError: the device is unknown or absent, its memory is short, or an argument is out of range.
         TokenizerError: the artifact's tokenizer is malformed.
     """
     parse_device(device)  # refuses a wrong name before anything is read
@@ -148,4 +168,4 @@ def load(folder: str | Path, device: str = "auto", *, threads: int | None = None
     import_tvm()
     artifact.check_versions()
     set_threads(threads)
-    return Model(artifact, device, max_batch)
+    return Model(artifact, device, max_batch, graph=graph, stream=stream)

@@ -1,0 +1,55 @@
+"""Int32 arguments of the compiled functions: tensors that stay on the device, and what the host knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class MirroredTensor:
+    """An int32 tensor on the device, written only where the host does not know that it holds the values already.
+
+    Args:
+        shape: of the tensor.
+        device: TVM's device.
+        before_write: called before the tensor is written: no function in flight may still be reading it.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: tvm.runtime.Device, before_write: Callable[[], None]) -> None:
+        self.tensor = tvm.runtime.empty(shape, "int32", device)
+        self._before_write = before_write
+        self.mirror: Int32Array | None = None
+        """What the tensor holds, or None where the host does not know."""
+
+    def write(self, values: Int32Array, used: int | None = None) -> tvm.runtime.Tensor:
+        """Makes the tensor hold int32 values of its shape, of which only the first `used` matter; returns it."""
+        if self.mirror is None or not np.array_equal(self.mirror.reshape(-1)[:used], values.reshape(-1)[:used]):
+            self.mirror = None
+            self._before_write()
+            self.tensor.copyfrom(values)
+            self.mirror = values
+        return self.tensor
+
+
+class Inputs:
+    """The input tensors of an engine, one for each name and shape: allocating one a call would stop the device."""
+
+    def __init__(self, device: tvm.runtime.Device, before_write: Callable[[], None]) -> None:
+        self._device, self._before_write = device, before_write
+        self._tensors: dict[tuple[str, tuple[int, ...]], MirroredTensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...]) -> MirroredTensor:
+        """The tensor of that name and shape."""
+        tensor = self._tensors.get((name, shape))
+        if tensor is None:
+            tensor = self._tensors[name, shape] = MirroredTensor(shape, self._device, self._before_write)
+        return tensor
+
+    def write(self, name: str, values: Int32Array) -> tvm.runtime.Tensor:
+        """The tensor of that name with int32 values, and their shape."""
+        return self.get(name, values.shape).write(values)

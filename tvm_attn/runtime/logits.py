@@ -1,0 +1,78 @@
+"""Logits that stay on the device until they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+from tvm_attn.runtime.dlpack import rows_view
+from tvm_attn.runtime.inputs import Int32Array
+from tvm_attn.runtime.stream import Stream
+
+Part = tuple[tvm.runtime.Tensor, int]
+"""Logits (g, R, V') of one call of the model, and how many of their rows count."""
+
+
+class DeviceLogits:
+    """Logits of some rows, (B, V) float32.
+
+    PyTorch and others take them without a copy: `torch.from_dlpack(logits)` is a (B, V) tensor on the device, whose
+    rows are V' apart. It keeps the memory for as long as it lives; work that reads it on another stream than the one
+    it was imported on must be over before it is dropped, as with every tensor of PyTorch.
+
+    Args:
+        stream: of the model.
+        vocabulary: V.
+        argmax: computes the ids (g * R,) of a part.
+        parts: the logits.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        vocabulary: int,
+        argmax: Callable[[tvm.runtime.Tensor], Int32Array],
+        parts: Sequence[Part],
+    ) -> None:
+        self._stream, self._vocabulary, self._argmax = stream, vocabulary, argmax
+        self._tensors = parts
+
+    def _parts(self) -> Sequence[Part]:
+        return self._tensors
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """The logits (B, V), float32, on the host."""
+        rows = [self._stream.read(tensor)[:count, : self._vocabulary] for tensor, count in self._parts()]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def argmax(self) -> Int32Array:
+        """The id of the largest logit of each row, (B,) int32; -1 for a row that holds NaN."""
+        ids = [self._argmax(tensor)[:count] for tensor, count in self._parts()]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    def _view(self) -> tvm.runtime.Tensor:
+        parts = self._parts()
+        if len(parts) != 1:
+            raise BufferError(f"these logits lie in {len(parts)} tensors, one a call: pass fewer tokens at a time")
+        tensor, count = parts[0]
+        return rows_view(tensor, count, self._vocabulary)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self._stream.device.dlpack_device_type(), self._stream.device.index
+        return device
+
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+        """See https://data-apis.org/array-api/latest/API_specification/generated/array_api.array.__dlpack__.html.
+
+        The consumer's stream may read them at once: where it is not the model's, this waits for the model's.
+
+        Raises:
+            BufferError: the prompts took more than one call of the model.
+        """
+        view = self._view()
+        self._stream.hand_over(stream)
+        return view.__dlpack__(**options)

@@ -1,0 +1,103 @@
+"""What a model needs of a GPU's memory, compared with what is free before anything is allocated.
+
+Running out later would end a process in the middle of a request, or in TVM's pool, which first frees and tries again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from tvm_attn.errors import DeviceError
+from tvm_attn.runtime.artifact import Artifact, Library
+from tvm_attn.storage import TABLES, numpy_dtype, scales_name, stored_types
+
+RESERVE = 64 << 20
+"""Bytes left for the code of kernels, CUDA graphs, and what the driver keeps for both."""
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """Bytes on the device.
+
+    Attributes:
+        parameters: all packed parameters.
+        packing: the largest parameter in its stored form, which lies beside them while it is packed.
+        cache_slot: one slot of the KV cache, all layers.
+        activations: what the largest calls of the functions keep, logits included.
+        max_batch: number of slots.
+    """
+
+    parameters: int
+    packing: int
+    cache_slot: int
+    activations: int
+    max_batch: int
+
+    @property
+    def fixed(self) -> int:
+        """All but the KV cache. Packing is over when the first activations are allocated."""
+        return self.parameters + max(self.packing, self.activations) + RESERVE
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.fixed + self.max_batch * self.cache_slot
+
+    def require(self, free: int, device: str) -> None:
+        """Compares the needs with the bytes that are free on a device.
+
+        Raises:
+            DeviceError: they are more; tells what takes how much and what to do.
+        """
+        if self.total <= free:
+            return
+        slots = (free - self.fixed) // self.cache_slot
+        way_out = f"lower max_batch to {slots}" if slots > 0 else "free some, or build with --quant int8 or int4"
+        parts = {
+            "parameters": self.parameters,
+            f"KV cache of {self.max_batch} slots": self.max_batch * self.cache_slot,
+            "activations": max(self.packing, self.activations),
+            "reserve": RESERVE,
+        }
+        listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+        message = f"{device} has {_size(free)} of free memory, needed are {_size(self.total)} ({listed}); {way_out}"
+        raise DeviceError(message)
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 30):.2f} GiB"
+
+
+def memory_needs(artifact: Artifact, library: Library, max_batch: int) -> MemoryNeeds:
+    """What an artifact's library needs with `max_batch` slots.
+
+    Activations are those of prompts as long as the library was planned for, and of `max_batch` tokens of decode: its
+    planner keeps at most two tensors of the hidden width and three of the model's width at a time, counted as float32.
+    """
+    config = artifact.config
+    stored = {
+        name: (shape, numpy_dtype(dtype).itemsize)
+        for name, (shape, dtype) in stored_types(config, artifact.dtype, artifact.quantization).items()
+    }
+    padded = {name: library.vocabulary for table in TABLES for name in (table, scales_name(table))}
+    parameters = sum(padded.get(name, shape[0]) * prod(shape[1:]) * size for name, (shape, size) in stored.items())
+    slot = 2 * config.n_layer * config.n_embd * config.n_positions * numpy_dtype(artifact.dtype).itemsize
+    row = 4 * (2 * config.n_inner + 3 * config.n_embd + library.vocabulary)
+    decode_rows = -(-max_batch // library.rows) * library.rows
+    return MemoryNeeds(
+        parameters=parameters,
+        packing=max(prod(shape) * size for shape, size in stored.values()),
+        cache_slot=slot,
+        activations=row * (library.max_prefill_rows + 2 * decode_rows),  # decode and its steps
+        max_batch=max_batch,
+    )
+
+
+def free_memory(device: Any) -> int | None:
+    """Bytes that are free on a TVM device; None where it does not tell. CUDA tells of its current device."""
+    if device.dlpack_device_type() == 1:  # the processor, whose memory is taken as it is used
+        return None
+    free = device.available_global_memory
+    return None if free is None else int(free)

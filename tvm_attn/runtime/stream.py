@@ -1,0 +1,74 @@
+"""The stream of a device that a model's work goes to: calls, waiting, and copies to the host.
+
+| a model loaded with | its work goes to | and is waited for |
+|---|---|---|
+| `stream=None` | tvm_ffi's current stream, else the default stream | when results are read |
+| `stream=handle` | that, e.g. `torch.cuda.Stream().cuda_stream` | when results are read and inputs are written |
+
+TVM copies between host and device on the default stream, which waits for no stream of PyTorch's pool and is not waited
+for by one: so a stream of its own is waited for before each copy. Loading ends with a wait, so that parameters packed
+on one stream can be read on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+import tvm_ffi
+
+from tvm_attn.runtime import cuda
+
+_CPU, _CUDA = 1, 2
+"""DLPack's device types."""
+
+
+class Stream:
+    """A stream of a device.
+
+    Args:
+        device: TVM's device.
+        handle: the stream as an integer, or None for the one that is current in tvm_ffi at each call.
+    """
+
+    def __init__(self, device: tvm.runtime.Device, handle: int | None) -> None:
+        self.device, self.given = device, handle
+        self._kind = device.dlpack_device_type()
+
+    def handle(self) -> int:
+        """The stream as an integer; 0 is the default stream."""
+        return tvm_ffi.get_raw_stream(self.device) if self.given is None else self.given
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function of a library, whose kernels go to the stream."""
+        if self._kind == _CUDA:
+            cuda.select(self.device.index)
+        if self.given is None:
+            return function(*arguments)
+        with tvm_ffi.use_raw_stream(self.device, self.given):
+            return function(*arguments)
+
+    def wait(self) -> None:
+        """Waits for all work on the stream, unless a copy does so."""
+        if self._kind == _CUDA and (handle := self.handle()):
+            self.device.sync(handle)
+
+    def read(self, tensor: tvm.runtime.Tensor) -> npt.NDArray[Any]:
+        """A tensor (g, R, ...) on the host as (g * R, ...), once it is computed; on the CPU a view, without a copy."""
+        if self._kind == _CPU:
+            array = np.from_dlpack(tensor)
+        else:
+            self.wait()
+            array = tensor.numpy()
+        return array.reshape(-1, *array.shape[2:])
+
+    def hand_over(self, consumer: int | None) -> None:
+        """Waits where a consumer's stream, as `__dlpack__` numbers it, is not ordered after this one."""
+        if self._kind != _CUDA or consumer == -1:  # -1: the consumer takes care of it
+            return
+        own = self.handle()
+        if own != (0 if consumer in (None, 0, 1) else consumer):  # 1 is the default stream
+            self.device.sync(own)
