@@ -130,6 +130,11 @@ class CudaTarget(GpuTarget):
     architectures: tuple[str, ...]
     ptx: str | None
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """What a library holds code for, machine code first."""
+        return (*self.architectures, *((self.ptx,) if self.ptx else ()))
+
 
 def names() -> list[str]:
     """The names of all targets, sorted."""

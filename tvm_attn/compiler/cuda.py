@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -207,19 +207,12 @@ def _find_nvrtc() -> Nvrtc | None:
     return None
 
 
-def compile_fatbin(
-    source: str,
-    architectures: Sequence[str],
-    ptx: str | None = None,
-    progress: Callable[[str], None] = lambda message: None,
-) -> bytes:
+def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:
     """Compiles CUDA C for all architectures at once.
 
     Args:
         source: the translation unit.
-        architectures: e.g. ("sm_80", "sm_90a").
-        ptx: virtual architecture of the PTX that goes with it, e.g. "compute_80", or None.
-        progress: told what happens next.
+        architectures: machine code and PTX, e.g. ("sm_80", "sm_90a", "compute_80").
 
     Returns:
         A fatbin, as `cuModuleLoadData` takes it.
@@ -227,7 +220,4 @@ def compile_fatbin(
     Raises:
         CompileError: no compiler, one that is too old, or an error in the source.
     """
-    wanted = (*architectures, *((ptx,) if ptx else ()))
-    compiler = find_compiler(wanted)
-    progress(f"machine code for {', '.join(wanted)}")
-    return compiler.fatbin(source, wanted)
+    return find_compiler(architectures).fatbin(source, architectures)

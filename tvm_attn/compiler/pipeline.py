@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import relax, tirx
 
+from tvm_attn.compiler import cuda_module
+from tvm_attn.compiler.cuda import compile_fatbin, find_compiler
+from tvm_attn.compiler.cuda_graph import capture_graphs, plan_results
 from tvm_attn.compiler.fusion import fuse_primitive_functions
 from tvm_attn.errors import CompileError
 from tvm_attn.model.module import Program
 from tvm_attn.schedule import Record, RecordBook, schedule, template_for
-from tvm_attn.targets import GpuTarget, Target
+from tvm_attn.targets import CudaTarget, GpuTarget, Target
 
 
 def _schedule_kernels(program: Program, target: Target) -> tuple[tvm.IRModule, list[Record]]:
@@ -69,7 +74,9 @@ def _lower() -> tvm.transform.Pass:
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
+            plan_results,
             relax.transform.StaticPlanBlockMemory(),
+            capture_graphs,
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),
@@ -89,7 +96,10 @@ def tvm_target(target: Target) -> tvm.target.Target:
 
 
 def tir_pipeline(target: Target) -> str:
-    """The name of the passes that lower kernels: TVM's own, or those that use the subgroups of a Vulkan device."""
+    """The name of the passes that lower kernels: TVM's own, or those for CUDA and for subgroups of a Vulkan device."""
+    if isinstance(target, CudaTarget):
+        cuda_module.register_pipeline()
+        return cuda_module.PIPELINE
     if target.device != "vulkan" or not isinstance(target, GpuTarget) or target.subgroup is None:
         return "default"
     from tvm_attn.vulkan.codegen import pipeline
@@ -98,36 +108,56 @@ def tir_pipeline(target: Target) -> str:
     return pipeline.NAME
 
 
-def compile_program(program: Program, target: Target, library: Path) -> list[Record]:
+def compile_program(
+    program: Program, target: Target, library: Path, progress: Callable[[str], None] = lambda message: None
+) -> list[Record]:
     """Compiles a program for a target and writes the shared library.
 
     Args:
         program: the Relax module and its kernels.
         target: the hardware.
         library: path of the library; it appears whole or not at all.
+        progress: told what happens next, where that takes long.
 
     Returns:
         The tuned records that were used.
 
     Raises:
         ScheduleError: a kernel has no template, or a record does not fit.
-        CompileError: TVM or the C++ compiler failed.
+        CompileError: TVM, the C++ compiler or the CUDA compiler failed, or there is none.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which(compiler) is None:
         raise CompileError(
             f"no C++ compiler ({compiler or 'g++, clang++'}) to link the library: install g++ or set CXX"
         )
+    if isinstance(target, CudaTarget):
+        find_compiler(target.images)  # refuses to start what it cannot finish
     module, records = _schedule_kernels(program, target)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         temporary = Path(folder) / library.name
         try:
-            executable = relax.build(
-                module, tvm_target(target), relax_pipeline=_lower(), tir_pipeline=tir_pipeline(target)
-            )
-            executable.export_library(str(temporary))
+            if isinstance(target, CudaTarget):
+                _compile_cuda(module, target, temporary, progress)
+            else:
+                _build(module, target).export_library(str(temporary))
+        except CompileError:
+            raise
         except Exception as error:  # TVM raises whatever its C++ code maps to
             last_line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise CompileError(f"compiling for {target.name} failed: {last_line}") from error
         temporary.replace(library)
     return records
+
+
+def _build(module: tvm.IRModule, target: Target) -> Any:
+    return relax.build(module, tvm_target(target), relax_pipeline=_lower(), tir_pipeline=tir_pipeline(target))
+
+
+def _compile_cuda(module: tvm.IRModule, target: CudaTarget, library: Path, progress: Callable[[str], None]) -> None:
+    """As `_build` and `export_library`, with machine code in place of CUDA C."""
+    with cuda_module.without_runtime():
+        executable = _build(module, target)
+        progress(f"compiling for {target.name}: machine code for {', '.join(target.images)}")
+        fatbin = compile_fatbin(cuda_module.device_source(executable.mod), target.images)
+        cuda_module.export_library(executable, library, fatbin)

@@ -1,0 +1,125 @@
+"""Relax functions that run as one CUDA graph: the first call captures their kernels, later calls launch the graph.
+
+A function asks for it with the attribute `num_input` = 0, by which Relax's `RewriteCUDAGraph` knows that no argument
+is an input that may move: each has the same address in every call of one virtual machine. Sizes known at run time alone
+may differ between calls; each combination of them is captured once.
+
+Two things stand between such a function and a single graph. Relax allocates a function's result anew in each call,
+outside of the plan of memory and so outside of the graph; here the result is handed through `vm.builtin.copy`, which
+returns its argument, so that it is planned like any intermediate: it comes at the same address each time, and the next
+call overwrites it. And `RewriteCUDAGraph` rewrites every function of a module; here it sees those alone that asked.
+
+A call of such a function checks every argument, hundreds with a model's parameters, though a launch needs none of them.
+So each function `f` gets a second one, `f_again(sizes)`, which launches the graph that a call of `f` has captured for
+these sizes: the symbolic ones of `f`'s parameters, in the order in which they first appear there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+
+from tvm_attn.errors import CompileError
+
+_RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
+_COPY = "vm.builtin.copy"
+
+
+@tvm.transform.module_pass(opt_level=0, name="PlanResults")
+def plan_results(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    """Makes results of captured functions part of the plan of memory. Goes between CallTIRRewrite and the plan."""
+    functions = dict(module.functions_items())
+    for variable, function in _captured(module).items():
+        *blocks, last = function.body.blocks
+        result = relax.Var("result", function.body.body.ty)
+        last = relax.BindingBlock([*last.bindings, relax.VarBinding(result, _copy(function.body.body))])
+        functions[variable] = relax.Function(
+            function.params, relax.SeqExpr([*blocks, last], result), function.ret_ty, function.is_pure, function.attrs
+        )
+    return tvm.IRModule(functions)
+
+
+@tvm.transform.module_pass(opt_level=0, name="CaptureGraphs")
+def capture_graphs(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    """RewriteCUDAGraph on the functions that ask for it. Goes behind StaticPlanBlockMemory.
+
+    Raises:
+        CompileError: a kernel of such a function would be started outside of its graph.
+    """
+    wanted = _captured(module)
+    if not wanted:
+        return module
+    kernels = {
+        variable: function for variable, function in module.functions_items() if isinstance(function, tirx.PrimFunc)
+    }
+    with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
+        rewritten = relax.transform.RewriteCUDAGraph()(tvm.IRModule({**wanted, **kernels}))
+    functions = {**dict(module.functions_items()), **dict(rewritten.functions_items())}
+    for variable in wanted:
+        name = variable.name_hint
+        functions[relax.GlobalVar(f"{name}_again")] = _again(name, rewritten[name])
+    return tvm.IRModule(functions)
+
+
+def _captured(module: tvm.IRModule) -> dict[relax.GlobalVar, relax.Function]:
+    """The functions that ask to be captured."""
+    return {
+        variable: function
+        for variable, function in module.functions_items()
+        if isinstance(function, relax.Function) and function.attrs and function.attrs.get("num_input", None) == 0
+    }
+
+
+def _copy(value: relax.Expr) -> relax.Call:
+    return relax.Call(relax.ExternFunc(_COPY), [value], ty_args=[value.ty])
+
+
+def _again(name: str, function: relax.Function) -> relax.Function:
+    """The function that launches what a call of `function` has captured."""
+    function = relax.utils.copy_with_new_vars(function)
+    launch = _only_launch(name, function)
+    extern, (capture, _, index, *key) = launch.args[0], launch.args[1].fields
+    variables: list[Any] = []
+    for parameter in function.params:
+        for variable in relax.analysis.definable_tir_vars_in_type(parameter.ty):
+            if not any(variable.same_as(known) for known in variables):
+                variables.append(variable)
+    sizes = relax.Var("sizes", relax.ShapeType(variables))
+    builder = relax.BlockBuilder()
+    with builder.function(f"{name}_again", [sizes], attrs={"relax.force_pure": True}):
+        arguments = relax.Tuple([capture, relax.Tuple([]), index, *key])
+        results = builder.emit(relax.Call(launch.op, [extern, arguments], ty_args=list(launch.ty_args)))
+        result = builder.emit(relax.TupleGetItem(results, 0))
+        builder.emit_func_output(builder.emit(_copy(result)))
+    return builder.get()[f"{name}_again"].with_attr("global_symbol", f"{name}_again")
+
+
+def _only_launch(name: str, function: relax.Function) -> relax.Call:
+    """The call that runs or captures the function's graph. Raises CompileError unless it does all of the work."""
+    launches: list[relax.Call] = []
+    outside: list[str] = []
+
+    def visit(expression: Any) -> None:
+        if not isinstance(expression, relax.Call):
+            return
+        if isinstance(expression.op, relax.GlobalVar):
+            outside.append(expression.op.name_hint)
+        elif _is_extern(expression.op) and not _is_extern(expression.op, _COPY):
+            outside.append(expression.op.global_symbol)
+        elif expression.args and _is_extern(expression.args[0], _RUN_OR_CAPTURE):
+            launches.append(expression)
+
+    relax.analysis.post_order_visit(function, visit)
+    # With one result, it is the function's: nothing else is used behind the launch.
+    if len(launches) != 1 or len(launches[0].ty.fields) != 1 or outside:
+        raise CompileError(
+            f"function {name!r} asks to be captured as one CUDA graph and became {len(launches)}, with "
+            f"{', '.join(outside) or 'nothing'} outside: an argument or a size is not static"
+        )
+    return launches[0]
+
+
+def _is_extern(expression: Any, name: str | None = None) -> bool:
+    return isinstance(expression, relax.ExternFunc) and name in (None, expression.global_symbol)
