@@ -17,7 +17,8 @@ type"), with group = lane / 4 and pair = lane % 4; a register of A or B holds th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -29,6 +30,33 @@ SHORT = {"float16": "f16", "bfloat16": "bf16"}
 def uint32(value: tirx.Expr | int) -> tirx.Expr:
     """A number that is not negative, as uint32."""
     return T.uint32(value) if isinstance(value, int) else T.Cast("uint32", value)
+
+
+def int64(value: tirx.Expr) -> tirx.Expr:
+    """A number as int64: what multiplies rows by their length."""
+    return T.Cast("int64", value)
+
+
+def variable(dtype: str, value: tirx.Expr) -> tirx.Expr:
+    """A new scalar in a register; `assign` changes it."""
+    scalar = T.alloc_local((1,), dtype)
+    T.buffer_store(scalar, value, [0])
+    return scalar[0]
+
+
+def assign(register: tirx.Expr, value: tirx.Expr) -> None:
+    """Sets an element of a buffer: a register, or a scalar of `variable`."""
+    T.buffer_store(register.source, value, list(register.indices))
+
+
+@contextmanager
+def when(condition: tirx.Expr | None) -> Iterator[None]:
+    """Statements that run where the condition holds; always, where there is none."""
+    if condition is None:
+        yield
+        return
+    with T.If(condition), T.Then():
+        yield
 
 
 def shared_address(buffer: tirx.Buffer) -> tirx.Expr:
@@ -98,11 +126,46 @@ def pack(register: tirx.Expr, low: tirx.Expr, high: tirx.Expr, dtype: str) -> No
     T.evaluate(T.ptx[f"cvt.rn.{SHORT[dtype]}x2.f32"](register, high, low))
 
 
-def permute_bytes(register: tirx.Expr, a: tirx.Expr, b: tirx.Expr, selector: int) -> None:
+def permute_bytes(register: tirx.Expr, a: tirx.Expr, b: tirx.Expr, selector: tirx.Expr | int) -> None:
     """Byte i of the result is the one that nibble i of `selector` names: 0-3 of a, 4-7 of b; all are uint32."""
-    T.evaluate(T.ptx["prmt.b32"](register, a, b, T.uint32(selector)))
+    chosen = T.uint32(selector) if isinstance(selector, int) else selector
+    T.evaluate(T.ptx["prmt.b32"](register, a, b, chosen))
 
 
 def fma_pairs(register: tirx.Expr, a: tirx.Expr, b: tirx.Expr, c: tirx.Expr, dtype: str) -> None:
     """a * b + c for both numbers of a register, rounded once."""
     T.evaluate(T.ptx[f"fma.rn.{SHORT[dtype]}x2"](register, a, b, c))
+
+
+def load_shared(registers: Sequence[tirx.Expr], address: tirx.Expr) -> None:
+    """Loads one, two or four 32-bit registers; the address is a multiple of their size together."""
+    T.evaluate(T.ptx[f"ld.shared{_vector(registers)}.b32"](*registers, address))
+
+
+def store_shared(address: tirx.Expr, registers: Sequence[tirx.Expr]) -> None:
+    """Stores one, two or four 32-bit registers; the address is a multiple of their size together."""
+    T.evaluate(T.ptx[f"st.shared{_vector(registers)}.b32"](address, *registers))
+
+
+def load_global(registers: Sequence[tirx.Expr], pointer: tirx.Expr) -> None:
+    """Loads one, two or four 32-bit registers; the pointer is a multiple of their size together."""
+    T.evaluate(T.ptx[f"ld.global{_vector(registers)}.b32"](*registers, pointer))
+
+
+def store_global(pointer: tirx.Expr, registers: Sequence[tirx.Expr]) -> None:
+    """Stores one, two or four 32-bit registers; the pointer is a multiple of their size together."""
+    T.evaluate(T.ptx[f"st.global{_vector(registers)}.b32"](pointer, *registers))
+
+
+def exp2(register: tirx.Expr, x: tirx.Expr) -> None:
+    """2**x for float32 with a relative error of 2**-22; results below 2**-126 are 0."""
+    T.evaluate(T.ptx["ex2.approx.ftz.f32"](register, x))
+
+
+def reciprocal(register: tirx.Expr, x: tirx.Expr) -> None:
+    """1 / x for float32 with an error of one unit in the last place; 1 / infinity is 0."""
+    T.evaluate(T.ptx["rcp.approx.ftz.f32"](register, x))
+
+
+def _vector(registers: Sequence[tirx.Expr]) -> str:
+    return "" if len(registers) == 1 else f".v{len(registers)}"
