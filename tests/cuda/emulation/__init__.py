@@ -1,0 +1,109 @@
+"""CUDA kernels on the CPU: the source that TVM generates for a device, compiled with a C++ compiler and run.
+
+Every thread of a block is a fiber, and warp collectives, ldmatrix, mma.sync, cp.async and barriers do what the PTX ISA
+documentation says. It finds: accesses out of bounds of tensors, of shared memory and of local arrays, and misaligned
+ones (with the compiler's sanitizers); reading shared memory, workspaces or registers that nothing was written to (all
+is poison at first, 0xFF in memory); results of cp.async that are used before they are waited for; missing barriers,
+where they make a difference between threads that run in ascending and in descending order; collectives that a lane of
+their mask does not reach. It does not find: races that happen not to change the results in both orders, blocks that
+wait for each other (blocks run one after the other), anything about time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import tvm
+from tvm import tirx
+
+from .build import compile_kernels, folder, runtime
+from .translate import EmulationError
+
+__all__ = ["EmulationError", "run"]
+
+_TIMEOUT = 120  # seconds
+# handle_segv: TVM brings a handler of its own, which knows less.
+_SANITIZERS = {
+    "ASAN_OPTIONS": "detect_leaks=0:handle_segv=2:detect_stack_use_after_return=0:symbolize=1",
+    "UBSAN_OPTIONS": "print_stacktrace=0",
+}
+_TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLPack's
+
+
+def run(function: tirx.PrimFunc, arguments: Sequence[np.ndarray]) -> None:
+    """Calls a function that is scheduled for CUDA, kernels and host code, and checks what the module says.
+
+    Args:
+        function: a TIRx function with `tirx.is_scheduled`.
+        arguments: its tensors in the order of its parameters; results are written into them.
+
+    Raises:
+        EmulationError: the kernels do what a device would not, or have PTX that is not emulated.
+    """
+    library, source = _compile(tvm.ir.save_json(function.with_attr("global_symbol", "main")))
+    kernels = compile_kernels(source)
+    with tempfile.TemporaryDirectory(dir=folder()) as scratch:
+        inputs, results = Path(scratch) / "arguments", Path(scratch) / "results"
+        with inputs.open("wb") as file:
+            lines = [f"{_type(argument.dtype)} {' '.join(map(str, argument.shape))}".strip() for argument in arguments]
+            file.write("".join(line + "\n" for line in [*lines, ""]).encode())
+            for argument in arguments:
+                file.write(argument.tobytes())
+        command = [runtime() / "runner", library, kernels, "main", inputs, results]
+        try:
+            result = subprocess.run(
+                [str(part) for part in command],
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT,
+                env=os.environ | _SANITIZERS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise EmulationError(f"the kernels did not end in {_TIMEOUT} s: they wait for what never comes") from None
+        if result.returncode != 0:
+            raise EmulationError(_message(result.stderr) or f"the runner ended with status {result.returncode}")
+        with results.open("rb") as file:
+            for argument in arguments:
+                data = np.frombuffer(file.read(argument.nbytes), argument.dtype)
+                argument[...] = data.reshape(argument.shape)
+
+
+def _type(dtype: np.dtype) -> str:
+    if dtype == ml_dtypes.bfloat16:
+        return "4 16"
+    return f"{_TYPE_CODES[dtype.kind]} {8 * dtype.itemsize}"
+
+
+@functools.cache
+def _compile(function: str) -> tuple[Path, str]:
+    """A function, as JSON, to a library with its host code and its CUDA source."""
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_80", "host": "llvm"})
+    module = tvm.IRModule({"main": tvm.ir.load_json(function)})
+    executable = tvm.compile(module, target=target, tir_pipeline="tirx").mod
+    path = folder() / f"host_{hashlib.sha256(function.encode()).hexdigest()[:16]}.so"
+    executable.export_library(str(path))
+    return path, executable.imports[0].inspect_source()
+
+
+def _message(report: str) -> str:
+    """The lines that matter of what the runner or a sanitizer has written, and the line of source that did it."""
+    lines = [line for line in report.splitlines() if not line.startswith(("SUMMARY", "====="))]
+    text = "\n".join(lines)[-1000:]
+    if "AddressSanitizer" in report:
+        what = re.findall(r"AddressSanitizer: (\S+)|^((?:READ|WRITE) of size \d+)", report, re.MULTILINE)
+        where = re.findall(r"^.*?(is located .*)$|^\s*\[\d+, \d+\) ('.*) <== .*$", report, re.MULTILINE)
+        text = ", ".join(dict.fromkeys(["out of bounds", *(a or b for a, b in [*what[:2], *where[:2]])]))
+    place = re.search(r"(/\S+\.cc):(\d+)", report)
+    if place and Path(place[1]).is_file():
+        text += "\nin: " + Path(place[1]).read_text().splitlines()[int(place[2]) - 1].strip()
+    return text

@@ -1,0 +1,112 @@
+"""Compiles the emulation and the kernels that it runs."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .translate import INCLUDE, EmulationError, translate
+
+_HERE = Path(__file__).parent
+_BUILD = Path(__file__).parents[3] / "build" / "cuda_emulation"
+_COMPILER = os.environ.get("CXX", "g++")
+_RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra")
+_KERNEL_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-w")
+# Local variables without a value hold a pattern, which is no number as float16 and a huge one as float32.
+_CHECKS = (
+    "-fsanitize=address,alignment,bounds,integer-divide-by-zero", "-fno-sanitize-recover=all",
+    "-fsanitize-sections=emulated_shared", "-ftrivial-auto-var-init=pattern",
+)  # fmt: skip
+
+
+def _run(*commands: Sequence[str | Path]) -> None:
+    """Runs compilers side by side."""
+    processes = [
+        subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True) for command in commands
+    ]
+    reports = [process.communicate()[1] for process in processes]
+    for process, report in zip(processes, reports, strict=True):
+        if process.returncode != 0:
+            errors = [line for line in report.splitlines() if "error" in line or "undefined" in line]
+            raise EmulationError("\n".join(["the C++ compiler refuses the source:", *errors[:8]]))
+
+
+@functools.cache
+def folder() -> Path:
+    """A folder for this process, removed when it ends."""
+    path = Path(tempfile.mkdtemp(prefix="cuda_emulation_"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+@functools.cache
+def runtime() -> Path:
+    """A folder with `libemulation.so` (the scheduler and the device), `runner`, and the headers, precompiled.
+
+    It lies in `build/` and is compiled again when its sources change.
+    """
+    sources = sorted([Path(__file__), *_HERE.glob("*.cc"), *_HERE.glob("*.h"), *INCLUDE.glob("*.h")])
+    packages = [_package(name) for name in ("tvm", "tvm_ffi")]
+    state = [str(packages), _COMPILER, str(_RUNTIME_FLAGS + _KERNEL_FLAGS + _CHECKS), *(s.read_text() for s in sources)]
+    path = _BUILD / hashlib.sha256("\0".join(state).encode()).hexdigest()[:16]
+    if path.exists():
+        return path
+    _BUILD.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=_BUILD))
+    (made / "checked").mkdir()
+    tvm = [flag for package in packages for flag in (f"-L{package}/lib", f"-Wl,-rpath,{package}/lib")]
+    tvm += ["-ltvm_runtime", "-ltvm_ffi", "-ldl"]
+    compiler: list[str | Path] = [
+        _COMPILER,
+        *_RUNTIME_FLAGS,
+        *(flag for package in packages for flag in ("-isystem", f"{package}/include")),
+    ]
+    parts: list[Path] = [_HERE / name for name in ("scheduler.cc", "matrix.cc", "device_api.cc", "runner.cc")]
+    headers = (INCLUDE / "cuda_emulation.h", "-o", made / "checked" / "cuda_emulation.h.gch")
+    _run(
+        *([*compiler, "-c", part, "-o", made / part.with_suffix(".o").name] for part in parts),
+        [_COMPILER, *_KERNEL_FLAGS, *_CHECKS, "-x", "c++-header", *headers],
+    )
+    *library, main = (made / part.with_suffix(".o").name for part in parts)
+    _run([*compiler, "-shared", *library, "-o", made / "libemulation.so", *tvm])
+    local = [f"-L{made}", "-Wl,--no-as-needed", "-lemulation", "-Wl,-rpath,$ORIGIN"]
+    _run([*compiler, "-fsanitize=address", main, "-o", made / "runner", *local, *tvm])
+    try:
+        made.rename(path)
+    except OSError:  # another process was faster
+        shutil.rmtree(made)
+    return path
+
+
+def compile_kernels(source: str, checks: bool = True) -> Path:
+    """The shared library of the kernels in CUDA source; the same for the same source.
+
+    Args:
+        source: CUDA.
+        checks: with the sanitizers, for the runner; otherwise fast, for any process.
+    """
+    text = translate(source)
+    name = hashlib.sha256(f"{checks}{text}".encode()).hexdigest()[:16]
+    library = folder() / f"{name}.so"
+    if not library.exists():
+        code = library.with_suffix(".cc")
+        code.write_text(text)
+        made = library.with_suffix(f".{os.getpid()}.so")
+        flags = [*_CHECKS, f"-I{runtime() / 'checked'}"] if checks else ["-O2"]
+        _run([_COMPILER, *_KERNEL_FLAGS, *flags, f"-I{INCLUDE}", "-shared", code, "-o", made])
+        made.rename(library)
+    return library

@@ -1,0 +1,175 @@
+"""Rewrites CUDA source, as TVM generates it, into C++ for `include/cuda_emulation.h`.
+
+A C++ compiler for this machine cannot assemble PTX: every `asm` statement becomes a block of calls, one for each
+instruction, of the functions `ptx_*` in `include/ptx*.h`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+INCLUDE = Path(__file__).parent / "include"
+
+_ASM = re.compile(r"\b(?:asm|__asm__)(?:\s+(?:volatile|__volatile__))?\s*\(")
+_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(')
+_DYNAMIC_SHARED = re.compile(
+    r"extern\s+__shared__\s+(?:(?:alignas|__align__)\s*\(\d+\)\s*)?(\w[\w ]*?)\s+(\w+)\s*\[\s*\]\s*;"
+)
+_REGISTER_TYPES = {
+    "pred": "bool", "b16": "uint16_t", "u16": "uint16_t", "s16": "int16_t", "b32": "uint32_t", "u32": "uint32_t",
+    "s32": "int32_t", "f32": "float", "b64": "uint64_t", "u64": "uint64_t", "s64": "int64_t", "f64": "double",
+}  # fmt: skip
+# What a load or store may be marked with and what changes nothing here: one thread runs at a time.
+_MARKS = r"(?:\.(?:weak|relaxed|acquire|release|volatile|nc|cta|gpu|sys|ca|cg|cs|cv|lu|wb|wt|L1::\w+|L2::\w+))*"
+_LOAD_STORE = re.compile(rf"(ld|st){_MARKS}(?:\.(global|shared(?:::cta)?))?{_MARKS}(?:\.v[248])?\.([bsuf]\d+)")
+
+
+class EmulationError(Exception):
+    """A kernel does what a device would not: the message says what, and where."""
+
+
+def translate(source: str) -> str:
+    """C++ that defines `emulated_NAME(void* const* arguments)` for every kernel of the CUDA source.
+
+    Raises:
+        EmulationError: the source has PTX that is not emulated.
+    """
+    kernels = list(dict.fromkeys(_KERNEL.findall(source)))
+    source = _DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulation::DynamicShared());", source)
+    # GCC takes no `alignas` behind `static`.
+    source = re.sub(r"\balignas\((\d+)\)", r"__attribute__((aligned(\1)))", source)
+    pieces, end = [], 0
+    for match in _ASM.finditer(source):
+        close = _closing(source, match.end() - 1)
+        pieces += [source[end : match.start()], _translate_asm(source[match.end() : close])]
+        end = close + 1
+    body = "".join(pieces) + source[end:]
+    exports = "".join(f"EMULATED_KERNEL({name})\n" for name in kernels)
+    return f'#include "cuda_emulation.h"\n{body}\n{exports}EMULATED_LIBRARY\n'
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes. Brackets in string literals are none."""
+    depth, i = 0, start
+    while i < len(text):
+        if text[i] == '"':
+            i = _end_of_string(text, i)
+        elif text[i] in "([{":
+            depth += 1
+        elif text[i] in ")]}":
+            depth -= 1
+            if depth == 0:
+                return i
+        i += 1
+    raise EmulationError(f"an unclosed bracket in the source: {text[start : start + 60]!r}")
+
+
+def _end_of_string(text: str, start: int) -> int:
+    i = start + 1
+    while text[i] != '"':
+        i += 2 if text[i] == "\\" else 1
+    return i
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Parts between separators that stand outside of brackets and string literals."""
+    parts, start, i = [], 0, 0
+    while i < len(text):
+        if text[i] == '"':
+            i = _end_of_string(text, i)
+        elif text[i] in "([{":
+            i = _closing(text, i)
+        elif text[i] == separator:
+            parts.append(text[start:i])
+            start = i + 1
+        i += 1
+    return [*parts, text[start:]]
+
+
+def _translate_asm(text: str) -> str:
+    """The C++ of what stands between the brackets of an asm statement."""
+    template, *sections = _split(text, ":")
+    assembly = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", "\n").replace("\\t", " ")
+    operands = []
+    for section in sections[:2]:
+        for operand in _split(section, ","):
+            if operand.strip():
+                match = re.fullmatch(r'\s*"[^"]*"\s*\((.*)\)\s*', operand, re.DOTALL)
+                if match is None:
+                    raise EmulationError(f"an asm operand that is not understood: {operand.strip()}")
+                operands.append(match[1])
+    return f"do {{ {_translate_instructions(assembly, operands)} }} while (0)"
+
+
+def _translate_instructions(assembly: str, operands: list[str]) -> str:
+    statements = []
+    assembly = re.sub(r"//[^\n]*", "", assembly).strip()
+    if assembly.startswith("{") and _closing(assembly, 0) == len(assembly) - 1:
+        assembly = assembly[1:-1]
+    for statement in filter(None, map(str.strip, _split(assembly, ";"))):
+        if register := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.+)", statement):
+            if register[1] not in _REGISTER_TYPES:
+                raise EmulationError(f"PTX registers of type .{register[1]} are not emulated: {statement}")
+            names = ", ".join(name.strip().lstrip("%") for name in register[2].split(","))
+            statements.append(f"{_REGISTER_TYPES[register[1]]} {names};")
+            continue
+        guard = re.match(r"@(!?)%*(\w+)\s+", statement)
+        call = _translate_instruction(statement[guard.end() :] if guard else statement, operands)
+        statements.append(f"if ({guard[1]}{guard[2]}) {call};" if guard else f"{call};")
+    return " ".join(statements)
+
+
+def _translate_instruction(instruction: str, operands: list[str]) -> str:
+    mnemonic, _, rest = instruction.partition(" ")
+    arguments = ", ".join(
+        _operand(operand.strip(), operands)
+        for group in _split(rest, ",")
+        if group.strip()
+        for operand in (_split(group.strip()[1:-1], ",") if group.strip().startswith("{") else [group])
+    )
+    if match := _LOAD_STORE.fullmatch(mnemonic):
+        template = "Load" if match[1] == "ld" else "Store"
+        type_ = _REGISTER_TYPES.get(match[3], {"8": "uint8_t"}.get(match[3][1:]))
+        # A load names its registers first, the function the address.
+        if template == "Load":
+            *registers, address = _split(arguments, ",")
+            arguments = ", ".join([address, *registers])
+        if type_ is not None:
+            return f"emulation::{template}<{type_}>({arguments})"
+    name = re.sub(r"\.L[12]::\w+", "", mnemonic).replace("::", "_").replace(".", "_")
+    if name not in _emulated():
+        raise EmulationError(f"PTX instruction {mnemonic} is not emulated")
+    return f"ptx_{name}({arguments})"
+
+
+def _operand(text: str, operands: list[str]) -> str:
+    if text.startswith("["):
+        base, sign, offset = re.fullmatch(r"\[\s*([%\w]+)\s*(?:([+-])\s*(\w+)\s*)?\]", text).groups()  # type: ignore[union-attr]
+        value = _operand(base, operands)
+        return f"emulation::Offset({value}, {sign}{offset})" if sign else value
+    if match := re.fullmatch(r"%(\d+)", text):
+        return f"({operands[int(match[1])]})"
+    if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
+        return f"emulation::Bits<float>(0x{match[1]}u)"
+    if re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", text):
+        return text
+    if re.fullmatch(r"%*[A-Za-z_]\w*", text):
+        return text.lstrip("%")
+    raise EmulationError(f"PTX operand {text!r} is not emulated")
+
+
+@functools.cache
+def _emulated() -> frozenset[str]:
+    """The instructions that the headers define, as their functions' names without `ptx_`."""
+    names: set[str] = set()
+    for header in INCLUDE.glob("ptx*.h"):
+        text = header.read_text()
+        names.update(re.findall(r"\bptx_(\w+)(?=\()", text))
+        # Where a macro makes the name of several: ptx_a_##SUFFIX(...) and each use of the macro.
+        for macro, parameter, body in re.findall(r"#define (EMULATED_\w+)\((\w+)[^)]*\)((?:.*\\\n)+.*)", text):
+            values = re.findall(rf"^{macro}\((\w+)", text, re.MULTILINE)
+            for stem, tail in re.findall(rf"ptx_(\w+?)##{parameter}(?:##(\w+))?\(", body):
+                names.update(f"{stem}{value}{tail}" for value in values)
+    return frozenset(names)
