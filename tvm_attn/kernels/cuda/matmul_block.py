@@ -1,0 +1,90 @@
+"""What the parts of the tensor-core matmul know of the block that runs them, and how a tile gets to shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import DataType, tirx
+
+from tvm_attn.kernels.cuda import ptx
+from tvm_attn.kernels.cuda.matmul_tiles import LinearKernel, MatmulTiles
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of threads: its output tile, and where a thread and its warp are in it."""
+
+    kernel: LinearKernel
+    tiles: MatmulTiles
+    shared: tirx.Expr
+    """Address of its shared memory, uint32."""
+    rows: tirx.Expr
+    """M, the rows of x."""
+    first_row: tirx.Expr
+    first_column: tirx.Expr
+    thread: tirx.Expr
+
+    @property
+    def lane(self) -> tirx.Expr:
+        """Of the warp."""
+        return self.thread % 32
+
+    @property
+    def tile_thread(self) -> tirx.Expr:
+        """The thread among those of its slice: two with the same number have the same part of the output."""
+        return self.thread % (32 * self.tiles.warp_rows * self.tiles.warp_columns)
+
+    @property
+    def slice(self) -> tirx.Expr:
+        """Of K, which the thread's warp has in every stage."""
+        return self.thread // (32 * self.tiles.warp_rows * self.tiles.warp_columns)
+
+    @property
+    def warp_row(self) -> tirx.Expr:
+        """The first row of the warp's part of the output tile."""
+        return self.tile_thread // 32 // self.tiles.warp_columns * (self.tiles.row_fragments * 16)
+
+    @property
+    def warp_column(self) -> tirx.Expr:
+        """The first column of the warp's part of the output tile."""
+        return self.tile_thread // 32 % self.tiles.warp_columns * (self.tiles.column_fragments * 8)
+
+    @property
+    def column_bound(self) -> int | None:
+        """N where a tile may reach past it."""
+        n = self.kernel.out_features
+        return n if n % self.tiles.columns else None
+
+    def copy(
+        self,
+        source: tirx.Buffer,
+        rows: tuple[tirx.Expr, int, tirx.Expr | int | None],
+        columns: tuple[tirx.Expr, int, int],
+        shared: tirx.Expr,
+        unit_bytes: int = 16,
+    ) -> None:
+        """Starts the copies of a tile of a matrix into rows of shared memory, swizzled in units.
+
+        Args:
+            source: the matrix, flat.
+            rows: first row of the tile, its rows, and the rows of the matrix where the tile may reach past them.
+            columns: first column of the tile, its columns, and the columns of the matrix; zeros come from past them.
+            shared: address of the tile, uint32.
+            unit_bytes: a multiple of 16, which keeps its bytes together.
+        """
+        (first_row, row_count, row_bound), (first_column, column_count, row_length) = rows, columns
+        size = DataType(source.dtype).bits // 8
+        row_bytes, chunk = column_count * size, 16 // size
+        chunks, threads = row_bytes // 16, self.tiles.threads
+        per_unit = unit_bytes // 16
+        for start in range(0, row_count * chunks, threads):
+            index = self.thread + start
+            row, place = index // chunks, index % chunks
+            with ptx.when(index < row_count * chunks if start + threads > row_count * chunks else None):
+                unit = ptx.swizzle(row, place // per_unit, row_bytes, unit_bytes)
+                address = shared + ptx.uint32(row * row_bytes + unit * unit_bytes + place % per_unit * 16)
+                column = first_column + place * chunk
+                valid = [] if row_bound is None else [first_row + row < row_bound]
+                valid += [] if row_length % column_count == 0 else [column < row_length]
+                index64 = ptx.int64(first_row + row) * row_length + ptx.int64(column)
+                ptx.cp_async(address, source.ptr_to([index64]), 16, tirx.all(*valid) if valid else None)

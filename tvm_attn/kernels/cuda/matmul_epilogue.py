@@ -1,0 +1,241 @@
+"""What the tensor-core matmul does with its sums: bias, activation, residual, KV cache, stores.
+
+float32 results are stored from the registers, two columns a lane: the four lanes of a fragment's row write 32 bytes,
+a whole sector. 16-bit results would be half a sector, so they go through shared memory and are stored 16 bytes a lane,
+a row's lanes side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import e, gcd, log2, pi, sqrt
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from tvm_attn.kernels.activation import EXPRESSIONS
+from tvm_attn.kernels.cuda import ptx
+from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
+from tvm_attn.kernels.cuda.matmul_block import Block
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The parameters of the function that the epilogue reads and writes; see the kernels' docstrings."""
+
+    bias: tirx.Buffer | None
+    residual: tirx.Buffer | None
+    slots: tirx.Buffer | None
+    positions: tirx.Buffer | None
+    cache: tirx.Buffer | None
+    y: tirx.Buffer
+
+
+def epilogue(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
+    """Finishes the sums, which are (row fragments, column fragments, 4) in each lane's registers, and stores them.
+
+    All copies to shared memory are complete and all threads past their last load from there.
+    """
+    if block.tiles.warp_slices > 1:
+        _add_slices(block, sums)
+    own = block.slice == 0 if block.tiles.warp_slices > 1 else None
+    if isinstance(block.kernel, ResidualLinear | Head):
+        with ptx.when(own):
+            _store_float32(block, sums, operands)
+        return
+    with ptx.when(own):
+        _stage(block, sums, operands)
+    T.evaluate(T.cuda.cta_sync())
+    _store_staged(block, operands)
+
+
+def _add_slices(block: Block, sums: tirx.Buffer) -> None:
+    """Adds the sums of all slices into those of slice 0, in the order of slices."""
+    tiles = block.tiles
+    count, threads = tiles.row_fragments * tiles.column_fragments * 4, tiles.threads // tiles.warp_slices
+    address = block.shared + ptx.uint32(block.tile_thread * 4)
+    with ptx.when(block.slice > 0):
+        for i in range(count):
+            start = ptx.uint32((block.slice - 1) * (count * threads * 4))
+            ptx.store_shared(address + start + T.uint32(i * threads * 4), [sums[i]])
+    T.evaluate(T.cuda.cta_sync())
+    with ptx.when(block.slice == 0):
+        value = T.alloc_local((1,), "float32")
+        for i in range(count):
+            for other in range(tiles.warp_slices - 1):
+                ptx.load_shared([value[0]], address + T.uint32((other * count + i) * threads * 4))
+                ptx.assign(sums[i], sums[i] + value[0])
+    if isinstance(block.kernel, Linear | QKVLinear):
+        T.evaluate(T.cuda.cta_sync())
+
+
+def _column(block: Block, fragment: int) -> tirx.Expr:
+    """The first of a lane's two columns of a fragment, in the output tile."""
+    return block.warp_column + fragment * 8 + block.lane % 4 * 2
+
+
+def _load_pair(
+    block: Block,
+    registers: list[tirx.Expr],
+    flat: tirx.Buffer,
+    first: tirx.Expr,
+    column: tirx.Expr,
+) -> None:
+    """Loads float32 `first` and the next of a row at `column`; leaves registers of columns past N as they are."""
+    n = block.kernel.out_features
+    if n % 2 == 0:
+        with ptx.when(column < n if block.column_bound else None):
+            ptx.load_global(registers, flat.ptr_to([first]))
+        return
+    for i in range(2):
+        with ptx.when(column + i < n):
+            ptx.assign(registers[i], flat[first + T.int64(i)])
+
+
+def _add_bias(block: Block, sums: tirx.Buffer, bias: tirx.Buffer) -> None:
+    tiles = block.tiles
+    pair = T.alloc_local((2 * tiles.column_fragments,), "float32")
+    for fragment in range(tiles.column_fragments):
+        registers = [pair[2 * fragment], pair[2 * fragment + 1]]
+        for register in registers:
+            ptx.assign(register, T.float32(0))
+        column = block.first_column + _column(block, fragment)
+        _load_pair(block, registers, bias, ptx.int64(column), column)
+    for row in range(tiles.row_fragments):
+        for i in range(4 * tiles.column_fragments):
+            index = row * 4 * tiles.column_fragments + i
+            ptx.assign(sums[index], sums[index] + pair[i // 4 * 2 + i % 2])
+
+
+def _store_float32(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
+    """y = sums, + bias + residual where there are."""
+    tiles, n = block.tiles, block.kernel.out_features
+    size = ptx.int64(block.rows) * n
+    y = T.decl_buffer((size,), "float32", data=operands.y.data)
+    if operands.bias is not None:
+        _add_bias(block, sums, operands.bias)
+    count = tiles.column_fragments
+    if operands.residual is not None:
+        residual = T.decl_buffer((size,), "float32", data=operands.residual.data)
+        loaded = T.alloc_local((2 * count,), "float32")
+    for fragment in range(tiles.row_fragments):
+        for half in range(2):
+            row = block.first_row + block.warp_row + fragment * 16 + half * 8 + block.lane // 4
+            with ptx.when(row < block.rows):
+                columns = [block.first_column + _column(block, i) for i in range(count)]
+                firsts = [ptx.int64(row) * n + ptx.int64(column) for column in columns]
+                values = [[sums[(fragment * count + i) * 4 + half * 2 + j] for j in range(2)] for i in range(count)]
+                if operands.residual is not None:
+                    # All loads of a row before its stores, which the compiler may not move them past.
+                    for i in range(count):
+                        _load_pair(block, [loaded[2 * i], loaded[2 * i + 1]], residual, firsts[i], columns[i])
+                    for i in range(count):
+                        for j in range(2):
+                            ptx.assign(values[i][j], values[i][j] + loaded[2 * i + j])
+                for i in range(count):
+                    if n % 2 == 0:
+                        with ptx.when(columns[i] < n if block.column_bound else None):
+                            ptx.store_global(y.ptr_to([firsts[i]]), values[i])
+                        continue
+                    for j in range(2):
+                        with ptx.when(columns[i] + j < n):
+                            T.buffer_store(y, values[i][j], [firsts[i] + T.int64(j)])
+
+
+def _activate(name: str, x: tirx.Expr) -> None:
+    """Replaces x by activation(x).
+
+    Where `EXPRESSIONS` has 1 / (1 + e**-v) as a polynomial and a division, this takes the two special functions of the
+    hardware, with relative errors of 2**-22: sixty such values are what a lane has to do after a product of 768 steps.
+    """
+    if name not in ("gelu_new", "silu"):
+        ptx.assign(x, EXPRESSIONS[name](x))
+        return
+    power = T.alloc_local((1,), "float32")[0]
+    argument = x * T.float32(-log2(e))
+    if name == "gelu_new":
+        # 0.5 x (1 + tanh(u)) = x / (1 + e**(-2 u))
+        factor = -2.0 * sqrt(2.0 / pi) * log2(e)
+        argument = x * (T.float32(factor) + T.float32(factor * 0.044715) * x * x)
+    ptx.exp2(power, argument)
+    ptx.reciprocal(power, power + T.float32(1))
+    ptx.assign(x, x * power)
+
+
+def _stage(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
+    """Writes the finished tile as `dtype` to shared memory, rows of `staging_row_bytes`."""
+    kernel, tiles = block.kernel, block.tiles
+    assert operands.bias is not None
+    _add_bias(block, sums, operands.bias)
+    packed = T.alloc_local((1,), "uint32")[0]
+    row_bytes = tiles.staging_row_bytes
+    first = (block.warp_row + block.lane // 4) * row_bytes + (block.warp_column + block.lane % 4 * 2) * 2
+    address = ptx.variable("uint32", block.shared + ptx.uint32(first))
+    for row in range(tiles.row_fragments):
+        for column in range(tiles.column_fragments):
+            for half in range(2):
+                values = [sums[(row * tiles.column_fragments + column) * 4 + half * 2 + j] for j in range(2)]
+                if isinstance(kernel, Linear) and kernel.activation:
+                    for value in values:
+                        _activate(kernel.activation, value)
+                ptx.pack(packed, values[0], values[1], kernel.dtype)
+                offset = T.uint32((row * 16 + half * 8) * row_bytes + column * 16)
+                ptx.store_shared(address + offset, [packed])
+
+
+def _store_staged(block: Block, operands: Operands) -> None:
+    """Copies the tile from shared memory to y, or to q and the KV cache."""
+    kernel, tiles, n = block.kernel, block.tiles, block.kernel.out_features
+    # As many columns a lane as stay in one row, and in one head: 16 bytes but for odd sizes.
+    width = gcd(n // 3 // kernel.heads if isinstance(kernel, QKVLinear) else n, 8)
+    chunks, buffer = tiles.columns // width, T.alloc_local((width // 2,), "uint32")
+    registers = [buffer[i] for i in range(width // 2)]
+    y = T.decl_buffer((_size(operands.y),), kernel.dtype, data=operands.y.data)
+    for start in range(0, tiles.rows * chunks, tiles.threads):
+        index = block.thread + start
+        tile_row, tile_column = index // chunks, index % chunks * width
+        row, column = block.first_row + tile_row, block.first_column + tile_column
+        valid = [row < block.rows] + ([] if block.column_bound is None else [column < n])
+        valid += [index < tiles.rows * chunks] if start + tiles.threads > tiles.rows * chunks else []
+        with ptx.when(tirx.all(*valid)):
+            ptx.load_shared(registers, block.shared + ptx.uint32(tile_row * tiles.staging_row_bytes + tile_column * 2))
+            if isinstance(kernel, QKVLinear):
+                _store_qkv(block, operands, y, row, column, registers)
+            else:
+                ptx.store_global(y.ptr_to([ptx.int64(row) * n + ptx.int64(column)]), registers)
+
+
+def _store_qkv(
+    block: Block,
+    operands: Operands,
+    q: tirx.Buffer,
+    row: tirx.Expr,
+    column: tirx.Expr,
+    registers: list[tirx.Expr],
+) -> None:
+    """Stores neighbouring columns of one head of q, or of a key or a value into the cache."""
+    kernel = block.kernel
+    assert isinstance(kernel, QKVLinear) and operands.slots is not None and operands.positions is not None
+    assert operands.cache is not None
+    width, context = kernel.out_features // 3, kernel.context
+    head_dim, rows = width // kernel.heads, kernel.rows
+    cache = T.decl_buffer((_size(operands.cache),), kernel.dtype, data=operands.cache.data)
+    with T.If(column < width):
+        with T.Then():
+            ptx.store_global(q.ptr_to([ptx.int64(row) * width + ptx.int64(column)]), registers)
+        with T.Else():
+            slot = operands.slots[row // rows, row % rows]
+            position = operands.positions[row // rows, row % rows]
+            with ptx.when(position >= 0):
+                # Keys and values of a slot are (2 H, P, D), and columns from `width` on are (2 H, D).
+                head, place = column // head_dim - kernel.heads, column % head_dim
+                line = (ptx.int64(slot) * (2 * kernel.heads) + ptx.int64(head)) * context + ptx.int64(position)
+                ptx.store_global(cache.ptr_to([line * head_dim + ptx.int64(place)]), registers)
+
+
+def _size(buffer: tirx.Buffer) -> tirx.Expr:
+    """The number of elements, int64."""
+    size = T.int64(1)
+    for extent in buffer.shape:
+        size = size * ptx.int64(extent)
+    return size
