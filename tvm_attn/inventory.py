@@ -9,6 +9,7 @@ from typing import Any
 
 from tvm_attn import targets
 from tvm_attn.errors import DeviceError
+from tvm_attn.runtime import cuda
 from tvm_attn.runtime.device import obstacle as device_obstacle
 from tvm_attn.runtime.machine import cpu_features, usable_cores
 
@@ -111,24 +112,21 @@ def _processor() -> Device:
 
 def _cuda_devices() -> list[Device]:
     import tvm
-    import tvm_ffi
 
-    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
-        raise DeviceError("this TVM has no CUDA runtime")
+    if reason := cuda.obstacle(0):
+        raise DeviceError(reason)
     found: list[Device] = []
     while (device := tvm.runtime.device("cuda", len(found))).exist:
         limits = {
+            "compute_capability": str(device.compute_version),
             "max_threads_per_block": device.max_threads_per_block,
-            "max_shared_memory_bytes": device.max_shared_memory_per_block,
+            "max_shared_memory_bytes": cuda.shared_memory(len(found)) or device.max_shared_memory_per_block,
             "warp_size": device.warp_size,
             "multiprocessors": device.multi_processor_count,
             "l2_bytes": device.l2_cache_size_bytes,
             "memory_bytes": device.total_global_memory,
         }
-        features = (f"compute capability {device.compute_version}",)
-        found.append(Device(f"cuda:{len(found)}", device.device_name, None, features, limits))
-    if not found:
-        raise DeviceError("no CUDA device: install NVIDIA's driver where there is an NVIDIA GPU")
+        found.append(Device(f"cuda:{len(found)}", device.device_name, cuda.driver_version(), (), limits))
     return found
 
 
@@ -187,7 +185,10 @@ def _gpu_lacks(target: targets.GpuTarget, device: Device) -> Iterator[str]:
     shared = device.limits["max_shared_memory_bytes"]
     if shared < target.shared_bytes:
         yield f"{target.shared_bytes} bytes of shared memory (has {shared})"
-    if device.kind != "vulkan":
+    if isinstance(target, targets.CudaTarget):
+        version = device.limits["compute_capability"]
+        if cuda.code_rank(target.architectures, target.ptx, cuda.parse_capability(version)) is None:
+            yield f"what runs {', '.join(target.architectures)} (has compute capability {version})"
         return
     smallest, largest = (device.limits[f"{end}_subgroup_size"] for end in ("min", "max"))
     if target.subgroup is not None and not smallest <= target.subgroup <= largest:

@@ -44,8 +44,7 @@ class Driver:
         try:
             self._library = _open(DRIVER)
         except OSError as error:
-            message = f"no NVIDIA driver: {DRIVER} is missing; install it where there is an NVIDIA GPU"
-            raise DeviceError(message) from error
+            raise DeviceError(f"no NVIDIA driver ({DRIVER} is missing): install it") from error
 
     def version(self) -> int:
         """The CUDA version that the driver is for, as `MINIMUM_VERSION`; 0 where it does not tell."""
@@ -93,9 +92,8 @@ def load_runtime() -> None:
         DeviceError: the driver, libcudart or TVM's CUDA runtime is missing, or the driver is too old.
     """
     import tvm
-    import tvm_ffi
 
-    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None:
+    if _is_loaded():
         return
     library = Path(tvm.libinfo.find_libtvm_runtime()).with_name("libtvm_runtime_cuda.so")
     if not library.is_file():
@@ -107,6 +105,12 @@ def load_runtime() -> None:
         _open(str(library))  # registers its functions while it is loaded
     except OSError as error:
         raise DeviceError(f"TVM's CUDA runtime cannot be loaded: {error}") from error
+
+
+def _is_loaded() -> bool:
+    import tvm_ffi
+
+    return tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None
 
 
 def _too_old(version: int) -> str | None:
@@ -140,11 +144,9 @@ def _cudart_files() -> Iterator[Path]:
 
 def obstacle(index: int) -> str | None:
     """Why `cuda:index` cannot be used, in words; None where it can."""
-    import tvm
-
     try:
         load_runtime()
-        if tvm.runtime.device("cuda", index).exist:
+        if _exists(index):
             return None
         driver = Driver()
         count = driver.count()
@@ -156,6 +158,12 @@ def obstacle(index: int) -> str | None:
         there = "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
         return f"there is no device cuda:{index}, but {there}{_hidden()}"
     return _too_old(driver.version()) or "CUDA's runtime does not see it, though the driver does"
+
+
+def _exists(index: int) -> bool:
+    import tvm
+
+    return bool(tvm.runtime.device("cuda", index).exist)
 
 
 def _hidden() -> str:
@@ -184,7 +192,12 @@ def capability(index: int) -> Capability:
     """Compute capability of `cuda:index`, which must exist."""
     import tvm
 
-    major, minor = str(tvm.runtime.device("cuda", index).compute_version).split(".")
+    return parse_capability(str(tvm.runtime.device("cuda", index).compute_version))
+
+
+def parse_capability(version: str) -> Capability:
+    """(9, 0) of "9.0"."""
+    major, minor = version.split(".")
     return int(major), int(minor)
 
 
