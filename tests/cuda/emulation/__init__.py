@@ -25,6 +25,10 @@ import numpy as np
 import tvm
 from tvm import tirx
 
+from tvm_attn.compiler import cuda_module
+from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.targets import read
+
 from .build import compile_kernels, folder, runtime
 from .translate import EmulationError
 
@@ -87,12 +91,13 @@ def _type(dtype: np.dtype) -> str:
 @functools.cache
 def _compile(function: str) -> tuple[Path, str]:
     """A function, as JSON, to a library with its host code and its CUDA source."""
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_80", "host": "llvm"})
+    cuda_module.register_pipeline()
     module = tvm.IRModule({"main": tvm.ir.load_json(function)})
-    executable = tvm.compile(module, target=target, tir_pipeline="tirx").mod
+    with cuda_module.without_runtime():
+        built = tirx.build(module, target=tvm_target(read("cuda-sm80")), pipeline=cuda_module.PIPELINE)
     path = folder() / f"host_{hashlib.sha256(function.encode()).hexdigest()[:16]}.so"
-    executable.export_library(str(path))
-    return path, executable.imports[0].inspect_source()
+    tvm.runtime.Executable(built).export_library(str(path))
+    return path, cuda_module.device_source(built)
 
 
 def _message(report: str) -> str:

@@ -75,7 +75,7 @@ def runtime() -> Path:
         *_RUNTIME_FLAGS,
         *(flag for package in packages for flag in ("-isystem", f"{package}/include")),
     ]
-    parts: list[Path] = [_HERE / name for name in ("scheduler.cc", "matrix.cc", "device_api.cc", "runner.cc")]
+    parts: list[Path] = [_HERE / name for name in ("scheduler.cc", "matrix.cc", "device.cc", "module.cc", "runner.cc")]
     headers = (INCLUDE / "cuda_emulation.h", "-o", made / "checked" / "cuda_emulation.h.gch")
     _run(
         *([*compiler, "-c", part, "-o", made / part.with_suffix(".o").name] for part in parts),
