@@ -1,0 +1,424 @@
+"""Linear layers of one group of at most 8 rows, at the speed of memory.
+
+Tensor cores also multiply one row: the weight is the left operand of `mma.sync` (16 outputs by 16 inputs) and the rows
+are its 8 columns, repeated where there are fewer. Seven of eight products are then wasted, but an instruction takes 256
+weights instead of 32, and what it multiplies needs no conversion to float32. Weights flow from global memory through a
+ring of stages that belongs to one warp (`cp.async`, `ldmatrix`), so the loop has no barrier; a stage has 64 bytes, or a
+multiple, of each of the warp's outputs. Warps of a block lie side by side (`columns`) and share K (`splits`); what
+those computed is added in shared memory.
+
+Before the loop, every block puts x into shared memory in the order in which lanes take it as right operand: 64 bytes for
+32 inputs of a row, 16 of them for each of four lanes. LayerNorm happens there, its rows in registers. The weights of
+the first stages are on their way meanwhile.
+
+Quantized weights are not converted, but masked out of their words. A number u of 4 or 8 bits in a 16-bit lane is the
+float16 u * 2**-24 (a denormal, which `mma.sync` multiplies exactly), or with the exponent of 128 the bfloat16 128 + u,
+where u has 4 bits. The sum over a group of 32 inputs starts at minus the constant that this adds, times the sum of the
+group's x; then the group's scale is applied, in float32. So nothing is rounded but the sums.
+
+Instructions of a lane for each weight, with 8 rows, and their share of the 128 that a multiprocessor issues per clock
+for its lanes where it takes 4.3 TB/s / 132 / 1.75 GHz = 18.6 bytes of weights:
+
+| weights | cp.async, ldmatrix, x | unpack | mma | scale | per weight | share of 128 |
+|---|---|---|---|---|---|---|
+| 16 bits | 5 / 16 | 0 | 2 / 16 | 0 | 0.5 | 4 % |
+| int8, float16 | 3 / 16 | 6 / 8 | 1 / 8 | 9 / 16 | 1.6 | 24 % |
+| int4 | 2.5 / 16 | 7 / 8 | 1 / 8 | 9 / 16 | 1.7 | 50 % |
+| int8, bfloat16 | 3 / 16 | 14 / 8 | 1 / 4 | 9 / 16 | 2.8 | 40 % |
+
+Scalar arithmetic would take 3 for each weight of 4 bits (shift and mask, conversion, multiplication) and row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from tvm_attn.kernels.activation import EXPRESSIONS
+from tvm_attn.kernels.base import without_unused
+from tvm_attn.kernels.cuda.gemv_operands import (
+    GROUP_BYTES,
+    Rows,
+    multiply_group,
+    multiply_quantized_group,
+    registers,
+    weight_format,
+)
+from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
+from tvm_attn.kernels.cuda.ptx import (
+    cp_async,
+    cp_async_commit,
+    cp_async_wait,
+    ldmatrix,
+    load_shared,
+    shared_address,
+    uint32,
+)
+from tvm_attn.storage import GROUP
+
+Kernel = Linear | ResidualLinear | QKVLinear | Head
+
+ROWS = 8
+"""The most rows of a group: the columns of `mma.sync`."""
+
+_UNIT = 16
+"""Bytes of one copy, and of a row of a matrix of `ldmatrix`."""
+
+_STEP_UNITS = 4
+"""Units of an output in one step of the loop, 64 bytes."""
+
+
+@dataclass(frozen=True)
+class GemvTiles:
+    """The sizes of `gemv`.
+
+    Attributes:
+        outputs: outputs of a warp, 8 or 16.
+        columns: warps of a block side by side in N.
+        splits: warps of a block that share K.
+        steps: of 64 bytes of each output, in a stage.
+        stages: stages of a warp in shared memory, at least 2; all but one are on their way.
+        repeats: tiles that a block takes one after another.
+        parts: parts of K whose x is in shared memory at a time; 1 with LayerNorm.
+    """
+
+    outputs: int = 16
+    columns: int = 1
+    splits: int = 8
+    steps: int = 1
+    stages: int = 4
+    repeats: int = 1
+    parts: int = 1
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.columns * self.splits
+
+    @property
+    def block_outputs(self) -> int:
+        """Outputs of a block."""
+        return self.outputs * self.columns * self.repeats
+
+    def shared_bytes(self, kernel: Kernel) -> int:
+        """Shared memory of a block."""
+        return sum(_Plan.of(kernel, self).shared)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes that follow from a kernel and its tiles.
+
+    Attributes:
+        units: units of 16 bytes of an output.
+        stage_units: those in a stage.
+        k_stages: stages of an output, of all warps.
+        iterations: stages of a warp.
+        part_groups: groups of 32 inputs whose x is in shared memory at a time.
+        pitch: units from one unit of an output to the next, in a stage.
+        stage: bytes of a stage.
+        x_row: bytes of a row of x.
+        sum_row: float32 numbers of a row in the sums of a warp.
+        shared: bytes of the parts of shared memory: stages, x, sums of warps, constants of groups, scales, and gamma
+            with beta.
+    """
+
+    units: int
+    stage_units: int
+    k_stages: int
+    iterations: int
+    part_groups: int
+    pitch: int
+    stage: int
+    x_row: int
+    sum_row: int
+    shared: tuple[int, int, int, int, int, int]
+
+    @staticmethod
+    def of(kernel: Kernel, tiles: GemvTiles) -> _Plan:
+        """The sizes of a kernel with tiles."""
+        k, rows, quantized = kernel.in_features, kernel.rows, kernel.weights != kernel.dtype
+        per_unit = weight_format(kernel.weights, kernel.dtype).per_unit
+        units, stage_units = k // per_unit, _STEP_UNITS * tiles.steps
+        k_stages = -(-units // stage_units)
+        iterations = -(-k_stages // tiles.splits)
+        part_stages = min(k_stages, -(-iterations // tiles.parts) * tiles.splits)
+        part_groups = part_stages * stage_units * per_unit // GROUP
+        # Eight units that are copied together (of one or two outputs), or read together (of eight outputs), and the
+        # four pairs of two rows of x, lie in different banks.
+        pitch = tiles.outputs + (2 if stage_units == _STEP_UNITS else 1)
+        x_row = (part_groups + (1 - part_groups % 2 if rows > 1 else 0)) * GROUP_BYTES
+        # So do the numbers that a warp writes of four rows and eight outputs.
+        sum_row = tiles.outputs + 4
+        shared = (
+            tiles.warps * tiles.stages * stage_units * pitch * _UNIT,
+            rows * x_row,
+            min(tiles.repeats, 2) * tiles.warps * rows * sum_row * 4,
+            part_groups * GROUP_BYTES if quantized else 0,
+            tiles.block_outputs * (k // GROUP) * 2 if quantized else 0,
+            2 * k * 4 if kernel.epsilon is not None else 0,
+        )
+        stage = stage_units * pitch * _UNIT
+        return _Plan(units, stage_units, k_stages, iterations, part_groups, pitch, stage, x_row, sum_row, shared)
+
+
+def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
+    """The function of a linear layer whose `groups` is 1, of at most 8 rows."""
+    k, n, rows, dtype, epsilon = kernel.in_features, kernel.out_features, kernel.rows, kernel.dtype, kernel.epsilon
+    normalized, quantized, has_bias = epsilon is not None, kernel.weights != dtype, kernel.has_bias
+    has_residual, is_qkv = isinstance(kernel, ResidualLinear), isinstance(kernel, QKVLinear)
+    columns, splits, stages, repeats, parts = tiles.columns, tiles.splits, tiles.stages, tiles.repeats, tiles.parts
+    outputs, warps, threads, steps = tiles.outputs, tiles.warps, 32 * tiles.warps, tiles.steps
+    tile_outputs, block_outputs, halves = outputs * columns, tiles.block_outputs, outputs // 8
+    plan, form, weight_types = _Plan.of(kernel, tiles), weight_format(kernel.weights, dtype), kernel.weight_types
+    iterations, k_stages, stage_units = plan.iterations, plan.k_stages, plan.stage_units
+    part_iterations, unit_elements = -(-iterations // parts), 4 if quantized else 8
+    step_groups, groups = _STEP_UNITS * form.per_unit // GROUP, k // GROUP
+    results, work = tile_outputs * rows, repeats * iterations
+    per_thread, copies = -(-results // threads), outputs * stage_units // 32
+    scale_bytes, block_scale_bytes = n * groups * 2, block_outputs * groups * 2
+    heads, context = (kernel.heads, kernel.context) if isinstance(kernel, QKVLinear) else (1, 1)
+    width = n // 3 if is_qkv else n
+    head_dim = width // heads
+    activation = EXPRESSIONS.get(kernel.activation or "") if isinstance(kernel, Linear) else None
+    out_type = "float32" if isinstance(kernel, ResidualLinear | Head) else dtype
+    ring_bytes, x_bytes, sum_bytes, constant_bytes, shared_scale_bytes, norm_bytes = plan.shared
+
+    def norm_ready() -> None:
+        """Gamma and beta, of all threads, are in shared memory."""
+        cp_async_wait(stages - 1)
+        T.evaluate(T.cuda.cta_sync())
+
+    @T.prim_func
+    def gemv(
+        x_handle: T.handle,
+        gamma_handle: T.handle,
+        beta_handle: T.handle,
+        weight_handle: T.handle,
+        scales_handle: T.handle,
+        bias_handle: T.handle,
+        residual_handle: T.handle,
+        slots_handle: T.handle,
+        positions_handle: T.handle,
+        cache_handle: T.handle,
+        out_handle: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        x = T.match_buffer(x_handle, (1, rows, k), "float32" if normalized else dtype)
+        if normalized:
+            gamma = T.match_buffer(gamma_handle, (k,), "float32")
+            beta = T.match_buffer(beta_handle, (k,), "float32")
+        weight = T.match_buffer(weight_handle, weight_types[0][0], weight_types[0][1])
+        if quantized:
+            scales = T.match_buffer(scales_handle, weight_types[1][0], weight_types[1][1])
+            all_scales = T.decl_buffer((n * groups,), "float16", data=scales.data)
+        if has_bias:
+            bias = T.match_buffer(bias_handle, (n,), "float32")
+        if has_residual:
+            residual = T.match_buffer(residual_handle, (1, rows, n), "float32")
+        if is_qkv:
+            cache_slots = T.int32()
+            slots = T.match_buffer(slots_handle, (1, rows), "int32")
+            positions = T.match_buffer(positions_handle, (1, rows), "int32")
+            cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
+        out = T.match_buffer(out_handle, (1, rows, width), out_type)
+        T.device_entry()
+        block = T.cta_id([-(-n // block_outputs)])
+        warp = T.warp_id([warps])
+        lane = T.lane_id([32])
+        thread = T.thread_id([threads])
+        pool = T.SMEMPool()
+        ring = pool.alloc((ring_bytes // 4,), "uint32", align=128)
+        rows_x = pool.alloc((x_bytes // 4,), "uint32", align=16)
+        sums = pool.alloc((sum_bytes // 4,), "float32", align=16)
+        if quantized:
+            constants = pool.alloc((constant_bytes // 4,), "float32", align=16)
+            block_scales = pool.alloc((shared_scale_bytes // 2,), "float16", align=16)
+        if normalized:
+            norm = pool.alloc((norm_bytes // 4,), "float32", align=16)
+        pool.commit()
+        words = T.alloc_local((4, halves), "uint32")
+        left = T.alloc_local((4,), "uint32")
+        right = T.alloc_local((4,), "uint32")
+        total = T.alloc_local((4,), "float32")
+        partial = T.alloc_local((4,), "float32")
+        value = T.alloc_local((1,), "float32")
+        bias_value = T.alloc_local((per_thread,), "float32")
+        residual_value = T.alloc_local((per_thread,), "float32")
+        place = T.alloc_local((per_thread, 2), "int32")
+
+        column: T.let[T.int32] = warp // splits
+        split: T.let[T.int32] = warp % splits
+        first_output: T.let[T.int32] = block * block_outputs
+        warp_ring: T.let[T.uint32] = shared_address(ring) + uint32(warp * (stages * plan.stage))
+        x_base: T.let[T.uint32] = shared_address(rows_x)
+        # Where this lane reads: a row of a matrix, and its inputs of a row of x, the last row again past the rows.
+        matrix: T.let[T.uint32] = warp_ring + uint32((lane // outputs * plan.pitch + lane % outputs) * _UNIT)
+        x_lane: T.let[T.uint32] = x_base + uint32(T.min(lane // 4, rows - 1) * plan.x_row + lane % 4 * _UNIT)
+        if quantized:
+            constants_lane: T.let[T.uint32] = shared_address(constants) + uint32(lane % 4 * _UNIT)
+        source = T.meta_var(Rows(x_base, plan.x_row, rows, k, plan.part_groups, dtype, quantized, threads))
+
+        @T.inline
+        def load(q):
+            """Starts the copies of this warp's stage q; what lies past N or K becomes zeros."""
+            k_stage: T.let[T.int32] = q % iterations * splits + split
+            first: T.let[T.int32] = first_output + q // iterations * tile_outputs + column * outputs
+            stage: T.let[T.uint32] = warp_ring + uint32(q % stages * plan.stage)
+            for i in T.unroll(copies):
+                unit: T.let[T.int32] = (i * 32 + lane) % stage_units
+                row: T.let[T.int32] = (i * 32 + lane) // stage_units
+                k_unit: T.let[T.int32] = k_stage * stage_units + unit
+                cp_async(
+                    stage + uint32((unit * plan.pitch + row) * _UNIT),
+                    weight.ptr_to([first + row, k_unit * unit_elements, 0]),
+                    valid=tirx.all(first + row < n, k_unit < plan.units),
+                )
+
+        @T.inline
+        def prepare(part):
+            """Puts x of a part of K into shared memory, and the constants of its groups."""
+            if normalized:
+                source.normalize(x, norm, epsilon, warp, lane, norm_ready)
+            else:
+                source.load(x, thread, part * plan.part_groups)
+                cp_async_wait(stages - 1)
+            T.cuda.cta_sync()
+            if quantized:
+                source.constants(constants, form, thread)
+                T.cuda.cta_sync()
+
+        @T.inline
+        def multiply(k_stage, part_stage, q, tile):
+            """Adds the products of one stage to `total`; `k_stage` is its place in K, `part_stage` that in its part."""
+            stage: T.let[T.uint32] = uint32(q % stages * plan.stage)
+            for step in T.unroll(steps):
+                for i in T.unroll(halves):
+                    matrices = T.meta_var([words[i * 4 // halves + j // halves, j % halves] for j in range(4)])
+                    unit: T.let[T.int32] = step * _STEP_UNITS + i * (_STEP_UNITS // halves)
+                    ldmatrix(matrices, matrix + stage + uint32(unit * (plan.pitch * _UNIT)))
+                for i in T.unroll(step_groups):
+                    group: T.let[T.int32] = part_stage * (steps * step_groups) + step * step_groups + i
+                    units = T.meta_var(
+                        [[words[i * (4 // step_groups) + j, half] for half in range(halves)] for j in range(4 // step_groups)]
+                    )
+                    load_shared(registers(right), x_lane + uint32(group * GROUP_BYTES))
+                    if quantized:
+                        load_shared(registers(partial), constants_lane + uint32(group * GROUP_BYTES))
+                        multiply_quantized_group(partial, units, left, right, form, dtype)
+                        scale_group: T.let[T.int32] = T.min(
+                            k_stage * (steps * step_groups) + step * step_groups + i, groups - 1
+                        )
+                        for half in T.unroll(halves):
+                            value[0] = T.Cast(
+                                "float32",
+                                block_scales[(tile + column * outputs + half * 8 + lane // 4) * groups + scale_group],
+                            )
+                            for j in T.unroll(min(rows, 2)):
+                                total[2 * half + j] = total[2 * half + j] + value[0] * partial[2 * half + j]
+                    else:
+                        multiply_group(total, units, right, dtype)
+
+        # What no earlier kernel writes comes first: gamma and beta, the block's scales (which lie side by side, a
+        # multiple of 16 bytes from the first), the first stages.
+        if normalized:
+            for i in T.unroll(-(-k // (4 * threads))):
+                at: T.let[T.int32] = (i * threads + thread) * 4
+                if at < k:
+                    cp_async(shared_address(norm) + uint32(at * 4), gamma.ptr_to([at]))
+                    cp_async(shared_address(norm) + uint32((k + at) * 4), beta.ptr_to([at]))
+        if quantized:
+            for i in range(-(-block_scale_bytes // (_UNIT * threads))):
+                at: T.let[T.int32] = (i * threads + thread) * _UNIT
+                if at < block_scale_bytes:
+                    first: T.let[T.int32] = block * block_scale_bytes + at
+                    T.ptx["cp.async.cg.shared.global"](
+                        shared_address(block_scales) + uint32(at),
+                        all_scales.ptr_to([first // 2]),
+                        _UNIT,
+                        uint32(T.max(T.min(scale_bytes - first, _UNIT), 0)),
+                    )
+        cp_async_commit()
+        for q in T.unroll(stages - 1):
+            if q < work:
+                load(q)
+            cp_async_commit()
+        if parts == 1:
+            prepare(0)
+
+        for repeat in range(repeats):
+            tile: T.let[T.int32] = repeat * tile_outputs
+            # What is added at the end is on its way during the loop.
+            for i in T.unroll(per_thread):
+                result: T.let[T.int32] = i * threads + thread
+                row: T.let[T.int32] = result // outputs % rows
+                output: T.let[T.int32] = first_output + tile + result // (outputs * rows) * outputs + result % outputs
+                if result < results and output < n:
+                    if has_bias:
+                        bias_value[i] = bias[output]
+                    if has_residual:
+                        residual_value[i] = residual[0, row, output]
+                    if is_qkv:
+                        place[i, 0] = slots[0, row]
+                        place[i, 1] = positions[0, row]
+            for i in T.unroll(4):
+                total[i] = T.float32(0.0)
+            for part in range(parts):
+                if parts > 1:
+                    T.cuda.cta_sync()
+                    prepare(part)
+                for i in range(T.min(part_iterations, iterations - part * part_iterations)):
+                    iteration: T.let[T.int32] = part * part_iterations + i
+                    q: T.let[T.int32] = repeat * iterations + iteration
+                    cp_async_wait(stages - 2)
+                    T.cuda.warp_sync()
+                    # The stage that this fills was read before all lanes met.
+                    if q + (stages - 1) < work:
+                        load(q + (stages - 1))
+                    cp_async_commit()
+                    k_stage: T.let[T.int32] = iteration * splits + split
+                    if k_stage < k_stages:
+                        multiply(k_stage, i * splits + split, q, tile)
+
+            warp_sums: T.let[T.int32] = (repeat % 2 * warps + warp) * rows * plan.sum_row
+            for i in T.unroll(halves):
+                for j in T.unroll(min(rows, 2)):
+                    if lane % 4 * 2 + j < rows:
+                        sums[warp_sums + (lane % 4 * 2 + j) * plan.sum_row + i * 8 + lane // 4] = total[2 * i + j]
+            T.cuda.cta_sync()
+            for i in T.unroll(per_thread):
+                result: T.let[T.int32] = i * threads + thread
+                row: T.let[T.int32] = result // outputs % rows
+                first: T.let[T.int32] = repeat % 2 * warps + result // (outputs * rows) * splits
+                output: T.let[T.int32] = first_output + tile + result // (outputs * rows) * outputs + result % outputs
+                if result < results and output < n:
+                    value[0] = T.float32(0.0)
+                    for j in T.unroll(splits):
+                        value[0] = value[0] + sums[((first + j) * rows + row) * plan.sum_row + result % outputs]
+                    if quantized:
+                        value[0] = value[0] * T.float32(1.0 / form.unit)
+                    if has_bias:
+                        value[0] = value[0] + bias_value[i]
+                    if has_residual:
+                        value[0] = value[0] + residual_value[i]
+                    if activation is not None:
+                        value[0] = activation(value[0])
+                    if is_qkv:
+                        if output < width:
+                            out[0, row, output] = T.Cast(dtype, value[0])
+                        else:
+                            if place[i, 1] >= 0:
+                                feature: T.let[T.int32] = output % width
+                                cache[
+                                    place[i, 0],
+                                    output // width - 1,
+                                    feature // head_dim,
+                                    place[i, 1],
+                                    feature % head_dim,
+                                ] = T.Cast(dtype, value[0])
+                    else:
+                        out[0, row, output] = T.Cast(out_type, value[0])
+
+    return without_unused(gemv)
