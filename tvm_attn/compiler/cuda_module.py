@@ -28,6 +28,7 @@ _FALLBACK = "TVM_COMPILE_FORCE_FALLBACK"
 
 def register_pipeline() -> None:
     """Makes the passes known to TVM: `tvm.compile(..., tir_pipeline=PIPELINE)`."""
+    tvm_ffi.register_error("CompileError", CompileError)  # passes raise it through TVM's C++
     compilation_pipeline.register_tir_pipeline(PIPELINE, _pipeline)
 
 
