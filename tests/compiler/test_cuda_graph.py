@@ -57,7 +57,7 @@ def _next(x: T.handle, token_ids: T.handle):
 
 
 def program(captured: bool = True, upper_bound: bool = True, groups: int | None = None) -> tvm.IRModule:
-    """step(token_ids (g, R), caches, params) -> (g, R, 3), which changes token_ids and caches, and `plain`, the same one
+    """step(token_ids (g, R), caches, params) -> (g, R, 3), which changes token_ids and caches, and `plain`: the same
     without a graph."""
     builder = relax.BlockBuilder()
     kernels = {
