@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         metavar="NAMES",
         help="torch, onnxruntime, openvino, ctranslate2, llamacpp, separated by commas, each NAME or NAME:PRECISION "
-        "(default: the artifact's dtype); those that are not installed are named and left out",
+        "(default: the artifact's dtype); on CUDA torch, torch-flash, torch-cudnn, torch-graph, torch-compile, "
+        "transformers; those that are not installed are named and left out",
     )
     parser.add_argument(
         "--prefill", type=_numbers, metavar="T,...", help="prompt lengths; default: 1,16,128,512,1023 where they fit"
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kernels", action="store_true", help="time single kernels at the longest prompt and contexts, too"
     )
     parser.add_argument(
-        "--device", default="cpu", help="cpu or vulkan:0, whose limits are not measured; default: %(default)s"
+        "--device", default="cpu", help="cpu, cuda:0, or vulkan:0, whose limits are not measured; default: %(default)s"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of every system; default: all cores")
     parser.add_argument(

@@ -17,10 +17,6 @@ from tvm.runtime.vm import VirtualMachine
 from tvm_attn import targets
 from tvm_attn.benchmark.counts import Storage, Work, kernel_work
 from tvm_attn.benchmark.system import MAX_CALLS, MIN_CALLS
-from tvm_attn.compiler.build import layout_for
-from tvm_attn.compiler.pipeline import compile_program
-from tvm_attn.kernels.base import shape_of
-from tvm_attn.model.gpt2 import build_program
 from tvm_attn.runtime.artifact import Artifact, Library
 
 
@@ -65,6 +61,12 @@ class SingleKernels:
     """
 
     def __init__(self, artifact: Artifact, library: Library, storage: Storage) -> None:
+        # Nothing else here needs the compiler.
+        from tvm_attn.compiler.build import layout_for
+        from tvm_attn.compiler.pipeline import compile_program
+        from tvm_attn.kernels.base import shape_of
+        from tvm_attn.model.gpt2 import build_program
+
         target = targets.read(library.target)
         layout = replace(layout_for(artifact.config, target, artifact.dtype, artifact.quantization), fuse_layers=False)
         program = build_program(artifact.config, layout, library.max_prefill_rows, library.max_batch)

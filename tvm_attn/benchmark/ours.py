@@ -16,8 +16,9 @@ from tvm_attn.benchmark.kernels import KernelTime, SingleKernels
 from tvm_attn.benchmark.system import CachedSystem, Case, Float32Array, Int32Array, prompts
 from tvm_attn.errors import ArtifactError
 from tvm_attn.runtime.artifact import Artifact
-from tvm_attn.runtime.engine import DeviceLogits
+from tvm_attn.runtime.logits import DeviceLogits
 
+_HEADS = ("head", "cuda_head")
 _SETTLED = 0.1
 """Share of one core below which the thread pool counts as asleep."""
 
@@ -48,6 +49,7 @@ class CompiledSystem(CachedSystem):
         self.vocabulary = self.config.vocab_size
         kernels = _manifest_kernels(self.artifact, self.library.file)
         self.storage = Storage(_weight_format(kernels, self.precision), self.artifact.dtype)
+        self.max_batch = max_batch
         # Valid positions of each slot, so that one long prompt serves every shorter context.
         self._filled = [0] * max_batch
 
@@ -122,5 +124,5 @@ def _manifest_kernels(artifact: Artifact, file: str) -> dict[str, dict[str, Any]
 
 def _weight_format(kernels: Mapping[str, Mapping[str, Any]], precision: str) -> str:
     """The format that the head takes its weight in."""
-    formats = [kernel.get("weights", precision) for kernel in kernels.values() if kernel["family"] == "head"]
+    formats = [kernel.get("weights", precision) for kernel in kernels.values() if kernel["family"] in _HEADS]
     return str(formats[0]) if formats else precision

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tvm_attn.benchmark.limits import Limits
 from tvm_attn.benchmark.report import write_file
 from tvm_attn.benchmark.session import OURS, Benchmark
 from tvm_attn.benchmark.system import Case
@@ -88,7 +89,7 @@ def _tick(case: Case) -> str:
 def _roofline(axes: Axes, benchmark: Benchmark) -> None:
     """GFLOP/s over operations a byte, under what memory and arithmetic allow (Williams et al., 2009)."""
     limits, entries = benchmark.limits, benchmark.measurements
-    assert limits is not None, "the command refuses a plot without limits"
+    assert isinstance(limits, Limits), "the command refuses a plot without the processor's limits"
     compute = limits.compute(benchmark.arithmetic)
     intensities = [entry.work.flops / entry.work.bytes for entry in entries]
     edge = compute / limits.read_gbytes

@@ -12,14 +12,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tvm_attn.benchmark.counts import Work
+from tvm_attn.benchmark.limits import Limits
 from tvm_attn.targets import CpuTarget
 
 # About 0.05 s of work a thread at 4 GHz: long against starting threads, short against a time slice.
@@ -27,54 +27,6 @@ _STEPS = 10_000_000
 _REPEATS = 8
 _MAX_BUFFER_BYTES = 1 << 30
 _VECTOR_BYTES = 64
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Measured limits over `threads` threads, the best of several runs each.
-
-    Attributes:
-        threads: threads that ran.
-        float32_gflops: float32 multiply-adds, GFLOP/s.
-        read_gbytes: reading memory, GB/s.
-        bfloat16_gflops: dot products of bfloat16 pairs into float32 (AVX-512 BF16), GFLOP/s; None without them.
-        int8_gops: dot products of four 8-bit numbers into int32 (AVX-512 VNNI), GOP/s; None without them.
-        buffer_bytes: size of the buffer that was read.
-    """
-
-    threads: int
-    float32_gflops: float
-    read_gbytes: float
-    bfloat16_gflops: float | None
-    int8_gops: float | None
-    buffer_bytes: int
-
-    def best(self, other: Limits) -> Limits:
-        """The higher of each limit of two measurements: whatever disturbs one only ever lowers it."""
-        bfloat16 = [value for value in (self.bfloat16_gflops, other.bfloat16_gflops) if value is not None]
-        int8 = [value for value in (self.int8_gops, other.int8_gops) if value is not None]
-        return replace(
-            self,
-            float32_gflops=max(self.float32_gflops, other.float32_gflops),
-            read_gbytes=max(self.read_gbytes, other.read_gbytes),
-            bfloat16_gflops=max(bfloat16, default=None),
-            int8_gops=max(int8, default=None),
-        )
-
-    def compute(self, arithmetic: str) -> float:
-        """GFLOP/s of "float32", "bfloat16" or "int8"; of float32 where the processor has no such instructions."""
-        limit = {"bfloat16": self.bfloat16_gflops, "int8": self.int8_gops}.get(arithmetic)
-        return limit or self.float32_gflops
-
-    def bound(self, work: Work, arithmetic: str = "float32") -> tuple[float, str]:
-        """The least seconds that a call can take, and what binds: "compute" or "memory", whichever takes longer.
-
-        The roofline model (Williams et al., 2009). Matrix products run in `arithmetic`; attention as well where that is
-        bfloat16, else in float32.
-        """
-        attention = self.compute("bfloat16" if arithmetic == "bfloat16" else "float32")
-        compute = (work.products / self.compute(arithmetic) + work.attention / attention) / 1e9
-        return max((compute, "compute"), (work.bytes / self.read_gbytes / 1e9, "memory"))
 
 
 def measure_limits(target: CpuTarget, threads: int, max_buffer_bytes: int = _MAX_BUFFER_BYTES) -> Limits:

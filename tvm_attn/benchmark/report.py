@@ -14,11 +14,14 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from tvm_attn.benchmark.gpu.limits import DeviceLimits
 from tvm_attn.benchmark.kernels import KernelTime
-from tvm_attn.benchmark.probe import Limits
+from tvm_attn.benchmark.limits import Limits
 from tvm_attn.benchmark.session import OURS, Benchmark, Measurement
 from tvm_attn.benchmark.system import Case
 from tvm_attn.errors import BenchmarkError
+
+AnyLimits = Limits | DeviceLimits | None
 
 FORMAT = 1
 """Version of the JSON's layout."""
@@ -26,7 +29,9 @@ FORMAT = 1
 
 def tables(benchmark: Benchmark) -> Iterator[Table]:
     """The tables to print: limits, agreement of the peers, cases by phase, kernels."""
-    if benchmark.limits:
+    if isinstance(benchmark.limits, DeviceLimits):
+        yield _device_limits_table(benchmark.limits)
+    elif benchmark.limits:
         yield _limits_table(benchmark.machine, benchmark.limits)
     if len(benchmark.systems) > 1:
         yield _agreement_table(benchmark)
@@ -58,6 +63,13 @@ def _limits_table(machine: dict[str, Any], limits: Limits) -> Table:
         table.add_row("bfloat16 dot products", f"{limits.bfloat16_gflops:.0f}", "GFLOP/s")
     if limits.int8_gops is not None:
         table.add_row("int8 dot products", f"{limits.int8_gops:.0f}", "GOP/s")
+    return table
+
+
+def _device_limits_table(limits: DeviceLimits) -> Table:
+    table = _table(f"Limits of this device: {limits.device}", ("limit",), ("measured", "unit"))
+    table.add_row(f"{limits.dtype} matrix products, cuBLAS", f"{limits.product_gflops:.0f}", "GFLOP/s")
+    table.add_row("memory copy, read and written", f"{limits.copy_gbytes:.0f}", "GB/s")
     return table
 
 
@@ -120,7 +132,7 @@ def _case_cells(case: Case) -> tuple[str, ...]:
     return (str(case.tokens),) if case.phase == "prefill" else (str(case.tokens), str(case.batch))
 
 
-def _kernel_table(case: Case, times: list[KernelTime], limits: Limits | None, arithmetic: str) -> Table:
+def _kernel_table(case: Case, times: list[KernelTime], limits: AnyLimits, arithmetic: str) -> Table:
     table = _table(
         f"Kernels of {case}",
         ("kernel", "sizes"),
@@ -165,7 +177,7 @@ def case_figures(entry: Measurement, label: str, benchmark: Benchmark) -> dict[s
     }
 
 
-def kernel_figures(entry: KernelTime, total: float, limits: Limits | None, arithmetic: str) -> dict[str, Any]:
+def kernel_figures(entry: KernelTime, total: float, limits: AnyLimits, arithmetic: str) -> dict[str, Any]:
     """Derived figures of a kernel, None where work or limits are not known; `total` is the time of all kernels."""
     figures: dict[str, Any] = {"share": entry.seconds / total}
     if entry.work is None:
@@ -206,7 +218,7 @@ def _case_dict(entry: Measurement, benchmark: Benchmark) -> dict[str, Any]:
     return entry.case.to_dict() | {"flops": entry.work.flops, "bytes": entry.work.bytes, "systems": systems}
 
 
-def _kernel_dicts(times: list[KernelTime], limits: Limits | None, arithmetic: str) -> list[dict[str, Any]]:
+def _kernel_dicts(times: list[KernelTime], limits: AnyLimits, arithmetic: str) -> list[dict[str, Any]]:
     total = sum(entry.seconds for entry in times)
     return [asdict(entry) | kernel_figures(entry, total, limits, arithmetic) for entry in times]
 

@@ -18,18 +18,22 @@ import numpy as np
 
 from tvm_attn import targets
 from tvm_attn.benchmark.counts import Storage, Work, decode_work, prefill_work
+from tvm_attn.benchmark.gpu.limits import DeviceLimits, measure_device_limits
+from tvm_attn.benchmark.gpu.peer import GpuPeer, torch_device
+from tvm_attn.benchmark.gpu.systems import GPU_PEERS, CompiledGpuSystem
 from tvm_attn.benchmark.kernels import KernelTime
+from tvm_attn.benchmark.limits import Limits
 from tvm_attn.benchmark.machine import describe_machine, describe_versions
 from tvm_attn.benchmark.ours import CompiledSystem
 from tvm_attn.benchmark.peers import PEERS
 from tvm_attn.benchmark.peers.client import PeerProcess, PeerUnavailable
 from tvm_attn.benchmark.peers.weights import write_weights
-from tvm_attn.benchmark.probe import Limits, measure_limits
 from tvm_attn.benchmark.system import Case, Float32Array, Int32Array
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import BenchmarkError
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.machine import set_threads
+from tvm_attn.targets import CpuTarget
 
 OURS = "tvm_attn"
 PREFILL, DECODE, BATCH = (1, 16, 128, 512, 1023), (1, 128, 512, 1000), (1, 8)
@@ -49,6 +53,7 @@ _AGREEMENT = {
     "q4_0": 1e-1,
 }
 _AGREEMENT_TOKENS = 33
+_GPU_PRECISIONS = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Options:
         threads: CPU threads of every system; None takes what `set_threads` does.
         rounds: turns of each system a case.
         kernels: measure single kernels as well; of the processor only.
-        device: where our model runs, as `tvm_attn.load` takes it; the peers run on the processor.
+        device: where our model runs, as `tvm_attn.load` takes it. On CUDA the peers are `GPU_PEERS`, on the same
+            device; else they run on the processor.
     """
 
     artifact: Path
@@ -134,7 +140,7 @@ class Benchmark:
 
     Attributes:
         machine, versions, artifact: what ran where.
-        limits: the machine's limits; None for another device than the processor, whose limits are not measured.
+        limits: the processor's limits, or a CUDA device's; None for other devices, whose limits are not measured.
         arithmetic: what our matrix products are computed in, see `Storage.arithmetic`.
         systems: ours first.
         skipped: why peers were left out, a line each.
@@ -145,7 +151,7 @@ class Benchmark:
     machine: dict[str, Any]
     versions: dict[str, str]
     artifact: dict[str, Any]
-    limits: Limits | None
+    limits: Limits | DeviceLimits | None
     arithmetic: str
     systems: list[SystemInfo]
     skipped: list[str]
@@ -177,13 +183,27 @@ def _lengths(option: str, given: Sequence[int] | None, default: Sequence[int], l
     return list(given)
 
 
-def parse_peer(text: str, ours: str) -> tuple[str, str]:
+def measure_limits(target: CpuTarget, threads: int) -> Limits:
+    """See `tvm_attn.benchmark.probe`, which needs TVM's compiler."""
+    from tvm_attn.benchmark import probe
+
+    return probe.measure_limits(target, threads)
+
+
+def parse_peer(text: str, ours: str, device: str = "cpu") -> tuple[str, str]:
     """Name and precision of a peer that is given as "NAME" or "NAME:PRECISION"; `ours` is the artifact's precision.
 
     Raises:
-        BenchmarkError: there is no such peer or precision.
+        BenchmarkError: there is no such peer or precision for the device.
     """
     name, _, wanted = text.partition(":")
+    if device.startswith("cuda"):
+        if name not in GPU_PEERS:
+            raise BenchmarkError(f"unknown peer {name!r} on {device}; known: {', '.join(GPU_PEERS)}")
+        if (wanted or "float16") not in _GPU_PRECISIONS:
+            raise BenchmarkError(f"{name} cannot run {wanted!r}; it can run {', '.join(_GPU_PRECISIONS)}")
+        # There is no PyTorch for weights of 8 and 4 bits: those are compared with its 16 bits.
+        return name, wanted or (ours if ours in _GPU_PRECISIONS else "float16")
     if name not in PEERS:
         raise BenchmarkError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
     precision = PEERS[name].precision(wanted or None, ours)
@@ -210,15 +230,13 @@ def run(options: Options, progress: Callable[[str, float], None]) -> Benchmark:
     cases = make_cases(artifact.config, options)
     quantized = artifact.quantization != "none"
     precision = artifact.quantization if quantized else artifact.dtype
-    wanted = {text: parse_peer(text, precision) for text in options.against}
+    wanted = {text: parse_peer(text, precision, options.device) for text in options.against}
     threads = set_threads(options.threads)
     machine = describe_machine(threads)
-    limits = None
-    if options.device == "cpu":
-        progress("measuring this machine's limits", 0.0)
-        limits = measure_limits(targets.detect_cpu(), threads)
+    limits = _limits(options.device, threads, artifact.dtype, progress)
     progress("loading the artifact", 0.02)
-    ours = CompiledSystem(options.artifact, threads, max((case.batch for case in cases), default=1), options.device)
+    kind = CompiledGpuSystem if options.device.startswith("cuda") else CompiledSystem
+    ours = kind(options.artifact, threads, max((case.batch for case in cases), default=1), options.device)
     infos = [SystemInfo(OURS, ours.name, ours.version, ours.precision, None)]
     skipped: list[str] = []
     with ExitStack() as stack:
@@ -230,7 +248,7 @@ def run(options: Options, progress: Callable[[str, float], None]) -> Benchmark:
         if case.phase == "decode":
             ours.fill(case)
         kernels.append((case, ours.kernel_times(case, 2 * ROUND_SECONDS)))
-    if limits:
+    if isinstance(limits, Limits):
         progress("measuring this machine's limits again", 0.99)
         limits = limits.best(measure_limits(targets.detect_cpu(), threads))
     described = {
@@ -256,6 +274,24 @@ def run(options: Options, progress: Callable[[str, float], None]) -> Benchmark:
     )
 
 
+def _limits(
+    device: str, threads: int, dtype: str, progress: Callable[[str, float], None]
+) -> Limits | DeviceLimits | None:
+    progress("measuring limits", 0.0)
+    if device == "cpu":
+        return measure_limits(targets.detect_cpu(), threads)
+    if not device.startswith("cuda"):
+        return None
+    try:
+        import torch
+    except ImportError:
+        return None
+    return measure_device_limits(torch_device(device), dtype) if torch.cuda.is_available() else None
+
+
+Peer = PeerProcess | GpuPeer
+
+
 def _start_peers(
     wanted: dict[str, tuple[str, str]],
     ours: CompiledSystem,
@@ -265,19 +301,25 @@ def _start_peers(
     infos: list[SystemInfo],
     skipped: list[str],
     progress: Callable[[str, float], None],
-) -> dict[str, PeerProcess]:
+) -> dict[str, Peer]:
     """The peers that run the same model, ended when `stack` is closed; the others go to `skipped`."""
-    peers: dict[str, PeerProcess] = {}
+    peers: dict[str, Peer] = {}
     if not wanted:
         return peers
+    on_gpu = ours.device.startswith("cuda")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tvm-attn-weights-")))
-    progress("writing the weights for the peers", 0.02)
-    write_weights(ours.artifact, folder)
+    if not on_gpu:
+        progress("writing the weights for the peers", 0.02)
+        write_weights(ours.artifact, folder)
     for label, (name, precision) in wanted.items():
         progress(f"starting {label}", 0.03)
+        peer: Peer
         try:
-            peer = PeerProcess(PEERS[name], folder, precision, threads, python)
-            stack.callback(peer.close)
+            if on_gpu:
+                peer = GpuPeer(name, precision, ours)
+            else:
+                peer = PeerProcess(PEERS[name], folder, precision, threads, python)
+                stack.callback(peer.close)
             infos.append(_compare(label, ours, peer))
             peers[label] = peer
         except PeerUnavailable as reason:
@@ -285,7 +327,7 @@ def _start_peers(
     return peers
 
 
-def _compare(label: str, ours: CompiledSystem, peer: PeerProcess) -> SystemInfo:
+def _compare(label: str, ours: CompiledSystem, peer: Peer) -> SystemInfo:
     """Checks that a peer runs the same model.
 
     Raises:
@@ -317,7 +359,7 @@ def compare_logits(expected: dict[str, Float32Array], given: dict[str, Float32Ar
 def _measure(
     cases: list[Case],
     ours: CompiledSystem,
-    peers: dict[str, PeerProcess],
+    peers: dict[str, Peer],
     rounds: int,
     skipped: list[str],
     progress: Callable[[str, float], None],
@@ -355,7 +397,7 @@ def _case_work(config: GPT2Config, case: Case, storage: Storage) -> Work:
     return decode_work(config, case.tokens, case.batch, storage)
 
 
-def _prepare(peer: PeerProcess, case: Case) -> bool:
+def _prepare(peer: Peer, case: Case) -> bool:
     """Fills a peer's cache for a case; False where the peer cannot run it."""
     if not peer.supports(case):
         return False

@@ -1,0 +1,180 @@
+"""Compiling single kernels with their test cases for `tvm_attn.benchmark.gpu.kernel_library`; needs TVM's compiler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from tvm_attn import kernels, targets
+from tvm_attn.benchmark.gpu.kernel_library import ARRAYS, INDEX, StoredCase
+from tvm_attn.compiler import cuda_module
+from tvm_attn.compiler.cuda import compile_fatbin
+from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.errors import ScheduleError, TargetError
+from tvm_attn.kernels import Case, Kernel, cuda
+from tvm_attn.kernels.base import shape_of
+from tvm_attn.kernels.cuda.attention import PrefillAttention
+from tvm_attn.schedule import RecordBook, schedule, template_for
+from tvm_attn.targets import CudaTarget
+
+_KERNELS_PER_LIBRARY = 16
+"""A library that the device refuses takes no more than these with it."""
+_LARGEST_CASE = 1 << 20
+"""Bytes of the arrays of a case of a portable kernel; larger ones stay where they are tested on other devices."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A kernel for measuring.
+
+    Attributes:
+        purpose: what it is looked up by.
+        kernel: the kernel.
+    """
+
+    purpose: str
+    kernel: Kernel
+
+
+def all_cases() -> Iterator[Case]:
+    """Every case of the tensor-core kernels, and the small ones of the portable kernels, float32 models' among them."""
+    for family in _families():
+        yield from family.cases()
+    for portable in kernels.FAMILIES:
+        for case in portable.cases():
+            if sum(array.nbytes for array in (*case.inputs, *case.outputs, *case.expected)) <= _LARGEST_CASE:
+                yield case
+
+
+def _families() -> list[type[Kernel]]:
+    return [family for name in cuda.__all__ if hasattr(family := getattr(cuda, name), "cases")]
+
+
+def timed_kernels() -> list[Timed]:
+    """What `benchmarks/gpu.py` compares with PyTorch: a square product, the layers of 124M, and its attention."""
+    found = []
+    for dtype in ("float16", "bfloat16"):
+        found.append(Timed(f"matmul 8192 {dtype}", cuda.Linear(8192, 8192, 8, dtype, dtype)))
+    dtype, width = "float16", 768
+    found += [
+        Timed("qkv", cuda.QKVLinear(width, 3 * width, 8, dtype, dtype, heads=12, context=1024)),
+        Timed("projection", cuda.ResidualLinear(width, width, 8, dtype, dtype)),
+        Timed("mlp in", cuda.Linear(width, 4 * width, 8, dtype, dtype, activation="gelu_new")),
+        Timed("mlp out", cuda.ResidualLinear(4 * width, width, 8, dtype, dtype)),
+        Timed("head", cuda.Head(width, 50257, 8, dtype, dtype)),
+        Timed("attention", PrefillAttention(12, 64, 1024, 8, dtype, 0.125)),
+    ]
+    return found
+
+
+def write_kernel_library(
+    target_name: str,
+    folder: Path,
+    progress: Callable[[str], None] = lambda message: None,
+    cases: Iterable[Case] | None = None,
+    timed: Iterable[Timed] | None = None,
+) -> None:
+    """Compiles kernels and writes them with their cases.
+
+    Args:
+        target_name: a CUDA target, e.g. "cuda" or "cuda-sm90".
+        folder: made here.
+        progress: told what happens next.
+        cases: default: `all_cases()` that the target has templates for.
+        timed: default: `timed_kernels()`.
+
+    Raises:
+        TargetError: no CUDA target.
+        CompileError: no compiler for CUDA, or a kernel that does not compile.
+    """
+    target = targets.resolve(target_name)
+    if not isinstance(target, CudaTarget):
+        raise TargetError(f"{target_name} is no CUDA target; known: {', '.join(_cuda_targets())}")
+    folder.mkdir(parents=True)
+    book = RecordBook.load(target.name)
+    functions: dict[Kernel, tuple[str, tvm.tirx.PrimFunc]] = {}
+    chosen = []
+    for case in all_cases() if cases is None else cases:
+        if _add(functions, case.kernel, target, book):
+            chosen.append(case)
+    measured = list(timed_kernels() if timed is None else timed)
+    for entry in measured:
+        _add(functions, entry.kernel, target, book)
+    files = {}
+    named = list(functions.values())
+    for start in range(0, len(named), _KERNELS_PER_LIBRARY):
+        part, file = dict(named[start : start + _KERNELS_PER_LIBRARY]), f"kernels-{start // _KERNELS_PER_LIBRARY}.so"
+        progress(f"compiling kernels {start + 1} to {start + len(part)} of {len(named)} for {target.name}")
+        _compile(part, target, folder / file)
+        files.update(dict.fromkeys(part, file))
+    _write(folder, target.name, chosen, measured, {kernel: name for kernel, (name, _) in functions.items()}, files)
+
+
+def _cuda_targets() -> list[str]:
+    return [name for name in targets.names() if isinstance(targets.read(name), CudaTarget)]
+
+
+def _add(functions: dict[Kernel, Any], kernel: Kernel, target: CudaTarget, book: RecordBook) -> bool:
+    """Schedules a kernel that is not there yet; False where the target has no template for it."""
+    if kernel in functions:
+        return True
+    try:
+        record = book.find(template_for(kernel, target), kernel)
+        function = schedule(kernel, target, record.decisions if record else None)
+    except ScheduleError:
+        return False
+    name = f"kernel_{len(functions)}"
+    functions[kernel] = (name, function.with_attr("global_symbol", name))
+    return True
+
+
+def _compile(functions: dict[str, tvm.tirx.PrimFunc], target: CudaTarget, path: Path) -> None:
+    cuda_module.register_pipeline()
+    with cuda_module.without_runtime():
+        built = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target(target), pipeline=cuda_module.PIPELINE)
+        source = cuda_module.device_source(built)
+        cuda_module.export_library(built, path, compile_fatbin(source, target.images))
+
+
+def _write(
+    folder: Path, target: str, cases: list[Case], timed: list[Timed], names: dict[Kernel, str], files: dict[str, str]
+) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    entries = []
+    for index, case in enumerate(cases):
+        name = names[case.kernel]
+        kinds = {"input": case.inputs, "output": case.outputs, "expected": case.expected}
+        for kind, values in kinds.items():
+            for i, array in enumerate(values):
+                arrays[f"{index}.{kind}.{i}"] = array.view(np.uint16) if str(array.dtype) == "bfloat16" else array
+        stored = StoredCase(
+            index=index,
+            function=name,
+            file=files[name],
+            kernel=shape_of(case.kernel),
+            name=case.name,
+            inputs=tuple(str(array.dtype) for array in case.inputs),
+            outputs=tuple(str(array.dtype) for array in case.outputs),
+            expected=len(case.expected),
+            in_place=case.in_place,
+            nmse=case.nmse,
+        )
+        entries.append(stored.to_dict())
+    measured = {
+        entry.purpose: {
+            "function": names[entry.kernel],
+            "file": files[names[entry.kernel]],
+            "kernel": shape_of(entry.kernel),
+        }
+        for entry in timed
+        if entry.kernel in names
+    }
+    np.savez(folder / ARRAYS, allow_pickle=False, **arrays)
+    index_text = json.dumps({"target": target, "cases": entries, "timed": measured}, indent=1)
+    (folder / INDEX).write_text(index_text, encoding="utf-8")
