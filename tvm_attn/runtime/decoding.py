@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_attn.errors import GenerationError, TokenizerError
+from tvm_attn.runtime.dlpack import host_array
 from tvm_attn.runtime.sampling import SamplingOptions, require_integer, sample, sequence_rng
 
 if TYPE_CHECKING:
@@ -398,7 +399,7 @@ class DecodingLoop:
             start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
             prompt = self.tokenizer.encode(prompt) or ([] if start is None else [start])
         try:
-            ids = np.asarray(prompt)
+            ids = host_array(prompt)
         except ValueError:  # lists of different lengths inside
             ids = np.empty((1, 1))
         if ids.shape == (0,):
