@@ -1,28 +1,35 @@
 """Machine code for NVIDIA GPUs, made and embedded without one."""
 
 import ctypes
+import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tvm
+from safetensors.numpy import save_file
 from tvm import relax, s_tir, tirx
 from tvm.script import tirx as T
 
-import tvm_attn
 from tvm_attn import targets
+from tvm_attn._resources import resource_dir
 from tvm_attn.compiler import cuda, cuda_module
 from tvm_attn.compiler.build import build
 from tvm_attn.compiler.pipeline import tvm_target
 from tvm_attn.config import GPT2Config
-from tvm_attn.errors import CompileError
+from tvm_attn.errors import CompileError, TargetError
+from tvm_attn.model.checkpoint import random_params
+from tvm_attn.runtime.artifact import Artifact
 
-IMAGES = targets.read("cuda").images  # type: ignore[attr-defined]
+EVERY = targets.read("cuda")
+assert isinstance(EVERY, targets.CudaTarget)
+IMAGES = EVERY.images
 TINY = 'extern "C" __global__ void twice(float* x, int n) { if (threadIdx.x < n) x[threadIdx.x] *= 2.0f; }\n'
 
 try:
@@ -33,6 +40,37 @@ if (packaged := cuda._find_nvrtc()) is not None and packaged not in COMPILERS:
     COMPILERS.append(packaged)
 
 needs_compiler = pytest.mark.skipif(not COMPILERS, reason="no CUDA compiler: pip install 'tvm-attn[cuda]'")
+
+
+def test_targets() -> None:
+    assert targets.resolve("cuda") == EVERY and EVERY.dtypes == ("float32", "float16", "bfloat16")
+    assert IMAGES == ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_80")
+    single = [targets.read(name) for name in targets.names() if name.startswith("cuda-")]
+    assert all(isinstance(target, targets.CudaTarget) and target.ptx is None for target in single)
+    found = {target.name: target.images for target in single if isinstance(target, targets.CudaTarget)}
+    assert found == {f"cuda-{name.replace('_', '').rstrip('a')}": (name,) for name in EVERY.architectures}
+    for target in (EVERY, *single):
+        assert tvm_target(target).attrs["arch"] == target.tvm["arch"] == target.images[0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('["sm_80"]', "[]", r"cuda.architectures is \[\]; give a list such as"),
+        ('["sm_80"]', '["8.0"]', r"cuda.architectures is \['8.0'\]; give a list such as"),
+        ('["sm_80"]', '["sm_80"]\nptx = "sm_80"', "cuda.ptx is 'sm_80'; give a virtual architecture"),
+        ("[cuda]", "[nvidia]", "lacks the key 'cuda'"),
+    ],
+)
+def test_malformed_targets(
+    before: str, after: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (resource_dir("targets") / "cuda-sm80.toml").read_text()
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "mine.toml").write_text(text.replace(before, after))
+    monkeypatch.setattr(targets, "resource_dir", lambda name: tmp_path / name)
+    with pytest.raises(TargetError, match=message):
+        targets.read("mine")
 
 
 def images(fatbin: bytes) -> list[str]:
@@ -146,6 +184,15 @@ def _twice(a: T.handle, b: T.handle):
         B[block * 128 + thread] = A[block * 128 + thread] * T.float32(2)
 
 
+@T.prim_func(s_tir=True)
+def _saturate(A: T.Buffer((32,), "float16"), B: T.Buffer((32,), "bfloat16")):
+    T.func_attr({"global_symbol": "saturate", "tirx.noalias": True})
+    for i in range(32):
+        with T.sblock("saturate"):
+            v = T.axis.spatial(32, i)
+            B[v] = T.Cast("bfloat16", T.if_then_else(v > 0, T.tanh(T.Cast("float32", A[v])), T.infinity("float32")))
+
+
 def scheduled_add_one() -> tirx.PrimFunc:
     schedule = s_tir.Schedule(_add_one)
     (loop,) = schedule.get_loops(schedule.get_sblock("add"))
@@ -163,6 +210,19 @@ def test_both_kinds_of_kernels_in_one_module() -> None:
         for kernel in ("add_one_kernel", "twice_kernel"):
             assert f"__launch_bounds__(128) {kernel}(float* __restrict__" in source
     assert cuda_module._FALLBACK not in os.environ
+
+
+@pytest.mark.parametrize("compiler", COMPILERS, ids=lambda compiler: type(compiler).__name__)
+def test_what_tvm_generates_compiles(compiler: cuda.CudaCompiler) -> None:
+    """With what its headers need of the toolkit's, for small floats and infinity."""
+    schedule = s_tir.Schedule(_saturate)
+    (loop,) = schedule.get_loops(schedule.get_sblock("saturate"))
+    schedule.bind(loop, "threadIdx.x")
+    source = cuda_module.cuda_source(schedule.mod["main"], tvm_target(targets.read("cuda")))
+    assert "cuda_bf16.h" in source and "cuda_fp16.h" in source
+    image = compiler.image(source, "sm_90a")
+    assert image.code.startswith(b"\x7fELF") and b"saturate_kernel" in image.code
+    assert "Compiling entry function 'saturate_kernel' for 'sm_90a'" in image.log
 
 
 def test_kernels_of_one_name() -> None:
@@ -224,8 +284,9 @@ def test_library_loads_where_no_compiler_is(tmp_path: Path) -> None:
     content = library.read_bytes()
     assert fatbin in content and b"__global__" not in content
     runtime = Path(tvm.__path__[0], "lib", "libtvm_runtime_cuda.so")
-    folders = [Path(folder) for folder in getattr(__import__("nvidia"), "__path__", [])]
-    runtimes = [str(path) for folder in folders for path in folder.glob("*/lib/libcudart.so.13")]
+    packages = find_spec("nvidia")
+    folders = (packages.submodule_search_locations or []) if packages else []
+    runtimes = [str(path) for folder in folders for path in Path(folder).glob("*/lib/libcudart.so.13")]
     if not runtime.is_file() or not runtimes:
         pytest.skip("no libtvm_runtime_cuda.so or libcudart.so.13")
     environment = {"PATH": "", "TVM_USE_RUNTIME_LIB": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -257,12 +318,6 @@ def driver(runtime: Path, folder: Path) -> list[str]:
 @needs_compiler
 def test_artifact(tmp_path: Path) -> None:
     """The portable kernels in float32, for one architecture; nothing here can run them."""
-    import json
-
-    from safetensors.numpy import save_file
-
-    from tvm_attn.model.checkpoint import random_params
-
     config = GPT2Config(vocab_size=100, n_positions=16, n_embd=32, n_layer=1, n_head=2)
     save_file(dict(random_params(config)), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -275,5 +330,5 @@ def test_artifact(tmp_path: Path) -> None:
     assert b"__global__" not in content
     if built.reports["cuda-sm90"] is None:
         assert any(note.startswith("lib-cuda-sm90.so was compiled but not checked: ") for note in built.notes)
-    (library,) = tvm_attn.runtime.artifact.Artifact(built.folder).libraries
+    (library,) = Artifact(built.folder).libraries
     assert (library.device, library.target) == ("cuda", "cuda-sm90")
