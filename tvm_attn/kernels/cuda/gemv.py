@@ -7,9 +7,9 @@ ring of stages that belongs to one warp (`cp.async`, `ldmatrix`), so the loop ha
 multiple, of each of the warp's outputs. Warps of a block lie side by side (`columns`) and share K (`splits`); what
 those computed is added in shared memory.
 
-Before the loop, every block puts x into shared memory in the order in which lanes take it as right operand: 64 bytes for
-32 inputs of a row, 16 of them for each of four lanes. LayerNorm happens there, its rows in registers. The weights of
-the first stages are on their way meanwhile.
+Before the loop, every block puts x into shared memory in the order in which lanes take it as right operand: 64 bytes
+for 32 inputs of a row, 16 of them for each of four lanes. LayerNorm happens there, its rows in registers. The weights
+of the first stages are on their way meanwhile.
 
 Quantized weights are not converted, but masked out of their words. A number u of 4 or 8 bits in a 16-bit lane is the
 float16 u * 2**-24 (a denormal, which `mma.sync` multiplies exactly), or with the exponent of 128 the bfloat16 128 + u,
@@ -43,9 +43,9 @@ from tvm_attn.kernels.cuda.gemv_operands import (
     Rows,
     multiply_group,
     multiply_quantized_group,
-    registers,
     weight_format,
 )
+from tvm_attn.kernels.cuda.lanes import registers
 from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.cuda.ptx import (
     cp_async,
@@ -176,6 +176,7 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
     iterations, k_stages, stage_units = plan.iterations, plan.k_stages, plan.stage_units
     part_iterations, unit_elements = -(-iterations // parts), 4 if quantized else 8
     step_groups, groups = _STEP_UNITS * form.per_unit // GROUP, k // GROUP
+    group_units = _STEP_UNITS // step_groups
     results, work = tile_outputs * rows, repeats * iterations
     per_thread, copies = -(-results // threads), outputs * stage_units // 32
     scale_bytes, block_scale_bytes = n * groups * 2, block_outputs * groups * 2
@@ -213,7 +214,6 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
         weight = T.match_buffer(weight_handle, weight_types[0][0], weight_types[0][1])
         if quantized:
             scales = T.match_buffer(scales_handle, weight_types[1][0], weight_types[1][1])
-            all_scales = T.decl_buffer((n * groups,), "float16", data=scales.data)
         if has_bias:
             bias = T.match_buffer(bias_handle, (n,), "float32")
         if has_residual:
@@ -239,6 +239,8 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
         if normalized:
             norm = pool.alloc((norm_bytes // 4,), "float32", align=16)
         pool.commit()
+        if quantized:
+            all_scales = T.decl_buffer((n * groups,), "float16", data=scales.data)
         words = T.alloc_local((4, halves), "uint32")
         left = T.alloc_local((4,), "uint32")
         right = T.alloc_local((4,), "uint32")
@@ -302,7 +304,7 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
                 for i in T.unroll(step_groups):
                     group: T.let[T.int32] = part_stage * (steps * step_groups) + step * step_groups + i
                     units = T.meta_var(
-                        [[words[i * (4 // step_groups) + j, half] for half in range(halves)] for j in range(4 // step_groups)]
+                        [[words[i * group_units + j, h] for h in range(halves)] for j in range(group_units)]
                     )
                     load_shared(registers(right), x_lane + uint32(group * GROUP_BYTES))
                     if quantized:

@@ -10,13 +10,13 @@ The functions emit statements of the TIRx function that is being built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script import tirx as T
 
+from tvm_attn.kernels.cuda.lanes import add_lanes, only_if, registers, sum_of
 from tvm_attn.kernels.cuda.ptx import load_global, load_shared, mma, pack, permute_bytes, store_shared, uint32
 from tvm_attn.storage import GROUP
 
@@ -109,11 +109,6 @@ def multiply_quantized_group(
             mma(registers(partial), registers(left), (right[product.right], right[product.right + 1]), dtype)
 
 
-def registers(buffer: tirx.Buffer, start: int = 0, count: int = 4) -> list[tirx.Expr]:
-    """Neighbouring registers of a one-dimensional buffer."""
-    return [buffer[start + i] for i in range(count)]
-
-
 @dataclass(frozen=True)
 class Rows:
     """Rows of x in shared memory: where, how many threads put them there, and in which order.
@@ -139,7 +134,7 @@ class Rows:
     threads: int
 
     def load(self, x: tirx.Buffer, thread: tirx.Expr, first_group: tirx.Expr | int) -> None:
-        """Puts x (1, R, K) of `dtype` there, from a group on. A thread copies inputs i .. i + 3 and i + 16 .. i + 19."""
+        """Puts x (1, R, K) of `dtype` there, from a group on; a thread takes inputs i .. i + 3 and i + 16 .. i + 19."""
         total, batch = self.rows * self.groups * 4, 4
         count = -(-total // self.threads)
         raw = T.alloc_local((4 * min(batch, count),), "uint32")
@@ -151,7 +146,7 @@ class Rows:
                     index = T.Bind(i * self.threads + thread)
                     row, group, member = index // (4 * self.groups), index // 4 % self.groups, index % 4
                     data = registers(raw, 4 * (i - start))
-                    with T.If(index < total), T.Then():
+                    with only_if(index < total, total % self.threads != 0):
                         if load:
                             self._load_item(x, row, (first_group + group) * GROUP + member * 4, raw, 4 * (i - start))
                         else:
@@ -184,7 +179,13 @@ class Rows:
             store_shared(address, [word])
 
     def normalize(
-        self, x: tirx.Buffer, norm: tirx.Buffer, epsilon: float, warp: tirx.Expr, lane: tirx.Expr, ready: Callable[[], None]
+        self,
+        x: tirx.Buffer,
+        norm: tirx.Buffer,
+        epsilon: float,
+        warp: tirx.Expr,
+        lane: tirx.Expr,
+        ready: Callable[[], None],
     ) -> None:
         """Puts LayerNorm of x (1, R, K) float32, rounded to `dtype`, there.
 
@@ -221,17 +222,17 @@ class Rows:
                     if not whole:
                         for j in range(4):
                             T.buffer_store(numbers, T.float32(0.0), [place + j])
-                    with _if(inside[i][half], not whole):
+                    with only_if(inside[i][half], not whole):
                         load_global(registers(numbers, place), x.ptr_to([0, row, first]))
-            T.buffer_store(moments, _sum([numbers[i] for i in range(8 * count)]), [0])
-            _add_lanes(moments, 0)
+            T.buffer_store(moments, sum_of([numbers[i] for i in range(8 * count)]), [0])
+            add_lanes(moments, 0)
             T.buffer_store(moments, moments[0] * T.float32(1.0 / self.features), [0])
             squares = []
             for i in range(8 * count):
                 square = (numbers[i] - moments[0]) * (numbers[i] - moments[0])
                 squares.append(square if whole else T.Select(inside[i // 8][i // 4 % 2], square, T.float32(0.0)))
-            T.buffer_store(moments, _sum(squares), [1])
-            _add_lanes(moments, 1)
+            T.buffer_store(moments, sum_of(squares), [1])
+            add_lanes(moments, 1)
             variance = moments[1] * T.float32(1.0 / self.features)
             T.buffer_store(moments, T.float32(1.0) / T.sqrt(variance + T.float32(epsilon)), [1])
             if first_row == 0:
@@ -244,7 +245,7 @@ class Rows:
                         for j in range(4):
                             place, feature = 8 * i + 4 * half + j, group * GROUP + member * 4 + 16 * half + j
                             scaled = (numbers[place] - moments[0]) * moments[1]
-                            with _if(inside[i][half], not whole):
+                            with only_if(inside[i][half], not whole):
                                 normal = scaled * norm[feature] + norm[self.features + feature]
                                 T.buffer_store(numbers, normal, [place])
                     for j in range(4):
@@ -264,8 +265,8 @@ class Rows:
             group, row, quarter = item // (4 * self.rows), item // 4 % self.rows, item % 4
             load_shared(registers(data), self.base + uint32(row * self.pitch + group * GROUP_BYTES + quarter * 16))
             numbers = [number for word in registers(data) for number in _numbers(word, self.dtype)]
-            T.buffer_store(value, _sum(numbers), [0])
-            _add_lanes(value, 0, 4)
+            T.buffer_store(value, sum_of(numbers), [0])
+            add_lanes(value, 0, 4)
             with T.If(tirx.all(index < total, quarter == 0)), T.Then():
                 for copy in range(2):
                     place = group * 16 + row // 2 * 4 + row % 2 + 2 * copy
@@ -278,29 +279,3 @@ def _numbers(word: tirx.Expr, dtype: str) -> list[tirx.Expr]:
         return [T.reinterpret("float32", bits) for bits in (word << T.uint32(16), word & T.uint32(0xFFFF0000))]
     halves = (word & T.uint32(0xFFFF), word >> T.uint32(16))
     return [T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", half))) for half in halves]
-
-
-def _sum(terms: list[tirx.Expr]) -> tirx.Expr:
-    """The sum of all terms, in few steps after one another."""
-    while len(terms) > 1:
-        terms = [sum(terms[i + 1 : i + 2], terms[i]) for i in range(0, len(terms), 2)]
-    return terms[0]
-
-
-def _add_lanes(buffer: tirx.Buffer, place: int, lanes: int = 32) -> None:
-    """buffer[place] = its sum over neighbouring lanes, a power of two of them, the same in all."""
-    distance = lanes // 2
-    while distance:
-        other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), buffer[place], distance, 32, 32)
-        T.buffer_store(buffer, buffer[place] + other, [place])
-        distance //= 2
-
-
-@contextmanager
-def _if(condition: tirx.Expr, needed: bool) -> Iterator[None]:
-    """Where it is needed, the body depends on the condition."""
-    if needed:
-        with T.If(condition), T.Then():
-            yield
-    else:
-        yield

@@ -1,0 +1,177 @@
+"""LayerNorm (Ba et al., 2016, arXiv:1607.06450) on NVIDIA GPUs: one pass over memory.
+
+A row stays in the registers of one warp or several, so both moments are those of `tvm_attn.kernels.norm`: the variance
+is the mean of squared distances from the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from tvm import tirx
+from tvm.script import tirx as T
+
+from tvm_attn.kernels.base import Case
+from tvm_attn.kernels.cuda.lanes import add_lanes, registers, sum_of
+from tvm_attn.kernels.cuda.ptx import load_global, pack, store_global
+from tvm_attn.storage import numpy_dtype
+
+_ROUNDED = {"float16": 2.0**-22, "bfloat16": 2.0**-16, "float32": 1e-12}
+"""Bound on the normalised mean squared error: half a unit in the last place of 11 or 8 bits, squared."""
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """y = (x - mean) / sqrt(variance + epsilon) * gamma + beta, rounded to `dtype`.
+
+    Parameters of the function: x (g, R, E) float32, gamma (E,) float32, beta (E,) float32, y (g, R, E) dtype.
+    """
+
+    family: ClassVar[str] = "cuda_layer_norm"
+
+    width: int
+    epsilon: float
+    rows: int
+    dtype: str
+    groups: int | None = None
+
+    @staticmethod
+    def cases() -> Iterator[Case]:
+        """See `Kernel.cases`."""
+        for kernel, groups, name, offset, scale in (
+            (LayerNorm(768, 1e-5, 8, "float16"), 3, "124M", 0.0, 1.0),
+            (LayerNorm(768, 1e-5, 1, "bfloat16", groups=1), 1, "one row", 0.0, 1.0),
+            (LayerNorm(1600, 1e-5, 8, "bfloat16"), 2, "1.5B", 0.0, 1.0),
+            (LayerNorm(37, 1e-6, 8, "float16"), 2, "odd width", 0.0, 1.0),
+            (LayerNorm(64, 1e-5, 8, "float32"), 1, "large values", 0.0, 1e4),
+            (LayerNorm(64, 1e-5, 8, "float32"), 1, "mean far from zero", 100.0, 1.0),
+            (LayerNorm(64, 1e-5, 8, "float16"), 1, "constant rows", 3.0, 0.0),
+        ):
+            rng = np.random.default_rng(0)
+            shape = (groups, kernel.rows, kernel.width)
+            x = rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(offset)
+            gamma, beta = rng.standard_normal((2, kernel.width), dtype=np.float32)
+            wide = x.astype(np.float64)
+            centred = wide - wide.mean(-1, keepdims=True)
+            expected = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + kernel.epsilon) * gamma + beta
+            # The mean itself is rounded to float32, which moves every element by up to offset * 2**-24.
+            nmse = max(_ROUNDED[kernel.dtype], (offset * 2.0**-24) ** 2)
+            y = np.zeros(shape, numpy_dtype(kernel.dtype))
+            yield Case(kernel, name, (x, gamma, beta), (y,), (expected,), nmse=nmse)
+
+
+@dataclass(frozen=True)
+class NormTiles:
+    """The sizes of `layer_norm`.
+
+    Attributes:
+        row_warps: warps of a row, a power of two.
+        block_rows: rows of a block.
+    """
+
+    row_warps: int = 1
+    block_rows: int = 4
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.row_warps * self.block_rows
+
+
+def default_tiles(kernel: LayerNorm) -> NormTiles:
+    """One warp for each 1024 numbers of a row, so that a lane holds at most 32; a block of four warps or one row."""
+    row_warps = 1
+    while row_warps < 32 and 1024 * row_warps < kernel.width:
+        row_warps *= 2
+    return NormTiles(row_warps, max(1, 4 // row_warps))
+
+
+def candidates(kernel: LayerNorm) -> list[NormTiles]:
+    """Tiles to measure: a lane holds 4 to 64 numbers."""
+    widths = [warps for warps in (1, 2, 4, 8, 16) if 4 <= -(-kernel.width // (32 * warps)) <= 64]
+    return [NormTiles(warps, rows) for warps in widths or [1] for rows in (1, 2, 4, 8) if 2 <= warps * rows <= 16]
+
+
+def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
+    """The function of `LayerNorm`; the numbers of a thread lie in runs of four where the width is a multiple of 4."""
+    width, rows, dtype, epsilon, groups = kernel.width, kernel.rows, kernel.dtype, kernel.epsilon, kernel.groups
+    row_warps, block_rows, threads = tiles.row_warps, tiles.block_rows, tiles.threads
+    run = 4 if width % 4 == 0 else 1
+    row_threads = 32 * row_warps
+    count = -(-width // (run * row_threads))
+    whole = width % (run * row_threads) == 0
+
+    @T.prim_func
+    def layer_norm(x_handle: T.handle, gamma_handle: T.handle, beta_handle: T.handle, y_handle: T.handle):
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        g = T.int32() if groups is None else T.meta_var(groups)
+        x = T.match_buffer(x_handle, (g, rows, width), "float32")
+        gamma = T.match_buffer(gamma_handle, (width,), "float32")
+        beta = T.match_buffer(beta_handle, (width,), "float32")
+        y = T.match_buffer(y_handle, (g, rows, width), dtype)
+        T.device_entry()
+        block = T.cta_id([(g * rows + block_rows - 1) // block_rows])
+        warp = T.warp_id([row_warps * block_rows])
+        lane = T.lane_id([32])
+        thread = T.thread_id([threads])
+        if row_warps > 1:
+            shares = T.alloc_shared((2, block_rows, row_warps), "float32")
+        numbers = T.alloc_local((count * run,), "float32")
+        scale = T.alloc_local((run,), "float32")
+        shift = T.alloc_local((run,), "float32")
+        words = T.alloc_local((2,), "uint32")
+        moments = T.alloc_local((2,), "float32")
+        row: T.let[T.int32] = block * block_rows + warp // row_warps
+        # Warps past the last row compute it again, and store nothing.
+        group: T.let[T.int32] = T.min(row, g * rows - 1) // rows
+        member: T.let[T.int32] = T.min(row, g * rows - 1) % rows
+        first: T.let[T.int32] = thread % row_threads * run
+
+        @T.inline
+        def add_warps(moment):
+            """moments[moment] = its sum over the threads of this row."""
+            add_lanes(moments, moment)
+            if row_warps > 1:
+                if lane == 0:
+                    shares[moment, warp // row_warps, warp % row_warps] = moments[moment]
+                T.cuda.cta_sync()
+                moments[moment] = sum_of([shares[moment, warp // row_warps, i] for i in range(row_warps)])
+
+        for i in T.unroll(count):
+            if not whole:
+                for j in T.unroll(run):
+                    numbers[i * run + j] = T.float32(0.0)
+            if i * run * row_threads + first < width:
+                load_global(registers(numbers, i * run, run), x.ptr_to([group, member, i * run * row_threads + first]))
+        moments[0] = sum_of(registers(numbers, 0, count * run))
+        add_warps(0)
+        moments[0] = moments[0] * T.float32(1.0 / width)
+        moments[1] = T.float32(0.0)
+        for i in T.unroll(count):
+            if i * run * row_threads + first < width:
+                moments[1] = moments[1] + sum_of(
+                    [(number - moments[0]) * (number - moments[0]) for number in registers(numbers, i * run, run)]
+                )
+        add_warps(1)
+        moments[1] = T.float32(1.0) / T.sqrt(moments[1] * T.float32(1.0 / width) + T.float32(epsilon))
+        for i in T.unroll(count):
+            at: T.let[T.int32] = i * run * row_threads + first
+            if tirx.all(at < width, row < g * rows):
+                load_global(registers(scale, 0, run), gamma.ptr_to([at]))
+                load_global(registers(shift, 0, run), beta.ptr_to([at]))
+                for j in T.unroll(run):
+                    numbers[i * run + j] = (numbers[i * run + j] - moments[0]) * moments[1] * scale[j] + shift[j]
+                if run == 1:
+                    y[group, member, at] = T.Cast(dtype, numbers[i])
+                else:
+                    if dtype == "float32":
+                        store_global(y.ptr_to([group, member, at]), registers(numbers, i * run, run))
+                    else:
+                        for j in T.unroll(2):
+                            pack(words[j], numbers[i * run + 2 * j], numbers[i * run + 2 * j + 1], dtype)
+                        store_global(y.ptr_to([group, member, at]), registers(words, 0, 2))
+
+    return layer_norm

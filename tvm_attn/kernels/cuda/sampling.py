@@ -1,0 +1,184 @@
+"""Greedy sampling at the end of a decode step on NVIDIA GPUs: the next token and position of each row, in place.
+
+One block reads a row. At 50257 columns that takes one multiprocessor about 2 us (200 KB at 64 bytes a clock), which is
+what a second launch would take; so rows are not split over blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from tvm import tirx
+from tvm.script import tirx as T
+
+from tvm_attn.kernels.base import Case
+from tvm_attn.kernels.cuda.lanes import shuffle_xor
+
+
+@dataclass(frozen=True)
+class Advance:
+    """token_ids = argmax(logits[:, :, :V]), and positions + 1, of the rows whose position is not -1.
+
+    The lowest index wins a tie, as in NumPy; a row with a NaN becomes token -1. A padding row (position -1) becomes
+    token 0, and its logits are not looked at.
+
+    Parameters of the function: logits (g, R, V') float32 with V' >= V columns; token_ids (g, R) int32 and positions
+    (g, R) int32, both updated in place.
+    """
+
+    family: ClassVar[str] = "cuda_advance"
+
+    vocabulary: int
+    columns: int
+    """V', the columns of logits, of which those past V are padding."""
+    rows: int
+    groups: int | None = None
+
+    @staticmethod
+    def cases() -> Iterator[Case]:
+        """See `Kernel.cases`."""
+        rng = np.random.default_rng(0)
+        for vocabulary, columns, rows, groups, name in (
+            (50257, 50257, 1, 1, "124M, one row"),
+            (50257, 50304, 8, 2, "124M, padded columns"),
+            (1021, 1024, 8, 3, "odd vocabulary"),
+            (5, 5, 8, 1, "vocabulary below a warp"),
+        ):
+            kernel = Advance(vocabulary, columns, rows, groups=groups if rows == 1 else None)
+            logits = rng.standard_normal((groups, rows, columns), dtype=np.float32)
+            # What lies in the padding must not matter, and of equal maxima the first one wins, of zeros too.
+            logits[..., vocabulary:] = 1e9
+            logits[0, 0, [vocabulary - 1, vocabulary // 2]] = 100.0
+            positions = np.arange(groups * rows, dtype=np.int32).reshape(groups, rows)
+            yield _case(kernel, name, logits, positions)
+            if rows == 1:
+                continue
+            padded = np.where(positions % 3 == 1, np.int32(-1), positions)
+            zeros = np.where(rng.random(logits.shape) < 0.5, np.float32(-0.0), np.float32(0.0))
+            yield _case(kernel, f"{name}, zeros of both signs", zeros, padded)
+            extreme = -np.abs(logits) - np.float32(1e30)
+            extreme[0, 0, :vocabulary] = -np.inf
+            extreme[-1, -1, vocabulary // 3] = np.inf
+            yield _case(kernel, f"{name}, large negative, infinities", extreme, padded)
+            with_nan = logits.copy()
+            with_nan[-1, -1, [vocabulary // 3, vocabulary - 1]] = np.nan, -np.nan
+            with_nan[0, 1] = np.nan  # padding
+            yield _case(kernel, f"{name}, NaN", with_nan, padded)
+
+
+def _case(kernel: Advance, name: str, logits: np.ndarray, positions: np.ndarray) -> Case:
+    wanted = logits[..., : kernel.vocabulary]
+    tokens = np.where(np.isnan(wanted).any(-1), -1, wanted.argmax(-1))
+    expected = np.where(positions < 0, 0, tokens), np.where(positions < 0, -1, positions + 1)
+    before = np.full_like(positions, 7)
+    results = tuple(array.astype(np.float64) for array in expected)
+    return Case(kernel, name, (logits, before, positions), (), results, (1, 2), nmse=0.0)
+
+
+@dataclass(frozen=True)
+class AdvanceTiles:
+    """The sizes of `advance`.
+
+    Attributes:
+        threads: of a block, a power of two from 32 to 1024.
+        unroll: columns of a thread whose loads are on their way together.
+    """
+
+    threads: int = 1024
+    unroll: int = 8
+
+
+def default_tiles(kernel: Advance) -> AdvanceTiles:
+    """As many threads as there are columns, up to 1024."""
+    threads = 32
+    while threads < min(kernel.vocabulary, 1024):
+        threads *= 2
+    return AdvanceTiles(threads)
+
+
+def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
+    """The function of `Advance`.
+
+    A thread keeps the first of its largest numbers, and whether it saw a NaN. Then threads compare unsigned integers in
+    the order of numbers: the sign bit is set in those that have none, all bits are turned in those that have it, -0
+    counts as 0, and NaN comes above all. What wins has the largest such key, and of those the smallest index.
+    """
+    vocabulary, columns, rows, groups = kernel.vocabulary, kernel.columns, kernel.rows, kernel.groups
+    threads, unroll, warps = tiles.threads, tiles.unroll, tiles.threads // 32
+    nan_key, last = 0xFFFFFFFF, 2**31 - 1
+
+    @T.prim_func
+    def advance(logits_handle: T.handle, token_ids_handle: T.handle, positions_handle: T.handle):
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        g = T.int32() if groups is None else T.meta_var(groups)
+        logits = T.match_buffer(logits_handle, (g, rows, columns), "float32")
+        token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
+        positions = T.match_buffer(positions_handle, (g, rows), "int32")
+        T.device_entry()
+        block = T.cta_id([g * rows])
+        warp = T.warp_id([warps])
+        lane = T.lane_id([32])
+        thread = T.thread_id([threads])
+        warp_key = T.alloc_shared((warps,), "uint32")
+        warp_index = T.alloc_shared((warps,), "int32")
+        values = T.alloc_local((unroll,), "float32")
+        best = T.alloc_local((1,), "float32")
+        nan = T.alloc_local((1,), "bool")
+        key = T.alloc_local((2,), "uint32")
+        index = T.alloc_local((2,), "int32")
+        group: T.let[T.int32] = block // rows
+        row: T.let[T.int32] = block % rows
+        position: T.let[T.int32] = positions[group, row]
+
+        @T.inline
+        def reduce():
+            """The best of all lanes; all of them get it."""
+            for i in T.unroll(5):
+                key[1] = shuffle_xor(key[0], 1 << i)
+                index[1] = shuffle_xor(index[0], 1 << i)
+                wins: T.let[T.bool] = key[1] > key[0] or (key[1] == key[0] and index[1] < index[0])
+                key[0] = T.Select(wins, key[1], key[0])
+                index[0] = T.Select(wins, index[1], index[0])
+
+        if position >= 0:
+            best[0] = T.float32(-math.inf)
+            nan[0] = False
+            # Where all is minus infinity the first column wins.
+            index[0] = T.Select(thread < vocabulary, thread, last)
+            for step in range(-(-vocabulary // (threads * unroll))):
+                first: T.let[T.int32] = step * (threads * unroll) + thread
+                for i in T.unroll(unroll):
+                    values[i] = T.if_then_else(
+                        first + i * threads < vocabulary, logits[group, row, first + i * threads], T.float32(-math.inf)
+                    )
+                for i in T.unroll(unroll):
+                    nan[0] = nan[0] or tirx.isnan(values[i])
+                    index[0] = T.Select(values[i] > best[0], first + i * threads, index[0])
+                    best[0] = T.Select(values[i] > best[0], values[i], best[0])
+            bits: T.let[T.uint32] = T.reinterpret("uint32", best[0])
+            ordered: T.let[T.uint32] = T.Select(
+                best[0] < T.float32(0.0), bits ^ T.uint32(nan_key), bits | T.uint32(0x80000000)
+            )
+            key[0] = T.Select(nan[0], T.uint32(nan_key), ordered)
+            reduce()
+            if lane == 0:
+                warp_key[warp] = key[0]
+                warp_index[warp] = index[0]
+            T.cuda.cta_sync()
+            if warp == 0:
+                key[0] = T.Select(lane < warps, warp_key[T.min(lane, warps - 1)], T.uint32(0))
+                index[0] = T.Select(lane < warps, warp_index[T.min(lane, warps - 1)], last)
+                reduce()
+        # All threads have read the position by now, or nobody waits for another.
+        if thread == 0:
+            if position >= 0:
+                token_ids[group, row] = T.Select(key[0] == T.uint32(nan_key), -1, index[0])
+                positions[group, row] = position + 1
+            else:
+                token_ids[group, row] = 0
+
+    return advance
