@@ -117,6 +117,7 @@ def _product(values: list[int | None]) -> int | None:
     return result
 
 
+@functools.cache
 def _lowered(function: tirx.PrimFunc) -> tuple[str, dict[str, dict[str, int | None]]]:
     """CUDA C of a function, and the launch parameters of its kernels: extents and bytes by TVM's names for them."""
     target = tvm_target(targets.read("cuda"))
