@@ -41,7 +41,7 @@ class CompiledSystem(CachedSystem):
         self.artifact = Artifact(folder)
         model = tvm_attn.load(folder, device, threads=threads, max_batch=max_batch)
         self.device, self._engine = model.device, model.engine
-        self.library = self.artifact.library(self.device.partition(":")[0])
+        self.library = self._engine.library
         self.config = self._engine.config
         self.name, self.version = "tvm_attn", tvm_attn.__version__
         quantization = self.artifact.quantization
