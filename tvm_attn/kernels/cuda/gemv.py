@@ -31,8 +31,6 @@ Scalar arithmetic would take 3 for each weight of 4 bits (shift and mask, conver
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -45,6 +43,7 @@ from tvm_attn.kernels.cuda.gemv_operands import (
     multiply_quantized_group,
     weight_format,
 )
+from tvm_attn.kernels.cuda.gemv_tiles import STEP_UNITS, UNIT, GemvTiles, Kernel, Plan, candidates, default_tiles
 from tvm_attn.kernels.cuda.lanes import registers
 from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.cuda.ptx import (
@@ -58,110 +57,7 @@ from tvm_attn.kernels.cuda.ptx import (
 )
 from tvm_attn.storage import GROUP
 
-Kernel = Linear | ResidualLinear | QKVLinear | Head
-
-ROWS = 8
-"""The most rows of a group: the columns of `mma.sync`."""
-
-_UNIT = 16
-"""Bytes of one copy, and of a row of a matrix of `ldmatrix`."""
-
-_STEP_UNITS = 4
-"""Units of an output in one step of the loop, 64 bytes."""
-
-
-@dataclass(frozen=True)
-class GemvTiles:
-    """The sizes of `gemv`.
-
-    Attributes:
-        outputs: outputs of a warp, 8 or 16.
-        columns: warps of a block side by side in N.
-        splits: warps of a block that share K.
-        steps: of 64 bytes of each output, in a stage.
-        stages: stages of a warp in shared memory, at least 2; all but one are on their way.
-        repeats: tiles that a block takes one after another.
-        parts: parts of K whose x is in shared memory at a time; 1 with LayerNorm.
-    """
-
-    outputs: int = 16
-    columns: int = 1
-    splits: int = 8
-    steps: int = 1
-    stages: int = 4
-    repeats: int = 1
-    parts: int = 1
-
-    @property
-    def warps(self) -> int:
-        """Warps of a block."""
-        return self.columns * self.splits
-
-    @property
-    def block_outputs(self) -> int:
-        """Outputs of a block."""
-        return self.outputs * self.columns * self.repeats
-
-    def shared_bytes(self, kernel: Kernel) -> int:
-        """Shared memory of a block."""
-        return sum(_Plan.of(kernel, self).shared)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Sizes that follow from a kernel and its tiles.
-
-    Attributes:
-        units: units of 16 bytes of an output.
-        stage_units: those in a stage.
-        k_stages: stages of an output, of all warps.
-        iterations: stages of a warp.
-        part_groups: groups of 32 inputs whose x is in shared memory at a time.
-        pitch: units from one unit of an output to the next, in a stage.
-        stage: bytes of a stage.
-        x_row: bytes of a row of x.
-        sum_row: float32 numbers of a row in the sums of a warp.
-        shared: bytes of the parts of shared memory: stages, x, sums of warps, constants of groups, scales, and gamma
-            with beta.
-    """
-
-    units: int
-    stage_units: int
-    k_stages: int
-    iterations: int
-    part_groups: int
-    pitch: int
-    stage: int
-    x_row: int
-    sum_row: int
-    shared: tuple[int, int, int, int, int, int]
-
-    @staticmethod
-    def of(kernel: Kernel, tiles: GemvTiles) -> _Plan:
-        """The sizes of a kernel with tiles."""
-        k, rows, quantized = kernel.in_features, kernel.rows, kernel.weights != kernel.dtype
-        per_unit = weight_format(kernel.weights, kernel.dtype).per_unit
-        units, stage_units = k // per_unit, _STEP_UNITS * tiles.steps
-        k_stages = -(-units // stage_units)
-        iterations = -(-k_stages // tiles.splits)
-        part_stages = min(k_stages, -(-iterations // tiles.parts) * tiles.splits)
-        part_groups = part_stages * stage_units * per_unit // GROUP
-        # Eight units that are copied together (of one or two outputs), or read together (of eight outputs), and the
-        # four pairs of two rows of x, lie in different banks.
-        pitch = tiles.outputs + (2 if stage_units == _STEP_UNITS else 1)
-        x_row = (part_groups + (1 - part_groups % 2 if rows > 1 else 0)) * GROUP_BYTES
-        # So do the numbers that a warp writes of four rows and eight outputs.
-        sum_row = tiles.outputs + 4
-        shared = (
-            tiles.warps * tiles.stages * stage_units * pitch * _UNIT,
-            rows * x_row,
-            min(tiles.repeats, 2) * tiles.warps * rows * sum_row * 4,
-            part_groups * GROUP_BYTES if quantized else 0,
-            tiles.block_outputs * (k // GROUP) * 2 if quantized else 0,
-            2 * k * 4 if kernel.epsilon is not None else 0,
-        )
-        stage = stage_units * pitch * _UNIT
-        return _Plan(units, stage_units, k_stages, iterations, part_groups, pitch, stage, x_row, sum_row, shared)
+__all__ = ["GemvTiles", "candidates", "default_tiles", "gemv"]
 
 
 def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
@@ -172,11 +68,11 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
     columns, splits, stages, repeats, parts = tiles.columns, tiles.splits, tiles.stages, tiles.repeats, tiles.parts
     outputs, warps, threads, steps = tiles.outputs, tiles.warps, 32 * tiles.warps, tiles.steps
     tile_outputs, block_outputs, halves = outputs * columns, tiles.block_outputs, outputs // 8
-    plan, form, weight_types = _Plan.of(kernel, tiles), weight_format(kernel.weights, dtype), kernel.weight_types
+    plan, form, weight_types = Plan.of(kernel, tiles), weight_format(kernel.weights, dtype), kernel.weight_types
     iterations, k_stages, stage_units = plan.iterations, plan.k_stages, plan.stage_units
     part_iterations, unit_elements = -(-iterations // parts), 4 if quantized else 8
-    step_groups, groups = _STEP_UNITS * form.per_unit // GROUP, k // GROUP
-    group_units = _STEP_UNITS // step_groups
+    step_groups, groups = STEP_UNITS * form.per_unit // GROUP, k // GROUP
+    group_units = STEP_UNITS // step_groups
     results, work = tile_outputs * rows, repeats * iterations
     per_thread, copies = -(-results // threads), outputs * stage_units // 32
     scale_bytes, block_scale_bytes = n * groups * 2, block_outputs * groups * 2
@@ -257,10 +153,10 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
         warp_ring: T.let[T.uint32] = shared_address(ring) + uint32(warp * (stages * plan.stage))
         x_base: T.let[T.uint32] = shared_address(rows_x)
         # Where this lane reads: a row of a matrix, and its inputs of a row of x, the last row again past the rows.
-        matrix: T.let[T.uint32] = warp_ring + uint32((lane // outputs * plan.pitch + lane % outputs) * _UNIT)
-        x_lane: T.let[T.uint32] = x_base + uint32(T.min(lane // 4, rows - 1) * plan.x_row + lane % 4 * _UNIT)
+        matrix: T.let[T.uint32] = warp_ring + uint32((lane // outputs * plan.pitch + lane % outputs) * UNIT)
+        x_lane: T.let[T.uint32] = x_base + uint32(T.min(lane // 4, rows - 1) * plan.x_row + lane % 4 * UNIT)
         if quantized:
-            constants_lane: T.let[T.uint32] = shared_address(constants) + uint32(lane % 4 * _UNIT)
+            constants_lane: T.let[T.uint32] = shared_address(constants) + uint32(lane % 4 * UNIT)
         source = T.meta_var(Rows(x_base, plan.x_row, rows, k, plan.part_groups, dtype, quantized, threads))
 
         @T.inline
@@ -274,7 +170,7 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
                 row: T.let[T.int32] = (i * 32 + lane) // stage_units
                 k_unit: T.let[T.int32] = k_stage * stage_units + unit
                 cp_async(
-                    stage + uint32((unit * plan.pitch + row) * _UNIT),
+                    stage + uint32((unit * plan.pitch + row) * UNIT),
                     weight.ptr_to([first + row, k_unit * unit_elements, 0]),
                     valid=tirx.all(first + row < n, k_unit < plan.units),
                 )
@@ -299,8 +195,8 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
             for step in T.unroll(steps):
                 for i in T.unroll(halves):
                     matrices = T.meta_var([words[i * 4 // halves + j // halves, j % halves] for j in range(4)])
-                    unit: T.let[T.int32] = step * _STEP_UNITS + i * (_STEP_UNITS // halves)
-                    ldmatrix(matrices, matrix + stage + uint32(unit * (plan.pitch * _UNIT)))
+                    unit: T.let[T.int32] = step * STEP_UNITS + i * (STEP_UNITS // halves)
+                    ldmatrix(matrices, matrix + stage + uint32(unit * (plan.pitch * UNIT)))
                 for i in T.unroll(step_groups):
                     group: T.let[T.int32] = part_stage * (steps * step_groups) + step * step_groups + i
                     units = T.meta_var(
@@ -332,15 +228,15 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
                     cp_async(shared_address(norm) + uint32(at * 4), gamma.ptr_to([at]))
                     cp_async(shared_address(norm) + uint32((k + at) * 4), beta.ptr_to([at]))
         if quantized:
-            for i in range(-(-block_scale_bytes // (_UNIT * threads))):
-                at: T.let[T.int32] = (i * threads + thread) * _UNIT
+            for i in range(-(-block_scale_bytes // (UNIT * threads))):
+                at: T.let[T.int32] = (i * threads + thread) * UNIT
                 if at < block_scale_bytes:
                     first: T.let[T.int32] = block * block_scale_bytes + at
                     T.ptx["cp.async.cg.shared.global"](
                         shared_address(block_scales) + uint32(at),
                         all_scales.ptr_to([first // 2]),
-                        _UNIT,
-                        uint32(T.max(T.min(scale_bytes - first, _UNIT), 0)),
+                        UNIT,
+                        uint32(T.max(T.min(scale_bytes - first, UNIT), 0)),
                     )
         cp_async_commit()
         for q in T.unroll(stages - 1):

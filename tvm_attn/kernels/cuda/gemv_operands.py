@@ -76,21 +76,16 @@ def weight_format(weights: str, dtype: str) -> Format:
     return Format(16, words, 0x000F000F, 128 + 128 + 2048, 1.0)
 
 
-def multiply_group(
-    total: tirx.Buffer,
-    words: Sequence[tuple[tirx.Expr, tirx.Expr]],
-    right: tirx.Buffer,
-    dtype: str,
-) -> None:
-    """total += the products of 32 inputs: plain weights of 8 inputs each, of outputs `group` and `group` + 8."""
+def multiply_group(total: tirx.Buffer, words: Sequence[Sequence[tirx.Expr]], right: tirx.Buffer, dtype: str) -> None:
+    """total += the products of 32 inputs; `words` are of 8 each, of outputs `group` and, if any, `group` + 8."""
     for i in (0, 2):
-        left = (*words[i], *words[i + 1])
+        left = [word for pair in words[i : i + 2] for word in (*pair, T.uint32(0))[:2]]
         mma(registers(total), left, (right[i], right[i + 1]), dtype)
 
 
 def multiply_quantized_group(
     partial: tirx.Buffer,
-    words: Sequence[tuple[tirx.Expr, ...]],
+    words: Sequence[Sequence[tirx.Expr]],
     left: tirx.Buffer,
     right: tirx.Buffer,
     form: Format,

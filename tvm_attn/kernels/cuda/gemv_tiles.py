@@ -1,0 +1,187 @@
+"""Tiles of `tvm_attn.kernels.cuda.gemv`: the sizes that follow from them, defaults, and what is worth measuring.
+
+A multiprocessor reads memory as fast as bytes are on their way to it: at 4.8 TB/s and 600 ns they are 2.9 MB, 22 KB of
+each of an H200's 132. So tiles are chosen by how many bytes all blocks of a multiprocessor ask for at once, and by how
+evenly blocks fill the multiprocessors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tvm_attn.errors import ScheduleError
+from tvm_attn.kernels.cuda.gemv_operands import GROUP_BYTES, weight_format
+from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
+from tvm_attn.storage import GROUP
+
+Kernel = Linear | ResidualLinear | QKVLinear | Head
+
+ROWS = 8
+"""The most rows of a group: the columns of `mma.sync`."""
+
+UNIT = 16
+"""Bytes of one copy, and of a row of a matrix of `ldmatrix`."""
+
+STEP_UNITS = 4
+"""Units of an output in one step of the loop, 64 bytes."""
+
+
+@dataclass(frozen=True)
+class GemvTiles:
+    """The sizes of `gemv`.
+
+    Attributes:
+        outputs: outputs of a warp, 8 or 16.
+        columns: warps of a block side by side in N.
+        splits: warps of a block that share K.
+        steps: of 64 bytes of each output, in a stage.
+        stages: stages of a warp in shared memory, at least 2; all but one are on their way.
+        repeats: tiles that a block takes one after another.
+        parts: parts of K whose x is in shared memory at a time; 1 with LayerNorm.
+    """
+
+    outputs: int = 16
+    columns: int = 1
+    splits: int = 8
+    steps: int = 1
+    stages: int = 4
+    repeats: int = 1
+    parts: int = 1
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.columns * self.splits
+
+    @property
+    def block_outputs(self) -> int:
+        """Outputs of a block."""
+        return self.outputs * self.columns * self.repeats
+
+    def shared_bytes(self, kernel: Kernel) -> int:
+        """Shared memory of a block."""
+        return sum(Plan.of(kernel, self).shared)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes that follow from a kernel and its tiles.
+
+    Attributes:
+        units: units of 16 bytes of an output.
+        stage_units: those in a stage.
+        k_stages: stages of an output, of all warps.
+        iterations: stages of a warp.
+        part_groups: groups of 32 inputs whose x is in shared memory at a time.
+        pitch: units from one unit of an output to the next, in a stage.
+        stage: bytes of a stage.
+        x_row: bytes of a row of x.
+        sum_row: float32 numbers of a row in the sums of a warp.
+        shared: bytes of the parts of shared memory: stages, x, sums of warps, constants of groups, scales, and gamma
+            with beta.
+    """
+
+    units: int
+    stage_units: int
+    k_stages: int
+    iterations: int
+    part_groups: int
+    pitch: int
+    stage: int
+    x_row: int
+    sum_row: int
+    shared: tuple[int, int, int, int, int, int]
+
+    @staticmethod
+    def of(kernel: Kernel, tiles: GemvTiles) -> Plan:
+        """The sizes of a kernel with tiles."""
+        k, rows, quantized = kernel.in_features, kernel.rows, kernel.weights != kernel.dtype
+        per_unit = weight_format(kernel.weights, kernel.dtype).per_unit
+        units, stage_units = k // per_unit, STEP_UNITS * tiles.steps
+        k_stages = -(-units // stage_units)
+        iterations = -(-k_stages // tiles.splits)
+        part_stages = min(k_stages, -(-iterations // tiles.parts) * tiles.splits)
+        part_groups = part_stages * stage_units * per_unit // GROUP
+        # Eight units that are copied together (of one or two outputs), or read together (of eight outputs), and the
+        # four pairs of two rows of x, lie in different banks.
+        pitch = tiles.outputs + (2 if stage_units == STEP_UNITS else 1)
+        x_row = (part_groups + (1 - part_groups % 2 if rows > 1 else 0)) * GROUP_BYTES
+        # So do the numbers that a warp writes of four rows and eight outputs.
+        sum_row = tiles.outputs + 4
+        shared = (
+            tiles.warps * tiles.stages * stage_units * pitch * UNIT,
+            rows * x_row,
+            min(tiles.repeats, 2) * tiles.warps * rows * sum_row * 4,
+            part_groups * GROUP_BYTES if quantized else 0,
+            tiles.block_outputs * (k // GROUP) * 2 if quantized else 0,
+            2 * k * 4 if kernel.epsilon is not None else 0,
+        )
+        stage = stage_units * pitch * UNIT
+        return Plan(units, stage_units, k_stages, iterations, part_groups, pitch, stage, x_row, sum_row, shared)
+
+
+SHARED_BYTES = 99 << 10
+"""What a block may have on every architecture (sm_86, sm_89 and sm_120 have the least)."""
+
+_IN_FLIGHT = 40 << 10
+"""Bytes of weights that a multiprocessor should ask for at once: twice what an H200 needs."""
+
+
+def default_tiles(kernel: Kernel, multiprocessors: int = 132) -> GemvTiles:
+    """Tiles for a device of so many multiprocessors.
+
+    Narrow layers have a block for each 8 or 16 outputs, whose warps share K; wide ones have two blocks for each
+    multiprocessor, which repeat.
+    """
+    # 16 outputs halve the work of a byte, but should fill three quarters of the multiprocessors.
+    outputs = 16 if -(-kernel.out_features // 16) * 4 >= 3 * multiprocessors else 8
+    count = -(-kernel.out_features // outputs)
+    tiles = GemvTiles(outputs)
+    if count > 4 * multiprocessors:
+        tiles = replace(tiles, columns=4, splits=2, repeats=-(-count // (4 * 2 * multiprocessors)))
+    k_stages = Plan.of(kernel, tiles).k_stages
+    tiles = replace(tiles, splits=min(tiles.splits, k_stages))
+    blocks = -(-kernel.out_features // tiles.block_outputs)
+    resident = min(2, -(-blocks // multiprocessors))
+    wanted = 1 + -(-_IN_FLIGHT // (resident * tiles.warps * outputs * STEP_UNITS * UNIT))
+    tiles = replace(tiles, stages=max(2, min(wanted, 1 + tiles.repeats * Plan.of(kernel, tiles).iterations)))
+    while tiles.shared_bytes(kernel) > SHARED_BYTES:
+        if kernel.epsilon is None and Plan.of(kernel, tiles).shared[1] > SHARED_BYTES // 3:
+            tiles = replace(tiles, parts=2 * tiles.parts)
+        elif tiles.repeats > 1:
+            tiles = replace(tiles, repeats=-(-tiles.repeats // 2))
+        elif tiles.stages > 2:
+            tiles = replace(tiles, stages=tiles.stages - 1)
+        elif tiles.splits > 1:
+            tiles = replace(tiles, splits=tiles.splits // 2)
+        else:
+            raise ScheduleError(f"no tiles of {kernel} fit {SHARED_BYTES} bytes of shared memory: use fewer rows")
+    return tiles
+
+
+def candidates(kernel: Kernel, multiprocessors: int = 132) -> Iterator[GemvTiles]:
+    """Tiles worth measuring, the default first: they waste no warp and ask for enough bytes, or for all at once."""
+    default = default_tiles(kernel, multiprocessors)
+    yield default
+    for outputs in (8, 16):
+        for columns, splits in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2)):
+            count = -(-kernel.out_features // (outputs * columns))
+            for repeats in sorted({1, *(-(-count // (waves * multiprocessors)) for waves in range(1, 5))}):
+                for steps in (1, 2):
+                    for stages in (2, 3, 4, 6, 8, 12):
+                        tiles = GemvTiles(outputs, columns, splits, steps, stages, repeats, default.parts)
+                        if tiles != default and _worth_measuring(kernel, tiles, multiprocessors):
+                            yield tiles
+
+
+def _worth_measuring(kernel: Kernel, tiles: GemvTiles, multiprocessors: int) -> bool:
+    plan, shared = Plan.of(kernel, tiles), tiles.shared_bytes(kernel)
+    work, blocks = tiles.repeats * plan.iterations, -(-kernel.out_features // tiles.block_outputs)
+    if tiles.splits > plan.k_stages or shared > SHARED_BYTES or tiles.stages - 1 > work:
+        return False
+    if not multiprocessors <= 2 * blocks <= 32 * multiprocessors:
+        return False
+    resident = min(-(-blocks // multiprocessors), 2 * SHARED_BYTES // shared, 64 // tiles.warps)
+    in_flight = resident * (tiles.stages - 1) * tiles.warps * tiles.outputs * tiles.steps * STEP_UNITS * UNIT
+    return in_flight >= _IN_FLIGHT // 2 or tiles.stages - 1 == work
