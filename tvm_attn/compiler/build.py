@@ -123,7 +123,7 @@ def build(
         body = _manifest(weights, dtype, quant)
         for entry in resolved:
             progress(f"compiling for {entry.name}")
-            body["libraries"].append(_compile(weights.config, entry, dtype, quant, temporary))
+            body["libraries"].append(_compile(weights.config, entry, dtype, quant, temporary, progress))
         write_manifest(temporary, body)
         if verify:
             reports = _verify_libraries(temporary, resolved, weights, body, notes, progress)
@@ -191,7 +191,9 @@ def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str) -> La
     return Layout(target.tile_rows, target.tile_columns, dtype, weights, fuse_layers=target.device == "cpu")
 
 
-def _compile(config: GPT2Config, target: Target, dtype: str, quant: str, folder: Path) -> dict[str, Any]:
+def _compile(
+    config: GPT2Config, target: Target, dtype: str, quant: str, folder: Path, progress: Callable[[str], None]
+) -> dict[str, Any]:
     """Compiles the library of one target and describes it for the manifest."""
     layout = layout_for(config, target, dtype, quant)
     max_prefill_rows = -(-config.n_positions // layout.rows) * layout.rows
@@ -211,7 +213,7 @@ def _compile(config: GPT2Config, target: Target, dtype: str, quant: str, folder:
         ptx=target.ptx if isinstance(target, CudaTarget) else None,
     )
     _add_identity(program, identity(config, dtype, quant, library))
-    records = compile_program(program, target, folder / library.file)
+    records = compile_program(program, target, folder / library.file, progress)
     return asdict(library) | {
         "tvm_target": target.tvm,
         "records": [record.to_line() for record in records],

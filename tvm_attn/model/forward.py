@@ -32,6 +32,7 @@ class Forward:
         module: where calls go.
         groups: number of row groups, a symbolic variable or 1.
         rows: rows of a group.
+        most_rows: rows of the largest call.
         inputs: token_ids, positions and slots.
         cache: gives the KV cache of a layer.
         param: gives the packed tensors of a parameter.
@@ -42,12 +43,13 @@ class Forward:
         module: Module,
         groups: tirx.Var | int,
         rows: int,
+        most_rows: int,
         inputs: tuple[relax.Var | None, relax.Var, relax.Var],
         cache: Callable[[int], relax.Var],
         param: Callable[[str], list[relax.Var]],
     ) -> None:
         self.module, self.config, self.dtype = module, module.config, module.layout.dtype
-        self.groups, self.rows = groups, rows
+        self.groups, self.rows, self.most_rows = groups, rows, most_rows
         self.static_groups = groups if isinstance(groups, int) else None
         self.token_ids, self.positions, self.slots = inputs
         self._cache, self._param = cache, param

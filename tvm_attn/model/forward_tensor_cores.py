@@ -29,10 +29,19 @@ class TensorCoreForward(Forward):
             return [x, *self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         return super()._normalized(x, name, groups)
 
-    def _linear_sizes(self, name: str, normalizes: bool) -> tuple[int, int, int, str, str, int | None, float | None]:
+    def _linear_sizes(self, name: str, normalizes: bool) -> dict[str, Any]:
+        """What all linear layers of `tvm_attn.kernels.cuda` share."""
         k, n, rows, _, weights = self._sizes(name)
-        epsilon = self.config.layer_norm_epsilon if normalizes and self.static_groups == 1 else None
-        return k, n, rows, self.dtype, weights, self.static_groups, epsilon
+        return {
+            "in_features": k,
+            "out_features": n,
+            "rows": rows,
+            "dtype": self.dtype,
+            "weights": weights,
+            "groups": self.static_groups,
+            "epsilon": self.config.layer_norm_epsilon if normalizes and self.static_groups == 1 else None,
+            "most_rows": self.most_rows,
+        }
 
     def _norm_kernel(self) -> Kernel:
         config = self.config
@@ -40,17 +49,17 @@ class TensorCoreForward(Forward):
 
     def _qkv_kernel(self, name: str) -> Kernel:
         sizes = self._linear_sizes(f"{name}.weight", normalizes=True)
-        return cuda.QKVLinear(*sizes, heads=self.config.n_head, context=self.config.n_positions)
+        return cuda.QKVLinear(**sizes, heads=self.config.n_head, context=self.config.n_positions)
 
     def _hidden_kernel(self, name: str) -> Kernel:
         sizes = self._linear_sizes(f"{name}.weight", normalizes=True)
-        return cuda.Linear(*sizes, activation=self.config.activation_function)
+        return cuda.Linear(**sizes, activation=self.config.activation_function)
 
     def _residual_kernel(self, name: str) -> Kernel:
-        return cuda.ResidualLinear(*self._linear_sizes(f"{name}.weight", normalizes=False))
+        return cuda.ResidualLinear(**self._linear_sizes(f"{name}.weight", normalizes=False))
 
     def _head_kernel(self, name: str) -> Kernel:
-        return cuda.Head(*self._linear_sizes(name, normalizes=True))
+        return cuda.Head(**self._linear_sizes(name, normalizes=True))
 
     def _attention_kernel(self, layer: int, is_decode: bool) -> Kernel:
         config = self.config

@@ -72,7 +72,7 @@ def _add_forward(module: Module, name: str, max_groups: int) -> None:
     attributes = {"tir_var_upper_bound": {"g": max_groups, "q": max_groups}}
     with builder.function(name, [*inputs, sequences, *chosen, tuples.kv, tuples.params], attrs=attributes):
         with builder.dataflow():
-            forward = _forward_class(module)(module, g, rows, inputs, tuples.cache, tuples.param)
+            forward = _forward_class(module)(module, g, rows, max_groups * rows, inputs, tuples.cache, tuples.param)
             x = forward.embed()
             for layer in range(module.config.n_layer):
                 _, x = forward.block(x, layer, sequences)
@@ -102,7 +102,7 @@ def _add_decode_layer(module: Module, name: str, layer: int, rows: int, groups: 
     with builder.function(name, arguments, attrs={"Primitive": True}, private=True):
         with builder.dataflow():
             forward = _forward_class(module)(
-                module, g, rows, (None, positions, slots), lambda _: cache, params.__getitem__
+                module, g, rows, rows, (None, positions, slots), lambda _: cache, params.__getitem__
             )
             outputs = builder.emit_output(relax.Tuple(list(forward.block(x, layer, None))))
         return builder.emit_func_output(outputs)
@@ -120,9 +120,10 @@ class _Decode:
         name: of the function.
         rows: rows of a group.
         groups: a static number of them, or None for a symbolic one.
+        max_groups: most of them.
     """
 
-    def __init__(self, module: Module, name: str, rows: int, groups: int | None) -> None:
+    def __init__(self, module: Module, name: str, rows: int, groups: int | None, max_groups: int) -> None:
         self._module, config, self._tuples = module, module.config, _Tuples(module)
         self._scales = [config.attention_scale(layer) for layer in range(config.n_layer)]
         self._layers: dict[float, relax.GlobalVar] = {}
@@ -130,7 +131,7 @@ class _Decode:
             for scale in dict.fromkeys(self._scales):
                 layer = self._scales.index(scale)
                 self._layers[scale] = _add_decode_layer(module, f"{name}_layer_{layer}", layer, rows, groups)
-        self.rows = rows
+        self.rows, self._most_rows = rows, max_groups * rows
         self.groups = tirx.Var("g", "int64") if groups is None else groups
         self.inputs = _row_inputs(self.groups, rows)
         self.arguments = [*self.inputs, self._tuples.kv, self._tuples.params]
@@ -139,7 +140,9 @@ class _Decode:
         """Emits the pass, inside the function."""
         module, tuples = self._module, self._tuples
         emit, (_, positions, slots) = module.builder.emit, self.inputs
-        forward = _forward_class(module)(module, self.groups, self.rows, self.inputs, tuples.cache, tuples.param)
+        forward = _forward_class(module)(
+            module, self.groups, self.rows, self._most_rows, self.inputs, tuples.cache, tuples.param
+        )
         x = forward.embed()
         for layer, scale in enumerate(self._scales):
             if self._layers:
@@ -153,7 +156,7 @@ class _Decode:
 
 def _add_decode(module: Module, name: str, rows: int, groups: int | None, max_groups: int) -> None:
     """Adds decode, decode_group or decode_one."""
-    builder, decode = module.builder, _Decode(module, name, rows, groups)
+    builder, decode = module.builder, _Decode(module, name, rows, groups, max_groups)
     with builder.function(name, decode.arguments, attrs={"tir_var_upper_bound": {"g": max_groups}}):
         with builder.dataflow():
             logits = builder.emit_output(decode.logits())
@@ -162,7 +165,7 @@ def _add_decode(module: Module, name: str, rows: int, groups: int | None, max_gr
 
 def _add_step(module: Module, name: str, rows: int, groups: int | None, max_groups: int) -> None:
     """Adds step, step_group or step_one."""
-    config, builder, decode = module.config, module.builder, _Decode(module, name, rows, groups)
+    config, builder, decode = module.config, module.builder, _Decode(module, name, rows, groups, max_groups)
     columns = padded_vocabulary(config, module.layout)
     # No argument comes from outside the graph, and a graph is captured for each value of the symbolic sizes.
     attributes = {

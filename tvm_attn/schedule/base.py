@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -63,18 +64,21 @@ class FixedChooser:
         return value
 
 
+_MODULES = {"cpu": "cpu", "cuda": "cuda", "vulkan": "gpu"}
+
+
 def template_for(kernel: Kernel, target: Target) -> Template:
     """The template of the target's device class for a kernel's family.
 
     Raises:
         ScheduleError: there is none.
     """
-    from tvm_attn.schedule import cpu, gpu
-
-    templates = {"cpu": cpu.TEMPLATES, "cuda": gpu.TEMPLATES, "vulkan": gpu.TEMPLATES}.get(target.device, ())
-    for template in templates:
-        if kernel.family in template.families:
-            return template
+    # Templates import the functions of this module, and those of one device class are enough.
+    if target.device in _MODULES:
+        module = importlib.import_module(f"tvm_attn.schedule.{_MODULES[target.device]}")
+        for template in module.TEMPLATES:
+            if kernel.family in template.families:
+                return template
     raise ScheduleError(
         f"no schedule template for kernel {kernel.family!r} on device class {target.device!r}; "
         "add one to tvm_attn/schedule/"

@@ -39,6 +39,7 @@ class _Linear:
         groups: 1, or None for a symbolic number of row groups.
         epsilon: where given, x is the float32 residual stream, and LayerNorm with this epsilon comes first; its result
             is rounded to `dtype`.
+        most_rows: rows of a large call, which the tiles of a symbolic number of groups are chosen for.
     """
 
     in_features: int
@@ -48,6 +49,7 @@ class _Linear:
     weights: str
     groups: int | None = None
     epsilon: float | None = None
+    most_rows: int = 1024
 
     family: ClassVar[str]
     has_bias: ClassVar[bool] = True
@@ -150,7 +152,7 @@ class Head(_Linear):
                 yield from _one_group(Head, 64, 1021, dtype, weights)
 
 
-def _one_group(kind: type[_Linear], k: int, n: int, dtype: str, weights: str, **more: object) -> Iterator[Case]:
+def _one_group(kind: type[_Linear], k: int, n: int, dtype: str, weights: str, **more: Any) -> Iterator[Case]:
     """Cases of one static group: of one row and of eight, LayerNorm before it or not."""
     for rows in (1, 8):
         for epsilon in (None, 1e-5):
