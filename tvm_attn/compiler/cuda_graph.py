@@ -21,6 +21,7 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
+from tvm_attn.compiler.workspaces import allocates
 from tvm_attn.errors import CompileError
 
 _RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
@@ -46,7 +47,7 @@ def capture_graphs(module: tvm.IRModule, _context: tvm.transform.PassContext) ->
     """RewriteCUDAGraph on the functions that ask for it. Goes behind StaticPlanBlockMemory.
 
     Raises:
-        CompileError: a kernel of such a function would be started outside of its graph.
+        CompileError: a kernel of such a function would be started outside of its graph, or its memory may move.
     """
     wanted = _captured(module)
     if not wanted:
@@ -60,6 +61,7 @@ def capture_graphs(module: tvm.IRModule, _context: tvm.transform.PassContext) ->
     for variable in wanted:
         name = variable.name_hint
         functions[relax.GlobalVar(f"{name}_again")] = _again(name, rewritten[name])
+        _check_memory(rewritten, name)
     return tvm.IRModule(functions)
 
 
@@ -94,6 +96,18 @@ def _again(name: str, function: relax.Function) -> relax.Function:
         result = builder.emit(relax.TupleGetItem(results, 0))
         builder.emit_func_output(builder.emit(_copy(result)))
     return builder.get()[f"{name}_again"].with_attr("global_symbol", f"{name}_again")
+
+
+def _check_memory(module: tvm.IRModule, name: str) -> None:
+    """Raises CompileError where a captured kernel takes memory that the graph does not hold."""
+
+    def visit(expression: Any) -> None:
+        if not isinstance(expression, relax.Call) or not isinstance(expression.op, relax.GlobalVar):
+            return
+        if allocates(module[expression.op]):
+            raise CompileError(f"kernel {expression.op.name_hint!r} of {name!r} takes scratch memory that may move")
+
+    relax.analysis.post_order_visit(module[f"{name}_cuda_graph_capture"], visit)
 
 
 def _only_launch(name: str, function: relax.Function) -> relax.Call:

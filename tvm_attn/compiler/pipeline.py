@@ -16,6 +16,7 @@ from tvm_attn.compiler import cuda_module
 from tvm_attn.compiler.cuda import compile_fatbin, find_compiler
 from tvm_attn.compiler.cuda_graph import capture_graphs, plan_results
 from tvm_attn.compiler.fusion import fuse_primitive_functions
+from tvm_attn.compiler.workspaces import plan_workspaces
 from tvm_attn.errors import CompileError
 from tvm_attn.model.module import Program
 from tvm_attn.schedule import Record, RecordBook, schedule, template_for
@@ -74,6 +75,7 @@ def _lower() -> tvm.transform.Pass:
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
+            plan_workspaces,
             plan_results,
             relax.transform.StaticPlanBlockMemory(),
             capture_graphs,
