@@ -100,7 +100,7 @@ def _pack(args: argparse.Namespace) -> int:
         _collect_ours(top)
         artifacts = [collect_artifact(folder, top) for folder in args.artifacts]
         if args.kernels:
-            from tvm_attn.benchmark.gpu.kernel_library import write_kernel_library
+            from tvm_attn.benchmark.gpu.kernel_library_build import write_kernel_library
 
             write_kernel_library(args.kernels, top / "kernels", progress)
         extra = {name: module for name, module in (*_OTHERS.items(), _CUDA_RUNTIME) if (top / "extra" / name).is_dir()}

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from tvm_attn.benchmark.gpu.kernel_library import CaseResult, KernelLibrary
 from tvm_attn.benchmark.gpu.processes import emit, run_child
+from tvm_attn.runtime.tvm_import import runtime_only
 
-CASE_SECONDS = 30.0
-"""After which a case hangs. The first one starts CUDA."""
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 
@@ -64,7 +63,7 @@ def run_cases(
 
 
 def sanitize(folder: Path, device: str, seconds: float) -> dict[str, str]:
-    """What each tool of compute-sanitizer says of all cases: "0 errors", the number of them, or why it did not run."""
+    """What each tool of compute-sanitizer says of all cases: "0 errors ...", what it found, or why it did not run."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         return dict.fromkeys(SANITIZER_TOOLS, "compute-sanitizer is not installed: it comes with NVIDIA's CUDA toolkit")
@@ -99,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from tvm_attn.benchmark.gpu.devices import tvm_device
 
-    library, device = KernelLibrary(args.folder), tvm_device(args.device)
+    with runtime_only():  # starts in a second
+        library, device = KernelLibrary(args.folder), tvm_device(args.device)
     for case in library.cases[args.first : args.last]:
         emit(asdict(library.check(case, device)))
     return 0

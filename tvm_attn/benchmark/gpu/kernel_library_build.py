@@ -21,7 +21,7 @@ from tvm_attn.kernels import Case, Kernel, cuda
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.kernels.cuda.attention import PrefillAttention
 from tvm_attn.schedule import RecordBook, schedule, template_for
-from tvm_attn.targets import CudaTarget
+from tvm_attn.targets import CudaTarget, GpuTarget, Target
 
 _KERNELS_PER_LIBRARY = 16
 """A library that the device refuses takes no more than these with it."""
@@ -83,7 +83,7 @@ def write_kernel_library(
     """Compiles kernels and writes them with their cases.
 
     Args:
-        target_name: a CUDA target, e.g. "cuda" or "cuda-sm90".
+        target_name: a CUDA target, e.g. "cuda" or "cuda-sm90", or one of processors, to try this without a GPU.
         folder: made here.
         progress: told what happens next.
         cases: default: `all_cases()` that the target has templates for.
@@ -94,7 +94,7 @@ def write_kernel_library(
         CompileError: no compiler for CUDA, or a kernel that does not compile.
     """
     target = targets.resolve(target_name)
-    if not isinstance(target, CudaTarget):
+    if isinstance(target, GpuTarget) and not isinstance(target, CudaTarget):
         raise TargetError(f"{target_name} is no CUDA target; known: {', '.join(_cuda_targets())}")
     folder.mkdir(parents=True)
     book = RecordBook.load(target.name)
@@ -120,7 +120,7 @@ def _cuda_targets() -> list[str]:
     return [name for name in targets.names() if isinstance(targets.read(name), CudaTarget)]
 
 
-def _add(functions: dict[Kernel, Any], kernel: Kernel, target: CudaTarget, book: RecordBook) -> bool:
+def _add(functions: dict[Kernel, Any], kernel: Kernel, target: Target, book: RecordBook) -> bool:
     """Schedules a kernel that is not there yet; False where the target has no template for it."""
     if kernel in functions:
         return True
@@ -134,7 +134,10 @@ def _add(functions: dict[Kernel, Any], kernel: Kernel, target: CudaTarget, book:
     return True
 
 
-def _compile(functions: dict[str, tvm.tirx.PrimFunc], target: CudaTarget, path: Path) -> None:
+def _compile(functions: dict[str, tvm.tirx.PrimFunc], target: Target, path: Path) -> None:
+    if not isinstance(target, CudaTarget):
+        tvm.tirx.build(tvm.IRModule(functions), target=tvm_target(target)).export_library(str(path))
+        return
     cuda_module.register_pipeline()
     with cuda_module.without_runtime():
         built = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target(target), pipeline=cuda_module.PIPELINE)

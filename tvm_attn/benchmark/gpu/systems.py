@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tvm_attn.benchmark.gpu.torch_model import CapturedSteps, TorchModel, to_numpy
+from tvm_attn.benchmark.gpu.torch_model import CapturedSteps, TorchModel, to_numpy, to_torch
 from tvm_attn.benchmark.ours import CompiledSystem
 from tvm_attn.benchmark.system import MAX_CALLS, MIN_CALLS, CachedSystem, Case, Float32Array, Int32Array, prompts
 from tvm_attn.config import GPT2Config
@@ -110,12 +110,7 @@ class TransformersSystem(_Greedy):
         with torch.device("meta"):
             model = transformers.GPT2LMHeadModel(settings)
         kind = getattr(torch, dtype)
-        state = {
-            name if name.startswith("lm_head.") else f"transformer.{name}": torch.from_numpy(
-                np.array(array, np.float32)
-            ).to(self._device, kind)
-            for name, array in params
-        }
+        state = {_hugging_face_name(name): to_torch(array, self._device).to(kind) for name, array in params}
         state["lm_head.weight"] = state.get("lm_head.weight", state["transformer.wte.weight"])
         model.load_state_dict(state, assign=True)
         model.tie_weights()
@@ -150,6 +145,10 @@ class TransformersSystem(_Greedy):
     def numpy(self, logits: Any) -> Float32Array:
         """See `CachedSystem.numpy`."""
         return to_numpy(logits)
+
+
+def _hugging_face_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"transformer.{name}"
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class TorchModel:
         self._block = self._torch.compile(self._one_block, dynamic=False)
 
     def _stored(self, name: str, array: np.ndarray) -> Tensor:
-        tensor = self._torch.from_numpy(np.array(array, np.float32)).to(self.device).to(self._dtype)
+        tensor = to_torch(array, self.device).to(self._dtype)
         linear = array.ndim == 2 and name.startswith("h.")
         return tensor.t().contiguous() if linear else tensor
 
@@ -92,7 +92,7 @@ class TorchModel:
 
     def step(self, ids: Tensor, position: Tensor, length: int) -> Tensor:
         """As `decode`, with the position (1,) on the device: attention looks at `length` positions under a mask."""
-        mask = self._torch.arange(length, device=self.device) <= position
+        mask = self._torch.arange(length, device=self.device)[None] <= position
         return self._logits(ids[:, None], position, length, mask)
 
     def _logits(self, ids: Tensor, positions: Tensor, length: int, mask: Tensor | None) -> Tensor:
@@ -220,6 +220,16 @@ class CapturedSteps:
         if (batch, length) not in self._steps:
             self._steps[batch, length] = CapturedStep(self._model, batch, length)
         return self._steps[batch, length]
+
+
+def to_torch(array: np.ndarray, device: Any) -> Tensor:
+    """An array on a device; PyTorch shares the bits of NumPy's bfloat16, and does not know it."""
+    import torch
+
+    writable = np.array(array)
+    if str(array.dtype) == "bfloat16":
+        return torch.from_numpy(writable.view(np.int16)).to(device).view(torch.bfloat16)
+    return torch.from_numpy(writable).to(device)
 
 
 def to_numpy(logits: Tensor) -> Float32Array:

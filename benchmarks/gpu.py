@@ -1,0 +1,122 @@
+"""Everything that is worth checking and measuring on an NVIDIA GPU, in one command of under 8 minutes.
+
+    python benchmarks/gpu.py --artifacts dist --kernels dist/kernels
+
+First what is right: single kernels against NumPy float64, artifacts against PyTorch, graphs against none. Then what is
+fast: matrix products against cuBLAS, attention against PyTorch's, whole models against PyTorch eager, with CUDA graphs
+and compiled, and the time from nothing to the first token. Every part is a process of its own with a limit of time: one
+that crashes or hangs is recorded with its error, and the others go on. The result is a JSON file. The exit status is 1
+where something is not right.
+
+Needs TVM's runtime, PyTorch, artifacts and kernels that were compiled elsewhere; `benchmarks/pack.py` brings all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tvm_attn.benchmark.gpu import parts as gpu_parts
+from tvm_attn.benchmark.gpu.figures import FIGURES, tables
+from tvm_attn.benchmark.gpu.processes import emit
+from tvm_attn.cli import run
+from tvm_attn.errors import BenchmarkError
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 450.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's arguments) and return its exit status."""
+    return run(lambda: _main(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda:0", help="default: %(default)s")
+    parser.add_argument(
+        "--artifacts", type=Path, default=ROOT / "artifacts", metavar="FOLDER", help="default: %(default)s"
+    )
+    parser.add_argument("--kernels", type=Path, default=ROOT / "kernels", metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer cases")
+    parser.add_argument("--sanitize", action="store_true", help="kernels under compute-sanitizer as well, last")
+    parser.add_argument("--only", metavar="PART,...", help="parts to run, e.g. kernels,verify; default: all")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="S", help="for all parts together; default: %(default)s"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu-DEVICE.json")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # what a process of this command does
+    return parser
+
+
+def _main(args: argparse.Namespace) -> int:
+    settings = gpu_parts.Settings(args.device, args.artifacts, args.kernels, args.quick)
+    if args.part:
+        for entry in gpu_parts.run_part(args.part, settings, args.seconds):
+            emit(entry)
+        return 0
+    artifacts = gpu_parts.artifacts_of(settings.artifacts)
+    planned = gpu_parts.plan(settings, artifacts, args.sanitize)
+    if args.only:
+        wanted = {name.strip() for name in args.only.split(",")}
+        planned = [part for part in planned if wanted & {part.name, part.name.partition(":")[0]}]
+    if not any(part.name != "device" for part in planned):
+        raise BenchmarkError(
+            f"nothing to run: neither artifacts for CUDA in {settings.artifacts} nor kernels in {settings.kernels}; "
+            "benchmarks/pack.py brings both"
+        )
+    begin = time.monotonic()
+    ran = gpu_parts.run_parts(planned, lambda part, limit: _command(args, part.name, limit), args.seconds, _say)
+    result = summary(ran, args.quick, time.monotonic() - begin)
+    path = args.json or ROOT / "benchmarks" / "results" / f"gpu-{_device_name(result)}.json"
+    gpu_parts.write_json(result, path)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables(result):
+        console.print(table)
+    print(f"{'FAILED' if result['failed'] else 'passed'} in {result['seconds']:.0f} s; written to {path}")
+    return int(result["failed"])
+
+
+def _command(args: argparse.Namespace, part: str, limit: float) -> list[str]:
+    command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--seconds", f"{limit:.1f}"]
+    command += ["--device", args.device, "--artifacts", str(args.artifacts), "--kernels", str(args.kernels)]
+    return [*command, "--quick"] if args.quick else command
+
+
+def summary(parts: dict[str, dict[str, Any]], quick: bool, seconds: float) -> dict[str, Any]:
+    """A run's JSON.
+
+    Args:
+        parts: what `run_parts` returned.
+        quick: whether it was a quick run.
+        seconds: how long it took.
+    """
+    entries = [entry for part in parts.values() for entry in part["entries"]]
+    return {
+        "date": date.today().isoformat(),
+        "quick": quick,
+        "seconds": round(seconds, 1),
+        "failed": gpu_parts.has_failed(parts),
+        "device": next((entry for entry in entries if entry.get("what") == "device"), None),
+        "figures": [figure.result(entries) for figure in FIGURES],
+        "parts": parts,
+    }
+
+
+def _device_name(result: dict[str, Any]) -> str:
+    name = result["device"]["name"] if result["device"] else "unknown"
+    return "-".join(name.lower().split())
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

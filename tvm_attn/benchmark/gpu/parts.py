@@ -1,0 +1,281 @@
+"""The parts of `benchmarks/gpu.py`: what each does in its process, which come first, and how long each may take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tvm_attn.benchmark.gpu.processes import Entry, Outcome, emit, run_child
+from tvm_attn.config import param_shapes
+from tvm_attn.errors import TvmAttnError
+from tvm_attn.runtime.artifact import Artifact
+from tvm_attn.runtime.cuda import capability, code_rank
+
+_LEAST_SECONDS = 5.0
+"""A part that would get less is left out."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the benchmark measures, and where.
+
+    Attributes:
+        device: e.g. "cuda:0".
+        artifacts: folder with artifacts; those with a library for CUDA are run.
+        kernels: folder that `write_kernel_library` made.
+        quick: smaller sizes and fewer cases.
+    """
+
+    device: str
+    artifacts: Path
+    kernels: Path
+    quick: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a run.
+
+    Attributes:
+        name: what it does, and after a colon the artifact that it does it with.
+        seconds: most that it may take.
+        correctness: whether the run fails with it.
+    """
+
+    name: str
+    seconds: float
+    correctness: bool = False
+
+
+def artifacts_of(folder: Path) -> list[Artifact]:
+    """The artifacts in a folder that have a library for CUDA, the smallest model first."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        try:
+            artifact = Artifact(path)
+        except TvmAttnError:
+            continue  # something else, or of another version
+        if any(library.device == "cuda" for library in artifact.libraries):
+            found.append(artifact)
+    return sorted(found, key=_parameter_count)
+
+
+def _parameter_count(artifact: Artifact) -> int:
+    count = 0
+    for shape in param_shapes(artifact.config).values():
+        size = 1
+        for extent in shape:
+            size *= extent
+        count += size
+    return count
+
+
+def plan(settings: Settings, artifacts: Sequence[Artifact], sanitize: bool = False) -> list[Part]:
+    """The parts in order: what is right comes before what is fast, and the smallest model first."""
+    parts = [Part("device", 40)]
+    if (settings.kernels / "kernels.json").is_file():
+        parts.append(Part("kernels", 120, correctness=True))
+    names = [artifact.folder.name for artifact in artifacts]
+    parts += [Part(f"verify:{name}", 60, correctness=True) for name in names]
+    parts += [Part(f"graph:{name}", 40, correctness=True) for name in names]
+    if (settings.kernels / "kernels.json").is_file():
+        parts += [Part("products", 60), Part("attention", 40)]
+    # Models that take long to measure: float16 and bfloat16 of each size, and quantized ones after them.
+    order = sorted(artifacts, key=lambda artifact: (artifact.quantization != "none", artifact.dtype == "float32"))
+    parts += [Part(f"load:{artifact.folder.name}", 40) for artifact in order if artifact.dtype == "float16"]
+    parts += [Part(f"model:{artifact.folder.name}", 100 if _is_large(artifact) else 60) for artifact in order]
+    if not settings.quick:
+        parts += [Part(f"compiled:{artifact.folder.name}", 90) for artifact in order if artifact.dtype == "float16"][:1]
+    if sanitize and (settings.kernels / "kernels.json").is_file():
+        parts.append(Part("sanitize", 400, correctness=True))
+    return parts
+
+
+def run_parts(
+    parts: Sequence[Part],
+    command: Callable[[Part, float], Sequence[str]],
+    seconds: float,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, dict[str, Any]]:
+    """Runs each part in a process of its own.
+
+    Args:
+        parts: in order.
+        command: of a part that has so many seconds; it prints entries, see `tvm_attn.benchmark.gpu.processes`.
+        seconds: of all parts; the last ones are left out where the others took them.
+        progress: told what happens next.
+
+    Returns:
+        For each part "seconds", "error" (None where it went well), "entries", and "correctness".
+    """
+    start, result = time.monotonic(), {}
+    for part in parts:
+        left = seconds - (time.monotonic() - start)
+        if left < _LEAST_SECONDS:
+            outcome = Outcome(error="left out: no time was left")
+        else:
+            limit = min(part.seconds, left)
+            progress(f"{time.monotonic() - start:6.1f} s  {part.name}, at most {limit:.0f} s")
+            outcome = run_child(command(part, limit), limit)
+        result[part.name] = {**asdict(outcome), "correctness": part.correctness}
+    return result
+
+
+def has_failed(parts: dict[str, dict[str, Any]]) -> bool:
+    """Whether a part that checks something did not run to its end, or found something wrong."""
+    return any(
+        part["error"] is not None or any(entry.get("passed") is False for entry in part["entries"])
+        for part in parts.values()
+        if part["correctness"]
+    )
+
+
+def run_part(name: str, settings: Settings, seconds: float) -> Iterator[Entry]:
+    """Does a part's work, in its process.
+
+    Args:
+        name: of the part.
+        settings: of the run.
+        seconds: that it has.
+    """
+    kind, _, artifact_name = name.partition(":")
+    if kind in ("kernels", "sanitize", "products", "attention"):
+        yield from _run_kernels(kind, settings, seconds)
+    elif kind == "device":
+        yield from _device(settings)
+    else:
+        yield from _run_model(kind, settings.artifacts / artifact_name, settings)
+
+
+def _run_kernels(kind: str, settings: Settings, seconds: float) -> Iterator[Entry]:
+    from tvm_attn.benchmark.gpu import cases
+    from tvm_attn.benchmark.gpu.kernel_library import KernelLibrary
+
+    folder, device = settings.kernels, settings.device
+    if kind == "kernels":
+        # Printed as they come, and with some time left where a case hangs.
+        results = cases.run_cases(
+            folder, device, seconds - 3, lambda result: emit({"what": "kernel", **asdict(result)})
+        )
+        total = len(KernelLibrary(folder).cases)
+        yield {"what": "kernels", "ran": len(results), "cases": total, "passed": len(results) == total}
+        return
+    if kind == "sanitize":
+        for tool, verdict in cases.sanitize(folder, device, seconds - 5).items():
+            absent = "not installed" in verdict
+            yield {
+                "what": "sanitize",
+                "tool": tool,
+                "verdict": verdict,
+                "passed": absent or verdict.startswith("0 errors"),
+            }
+        return
+    from tvm_attn.benchmark.gpu import timing
+    from tvm_attn.benchmark.gpu.devices import tvm_device
+
+    tvm_device(device)  # loads TVM's runtime for it
+    library = KernelLibrary(folder)
+    if kind == "products":
+        yield from timing.compare_products(library, device, settings.quick)
+    else:
+        yield from timing.compare_attention(library, device)
+
+
+def _device(settings: Settings) -> Iterator[Entry]:
+    from tvm_attn.benchmark.gpu import limits
+    from tvm_attn.benchmark.gpu.devices import describe, tvm_device
+    from tvm_attn.benchmark.machine import describe_versions
+
+    tvm_device(settings.device)
+    yield {"what": "device", **describe(settings.device), "versions": describe_versions()}
+    yield {"what": "limit", "name": "copy_gbytes", "value": limits.measure_copy(settings.device)}
+    for dtype in ("float16", "bfloat16"):
+        gflops = limits.measure_product(settings.device, dtype, 4096 if settings.quick else 8192)
+        yield {"what": "limit", "name": f"{dtype}_tflops", "value": gflops / 1e3}
+
+
+def _run_model(kind: str, folder: Path, settings: Settings) -> Iterator[Entry]:
+    from tvm_attn.benchmark.gpu import models
+    from tvm_attn.benchmark.gpu.devices import tvm_device
+    from tvm_attn.benchmark.gpu.limits import DeviceLimits, measure_copy, measure_product
+
+    artifact, device = Artifact(folder), settings.device
+    facts = {
+        "parameters": _parameter_count(artifact),
+        "dtype": artifact.dtype,
+        "quantization": artifact.quantization,
+    }
+    if kind == "verify":
+        entries = models.verify(folder, device)
+    elif kind == "graph":
+        entries = models.compare_graph(folder, device)
+    elif kind == "load":
+        entries = models.measure_load(folder, device)
+    else:
+        tvm_device(device)
+        # In the same process: the limit of the same minute.
+        limits = DeviceLimits(
+            device, artifact.dtype, measure_product(device, artifact.dtype, 4096), measure_copy(device)
+        )
+        peers = ["torch-compile"] if kind == "compiled" else model_peers(artifact, settings.quick)
+        cases = model_cases(artifact, settings.quick)
+        entries = models.measure(folder, device, cases, peers, limits, 0.2 if settings.quick else 0.4)
+    yield from ({**entry, **facts} for entry in entries)
+
+
+def model_cases(artifact: Artifact, quick: bool) -> list[Any]:
+    """Prompts and contexts, of one sequence and of 64: what a model's part measures."""
+    from tvm_attn.benchmark.system import Case
+
+    longest = artifact.config.n_positions
+    context, long = min(128, longest // 2), min(1000, longest - 24)
+    large = _is_large(artifact)
+    decode = [Case("decode", context), Case("decode", long)]
+    if not large:  # caches of 64 sequences of the largest models take more than some devices have
+        decode.append(Case("decode", context, 64))
+    if quick:
+        return [decode[0], *decode[2:]]
+    return [*decode, Case("prefill", context), Case("prefill", longest - 1)]
+
+
+def _is_large(artifact: Artifact) -> bool:
+    return _parameter_count(artifact) > 5e8
+
+
+def model_peers(artifact: Artifact, quick: bool) -> list[str]:
+    """The peers of a model's part."""
+    if quick or _is_large(artifact):
+        return ["torch", "torch-graph"]
+    if artifact.dtype == "float32" or artifact.quantization != "none":
+        return ["torch-graph"]
+    return ["torch", "transformers", "torch-flash", "torch-cudnn", "torch-graph"]
+
+
+def unusable(artifact: Artifact, index: int) -> str | None:
+    """Why none of an artifact's CUDA libraries runs on `cuda:index`, or None."""
+    found = capability(index)
+    libraries = [library for library in artifact.libraries if library.device == "cuda"]
+    if any(code_rank(library.architectures, library.ptx, found) is not None for library in libraries):
+        return None
+    return "; ".join(library.obstacle(found) or "" for library in libraries)
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """Writes a run's result; the file appears whole or not at all. Not-a-number becomes null, which JSON has."""
+    from tvm_attn.benchmark.report import write_file
+
+    write_file(path, json.dumps(_finite(result), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
