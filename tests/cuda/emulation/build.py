@@ -19,11 +19,14 @@ _HERE = Path(__file__).parent
 _BUILD = Path(__file__).parents[3] / "build" / "cuda_emulation"
 _COMPILER = os.environ.get("CXX", "g++")
 _RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra")
-_KERNEL_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-w")
-# Local variables without a value hold a pattern, which is no number as float16 and a huge one as float32.
+_KERNEL_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-w")
+# Local variables without a value hold a pattern, which is no number as float16 and a huge one as float32. Without
+# optimization, and with the address sanitizer's checks as calls, compiling takes a third of the time that it takes with
+# -O1, and running a case hardly longer.
 _CHECKS = (
-    "-fsanitize=address,alignment,bounds,integer-divide-by-zero", "-fno-sanitize-recover=all",
+    "-O0", "-fsanitize=address,alignment,bounds,integer-divide-by-zero", "-fno-sanitize-recover=all",
     "-fsanitize-sections=emulated_shared", "-ftrivial-auto-var-init=pattern",
+    "--param", "asan-instrumentation-with-call-threshold=0",
 )  # fmt: skip
 
 
@@ -106,7 +109,7 @@ def compile_kernels(source: str, checks: bool = True) -> Path:
         code = library.with_suffix(".cc")
         code.write_text(text)
         made = library.with_suffix(f".{os.getpid()}.so")
-        flags = [*_CHECKS, f"-I{runtime() / 'checked'}"] if checks else ["-O2"]
+        flags = [*_CHECKS, f"-I{runtime() / 'checked'}"] if checks else ["-O1"]
         _run([_COMPILER, *_KERNEL_FLAGS, *flags, f"-I{INCLUDE}", "-shared", code, "-o", made])
         made.rename(library)
     return library
