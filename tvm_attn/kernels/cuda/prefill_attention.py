@@ -44,8 +44,8 @@ _UNIT = 8
 _SHARED_BYTES = 99 << 10
 """Shared memory of a block that every supported GPU has."""
 
-_REGISTERS = 232
-"""Registers that accumulators and operands of a thread may take with what else it needs, of 255."""
+_REGISTERS = 248
+"""Most registers of a thread by `PrefillTiles.registers`, of 255."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""Attention for tensor cores: in the emulation against float64, and what a compiler makes of it."""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from tvm import tirx
+from tvm.script import tirx as T
+
+from tests.cuda import emulation, sass
+from tvm_attn.config import PRESETS
+from tvm_attn.kernels.base import Case
+from tvm_attn.kernels.cuda.attention import HEAD_DIMS, DecodeAttention, PrefillAttention
+from tvm_attn.kernels.cuda.decode_attention import (
+    DecodeTiles,
+    decode_attention,
+    decode_candidates,
+    default_decode_tiles,
+)
+from tvm_attn.kernels.cuda.prefill_attention import (
+    PrefillTiles,
+    default_prefill_tiles,
+    prefill_attention,
+    prefill_candidates,
+)
+
+PREFILL, DECODE = list(PrefillAttention.cases()), list(DecodeAttention.cases())
+build_prefill, build_decode = functools.cache(prefill_attention), functools.cache(decode_attention)
+
+
+@pytest.fixture
+def rolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops stay loops: the same statements, of which a C++ compiler makes code in a quarter of the time."""
+    monkeypatch.setattr(T, "unroll", T.serial)
+
+
+def named(cases: list[Case]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    names = [f"{case.kernel.dtype} {case.name}" for case in cases]
+    return pytest.mark.parametrize("case", cases, ids=names)
+
+
+def check(function: tirx.PrimFunc, case: Case) -> None:
+    output = case.outputs[0].copy()
+    emulation.run(function, [*case.inputs, output])
+    error = output.astype(np.float64) - case.expected[0]
+    assert np.sum(np.square(error)) <= case.nmse * np.sum(np.square(case.expected[0]))
+
+
+def with_sizes(cases: list[Case], **sizes: int) -> list[Case]:
+    """The cases of kernels with these sizes."""
+    return [case for case in cases if all(getattr(case.kernel, name) == size for name, size in sizes.items())]
+
+
+@named(PREFILL)
+@pytest.mark.usefixtures("rolled")
+def test_prefill(case: Case) -> None:
+    check(build_prefill(case.kernel, default_prefill_tiles(case.kernel)), case)
+
+
+@pytest.mark.usefixtures("rolled")
+def test_prefill_in_three_stages() -> None:
+    ragged = with_sizes(PREFILL, head_dim=64)[0]
+    check(prefill_attention(ragged.kernel, PrefillTiles(64, 64, 4, stages=3)), ragged)
+
+
+def test_prefill_as_generated() -> None:
+    """With all loops unrolled, as compilers for devices get it: fragments of queries, halves of keys."""
+    ragged = with_sizes(PREFILL, head_dim=64)[0]
+    check(prefill_attention(ragged.kernel, PrefillTiles(32, 32, 1, 2)), ragged)
+
+
+@named(DECODE)
+@pytest.mark.usefixtures("rolled")
+def test_decode(case: Case) -> None:
+    check(build_decode(case.kernel, default_decode_tiles(case.kernel)), case)
+
+
+@pytest.mark.usefixtures("rolled")
+def test_decode_with_a_second_kernel() -> None:
+    (ragged,) = with_sizes(DECODE, context=600)
+    check(decode_attention(ragged.kernel, DecodeTiles(2, 3, last=False)), ragged)
+
+
+@pytest.mark.usefixtures("rolled")
+def test_decode_of_many_keys_a_block() -> None:
+    cases = with_sizes(DECODE, context=1024)
+    function = decode_attention(cases[0].kernel, DecodeTiles(16, 2, 8))
+    for case in cases:
+        check(function, case)
+
+
+def test_decode_as_generated() -> None:
+    """With all loops unrolled, as compilers for devices get it."""
+    (ragged,) = with_sizes(DECODE, context=300)
+    check(decode_attention(ragged.kernel, default_decode_tiles(ragged.kernel)), ragged)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_tiles_fit_every_device(head_dim: int) -> None:
+    least = min(sass.SHARED_BYTES.values())
+    prefill = PrefillAttention(12, head_dim, 1024, 8, "float16", 0.125)
+    candidates = list(prefill_candidates(prefill))
+    assert default_prefill_tiles(prefill) in candidates
+    for tiles in candidates:
+        assert tiles.queries % (16 * tiles.query_warps) == 0
+        assert tiles.keys % (16 * tiles.key_warps) == 0
+        assert tiles.shared_bytes(head_dim) <= least
+    for rows, groups in ((1, 1), (8, 1), (8, None)):
+        decode = DecodeAttention(12, head_dim, 1024, rows, "float16", 0.125, groups)
+        decodes = list(decode_candidates(decode))
+        assert default_decode_tiles(decode) in decodes
+        assert all(tiles.shared_bytes(head_dim) <= 48 << 10 for tiles in decodes)
+        assert groups is not None or not any(tiles.splits > 1 and tiles.last for tiles in decodes)
+
+
+def test_indices_of_the_largest_cache() -> None:
+    """They are 32-bit numbers of elements."""
+    config = PRESETS["gpt2-xl"]
+    assert 64 * 2 * config.n_head * config.n_positions * config.head_dim < 2**31
+
+
+def test_prefill_machine_code() -> None:
+    kernel = PrefillAttention(12, 64, 1024, 8, "bfloat16", 0.125)
+    tiles = default_prefill_tiles(kernel)
+    function = prefill_attention(kernel, tiles)
+    ((name, resources),) = sass.resources(function, "sm_90a").items()
+    assert resources.spills == resources.stack == 0
+    assert resources.dynamic_shared == tiles.shared_bytes(64)
+    assert resources.registers * tiles.threads <= 65536
+    instructions = sass.sass(function, "sm_90a")[name]
+    # Two products of a warp's 32 queries, 64 keys and 64 dimensions, in steps of 16, 8 and 16.
+    products = 2 * (32 // 16) * (64 // 8) * (64 // 16)
+    assert sass.count(instructions, "HMMA") == products
+    # What is loaded serves both fragments of queries and two steps of keys or outputs.
+    assert sass.count(instructions, "LDSM") == products // 4
+    # Keys and values for the first stage, and again in the loop.
+    assert sass.count(instructions, "LDGSTS") == 2 * (2 * tiles.keys * 64 // 8) // tiles.threads
+
+
+def test_decode_machine_code() -> None:
+    kernel = DecodeAttention(12, 64, 1024, 1, "float16", 0.125, groups=1)
+    function = decode_attention(kernel, default_decode_tiles(kernel))
+    ((name, resources),) = sass.resources(function).items()
+    assert resources.spills == resources.stack == 0
+    # Queries, and four keys and values.
+    assert sass.count(sass.sass(function)[name], "LDG.E.128") == 9
