@@ -46,7 +46,8 @@ def test_a_published_model(demo_artifact: Path, quantization: str) -> None:
     assert needs.parameters == matrices * bits / 8 + 1024 * 768 * 2 + vectors * 4
 
 
-def test_activations_hold_what_the_planner_places() -> None:
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_activations_hold_what_the_planner_places(tensor_cores: bool) -> None:
     """The storages of the memory planner and the logits, of every function."""
     import tvm
     from tvm import relax
@@ -56,17 +57,19 @@ def test_activations_hold_what_the_planner_places() -> None:
 
     config = GPT2Config.from_dict({**PRESETS["gpt2"].to_dict(), "n_layer": 2, "vocab_size": 999})
     rows, batch = 1024, 64
-    module = build_program(config, Layout(8, 64, "float32", "float32", fuse_layers=False), rows, batch).module
+    dtype = "float16" if tensor_cores else "float32"
+    layout = Layout(8, 1 if tensor_cores else 64, dtype, dtype, fuse_layers=False, tensor_cores=tensor_cores)
+    module = build_program(config, layout, rows, batch).module
     passes = ("ToNonDataflow", "RemovePurityChecking", "CallTIRRewrite", "StaticPlanBlockMemory")
     module = tvm.transform.Sequential([getattr(relax.transform, name)() for name in passes])(module)
     placed = {}
-    for name in ("prefill", "logits", "decode", "decode_one"):
+    for name in ("prefill", "logits", "decode", "decode_one", *(["step", "step_group"] if tensor_cores else [])):
         sizes = re.findall(r"alloc_storage\(R\.shape\(\[(\d+)\]\)", module[name].script())
         assert sizes and "alloc_storage(R.shape([s" not in module[name].script()
         placed[name] = sum(map(int, sizes)) + 4 * 1024 * (rows if name == "logits" else batch)
     needs = MemoryNeeds(0, 0, 1, _activations(config, rows, batch, vocabulary=1024), batch)
     # What one function has placed goes to the pool, where the next finds it.
-    assert max(placed.values()) <= needs.activations <= 2 * max(placed.values())
+    assert max(placed.values()) <= needs.activations <= 3 * max(placed.values())
     assert needs.activations >= placed["logits"] + placed["decode"]
 
 

@@ -28,7 +28,7 @@ class Machine:
 
     def __init__(self, engine: CompiledEngine, groups: bool) -> None:
         self._machine, self._groups = engine._vm, groups
-        self._graphs: dict[tuple[str, tuple[int, ...]], tuple[list[int], tvm.runtime.Tensor]] = {}
+        self._graphs: dict[tuple[str, tuple[int, ...]], tuple[tuple[Any, ...], tvm.runtime.Tensor]] = {}
         self.module = self
         self.calls: list[tuple[str, tuple[int, ...]]] = []
         self.fails = False
@@ -37,26 +37,36 @@ class Machine:
         return name in ("step", "step_one") or (name in ("step_group", "decode_group") and self._groups)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
+        if name.endswith("_again"):
+            return lambda sizes: self._launch(name.removesuffix("_again"), sizes)
         if name.startswith("step"):
-            return lambda *arguments: self._step(name, *arguments)
+            return lambda *arguments: self._capture(name, *arguments)
         return self._machine["decode" if name == "decode_group" else name]
 
-    def _step(self, name: str, token_ids: Any, positions: Any, slots: Any, kv: Any, params: Any) -> Any:
+    def _capture(self, name: str, *arguments: Any) -> Any:
+        groups = () if name != "step" else (int(arguments[0].shape[0]),)
+        key = name, (*groups, int(arguments[3][0].shape[0]))
+        assert key not in self._graphs, "checks every argument anew"
+        logits = self._run(name, *arguments)
+        self._graphs[key] = arguments, logits
+        return logits
+
+    def _launch(self, name: str, sizes: Any) -> Any:
+        arguments, buffer = self._graphs[name, tuple(sizes)]
+        self._run(name, *arguments).copyto(buffer)
+        return buffer
+
+    def _run(self, name: str, token_ids: Any, positions: Any, slots: Any, kv: Any, params: Any) -> Any:
         if self.fails:
             raise RuntimeError("a kernel failed")
         shape = tuple(token_ids.shape)
         self.calls.append((name, shape))
-        addresses = [tensor.data_ptr() for tensor in (token_ids, positions, slots, *kv)]
         decode, argmax = ("decode_one", "argmax_one") if shape == (1, 1) else ("decode", "argmax")
         logits = self._machine[decode](token_ids, positions, slots, kv, params)
-        known, buffer = self._graphs.setdefault((name, shape), (addresses, logits))
-        assert known == addresses, "a CUDA graph would have used the arguments of its capture"
-        if buffer is not logits:
-            logits.copyto(buffer)
         rows = positions.numpy()
-        token_ids.copyfrom(np.where(rows < 0, token_ids.numpy(), self._machine[argmax](buffer).numpy()))
+        token_ids.copyfrom(np.where(rows < 0, token_ids.numpy(), self._machine[argmax](logits).numpy()))
         positions.copyfrom(rows + (rows >= 0))
-        return buffer
+        return logits
 
 
 class Uploads(Inputs):
@@ -85,11 +95,10 @@ def plain(demo_artifact: Path) -> CompiledEngine:
 
 def stepping(plain: CompiledEngine, groups: bool = True) -> tuple[CompiledEngine, Machine, Uploads]:
     machine = Machine(plain, groups)
-    engine = plain.on(machine)  # type: ignore[arg-type]
-    uploads = Uploads(plain)
+    engine, uploads = plain.on(machine), Uploads(plain)  # type: ignore[arg-type]
+    assert engine.graph
     engine._inputs = uploads
     engine._steps = Steps(uploads, plain._stream, plain.config.vocab_size)
-    assert engine.graph
     return engine, machine, uploads
 
 
@@ -194,6 +203,28 @@ def test_shapes_do_not_share_their_state(plain: CompiledEngine) -> None:
     uploads.take()
     engine.decode(first, int32(4), int32(1))
     assert uploads.take() == []
+
+
+def test_a_machine_launches_what_it_has_captured_itself(plain: CompiledEngine) -> None:
+    engine, machine, _ = stepping(plain)
+    for position in range(3):
+        engine.decode(int32(3), int32(4), int32(position))
+    other = Machine(plain, groups=True)
+    again = engine.on(other)  # type: ignore[arg-type]
+    for position in range(3):
+        again.decode(int32(3), int32(4), int32(position))
+    assert machine.calls == other.calls == [("step_one", (1, 1))] * 3
+
+
+def test_a_first_call_that_fails_has_captured_nothing(plain: CompiledEngine) -> None:
+    engine, machine, _ = stepping(plain)
+    machine.fails = True
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        engine.decode(int32(3), int32(4), int32(0))
+    machine.fails = False
+    engine.decode(int32(3), int32(4), int32(0))
+    engine.decode(int32(3), int32(4), int32(1))
+    assert machine.calls == [("step_one", (1, 1))] * 2
 
 
 def test_after_a_failure_everything_that_may_have_changed_is_uploaded(plain: CompiledEngine) -> None:

@@ -65,7 +65,7 @@ class CompiledEngine:
         self._stream = Stream(device, stream)
         self._logits_shape: tuple[int, ...] | None = None
         self._inputs = Inputs(device, self._stream.wait)
-        self._steps = Steps(self._inputs, self._stream, self.config.vocab_size) if graph else None
+        self._wants_graph = graph
         # The content is checked and then loaded by name: TVM loads libraries from files only.
         artifact.read(library.file)
         self._bind(_virtual_machine(artifact, library, device, stream))
@@ -77,7 +77,7 @@ class CompiledEngine:
     @property
     def graph(self) -> bool:
         """Whether `decode` runs steps."""
-        return self._steps is not None and "step" in self._functions
+        return self._steps is not None
 
     def on(self, machine: VirtualMachine) -> CompiledEngine:
         """An engine with the same parameters and cache that calls another build of the same functions."""
@@ -86,13 +86,22 @@ class CompiledEngine:
         return engine
 
     def _bind(self, machine: VirtualMachine) -> None:
-        names = ("step", "step_group", "decode_group")
-        self._functions = {name for name in names if machine.module.implements_function(name)}
         self._vm = machine
+        has = machine.module.implements_function
+        self._groups_alone = {kind for kind in ("decode", "step") if has(f"{kind}_group")}
+        # What one machine has captured is not another's.
+        steps = Steps(self._inputs, self._stream, self.config.vocab_size)
+        self._steps = steps if self._wants_graph and has("step") else None
 
     def _call(self, name: str, *rows: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         """Calls a function of the library that takes the KV cache and the parameters."""
         return self._stream.run(self._vm[name], *rows, self._kv, self._params)
+
+    def _again(self, name: str, groups: int) -> tvm.runtime.Tensor:
+        """Launches the CUDA graph of a step, whose kernels have the KV cache and the parameters."""
+        # The sizes that its first call depended on; only `step` itself takes any number of groups.
+        sizes = (groups, self.max_batch) if name == "step" else (self.max_batch,)
+        return self._stream.run(self._vm[f"{name}_again"], tvm_ffi.Shape(sizes))
 
     def _require_memory(self, artifact: Artifact) -> None:
         free = free_memory(self._device)
@@ -196,14 +205,14 @@ class CompiledEngine:
             name, rows = f"{kind}_one", 1
         else:
             rows = self.library.rows
-            name = f"{kind}_group" if count <= rows and f"{kind}_group" in self._functions else kind
+            name = f"{kind}_group" if count <= rows and kind in self._groups_alone else kind
         values = {
             "token_ids": self._groups(token_ids, 0, rows),
             "positions": self._groups(positions, -1, rows),
             "slots": self._groups(slots, 0, rows),
         }
-        if self._steps is not None and self.graph:
-            return self._steps.run(self._call, name, values, count)
+        if self._steps is not None:
+            return self._steps.run(self._call, self._again, name, values, count)
         tensors = [self._inputs.write(argument, array) for argument, array in values.items()]
         return self._device_logits([(self._call(name, *tensors), count)])
 

@@ -2,8 +2,8 @@
 
 `step(token_ids, positions, slots, kv, params) -> logits` decodes, replaces token_ids by the ids of the largest logits
 and counts positions up, all on the device. TVM runs and captures the first call as a CUDA graph, one for each number of
-row groups, and launches that from then on: so the arguments are the same tensors in all calls. The host keeps a mirror
-of them. Where greedy decoding goes on with the same sequences, nothing is uploaded, and what is read is one id a row.
+row groups; from then on `step_again(sizes)` launches it, on the tensors of the first call. The host keeps a mirror of
+them. Where greedy decoding goes on with the same sequences, nothing is uploaded, and what is read is one id a row.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ class Steps:
     def __init__(self, inputs: Inputs, stream: Stream, vocabulary: int) -> None:
         self.stream, self.vocabulary = stream, vocabulary
         self._inputs = inputs
+        self._captured: set[tuple[str, tuple[int, ...]]] = set()
         self.number = 0
         """Counts the steps."""
 
     def run(
         self,
         call: Callable[..., tvm.runtime.Tensor],
+        again: Callable[[str, int], tvm.runtime.Tensor],
         name: str,
         values: dict[str, Int32Array],
         count: int,
@@ -43,7 +45,8 @@ class Steps:
         """Runs one token a sequence.
 
         Args:
-            call: calls a function by its name, with tensors that the KV cache and the parameters follow.
+            call: calls a step by its name, with tensors that the KV cache and the parameters follow.
+            again: launches what the first call of a step with that number of groups has captured.
             name: of the step.
             values: token_ids, positions and slots, in that order, new int32 arrays (g, R); rows from `count` on are
                 padding, with position -1.
@@ -57,7 +60,12 @@ class Steps:
         token_ids, positions = tensors["token_ids"], tensors["positions"]
         self.number += 1
         token_ids.mirror = positions.mirror = None  # also where the call fails
-        logits = call(name, *arguments)
+        capture = name, values["token_ids"].shape
+        if capture in self._captured:
+            logits = again(name, len(values["token_ids"]))
+        else:
+            logits = call(name, *arguments)
+            self._captured.add(capture)
         positions.mirror = values["positions"] + (values["positions"] >= 0)
 
         def read_ids(_logits: tvm.runtime.Tensor) -> Int32Array:

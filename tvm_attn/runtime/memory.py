@@ -74,8 +74,9 @@ def _size(size: int) -> str:
 def memory_needs(artifact: Artifact, library: Library, max_batch: int) -> MemoryNeeds:
     """What an artifact's library needs with `max_batch` slots.
 
-    Activations are those of prompts as long as the library was planned for, and of `max_batch` tokens of decode: its
-    planner keeps at most two tensors of the hidden width and three of the model's width at a time, counted as float32.
+    Activations are those of prompts as long as the library was planned for, and of `max_batch` tokens of decode and its
+    steps: the planner keeps at most two tensors of the hidden width and three of the model's width at a time, counted
+    as float32, and decode attention the results of 16 parts of the keys, with their maxima and sums.
     """
     config = artifact.config
     stored = {
@@ -86,12 +87,13 @@ def memory_needs(artifact: Artifact, library: Library, max_batch: int) -> Memory
     parameters = sum(padded.get(name, shape[0]) * prod(shape[1:]) * size for name, (shape, size) in stored.items())
     slot = 2 * config.n_layer * config.n_embd * config.n_positions * numpy_dtype(artifact.dtype).itemsize
     row = 4 * (2 * config.n_inner + 3 * config.n_embd + library.vocabulary)
+    decode_row = row + 4 * 16 * (config.n_embd + 4 * config.n_head)
     decode_rows = -(-max_batch // library.rows) * library.rows
     return MemoryNeeds(
         parameters=parameters,
         packing=max(prod(shape) * size for shape, size in stored.values()),
         cache_slot=slot,
-        activations=row * (library.max_prefill_rows + 2 * decode_rows),  # decode and its steps
+        activations=row * library.max_prefill_rows + 2 * decode_row * decode_rows,
         max_batch=max_batch,
     )
 
