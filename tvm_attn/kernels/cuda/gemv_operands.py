@@ -201,32 +201,33 @@ class Rows:
         numbers = T.alloc_local((8 * count,), "float32")
         moments = T.alloc_local((2,), "float32")
         words = T.alloc_local((4,), "uint32")
-        member, whole = lane % 4, self.features % 256 == 0
+        member = lane % 4
+        # A lane's numbers are runs of four; whether a run lies in the row, where that is not known.
+        firsts = [i // 2 * 256 + lane // 4 * GROUP + member * 4 + i % 2 * 16 for i in range(2 * count)]
+        inside = {
+            i: T.Bind(first < self.features) for i, first in enumerate(firsts) if (i // 2 + 1) * 256 > self.features
+        }
+
+        def kept(i: int, number: tirx.Expr) -> tirx.Expr:
+            """Number i of a lane, or zero past the row."""
+            return T.Select(inside[i // 4], number, T.float32(0.0)) if i // 4 in inside else number
+
         for first_row in range(0, self.rows, teams):
             team_row = T.Bind(first_row + warp // share)
             # Warps past the last row compute it again, and store nothing.
             row = T.Bind(T.min(team_row, self.rows - 1))
-            inside = [
-                [i * 256 + lane // 4 * GROUP + member * 4 + 16 * half < self.features for half in range(2)]
-                for i in range(count)
-            ]
-            for i in range(count):
-                for half in range(2):
-                    first = i * 256 + lane // 4 * GROUP + member * 4 + 16 * half
-                    place = 8 * i + 4 * half
-                    if not whole:
-                        for j in range(4):
-                            T.buffer_store(numbers, T.float32(0.0), [place + j])
-                    with only_if(inside[i][half], not whole):
-                        load_global(registers(numbers, place), x.ptr_to([0, row, first]))
+            for i, first in enumerate(firsts):
+                # What lies past the row is its end again.
+                at = T.min(first, self.features - 4) if i in inside else first
+                load_global(registers(numbers, 4 * i), x.ptr_to([0, row, at]))
+            for i in range(8 * count):
+                T.buffer_store(numbers, kept(i, numbers[i]), [i])
             T.buffer_store(moments, sum_of([numbers[i] for i in range(8 * count)]), [0])
             add_lanes(moments, 0)
             T.buffer_store(moments, moments[0] * T.float32(1.0 / self.features), [0])
-            squares = []
             for i in range(8 * count):
-                square = (numbers[i] - moments[0]) * (numbers[i] - moments[0])
-                squares.append(square if whole else T.Select(inside[i // 8][i // 4 % 2], square, T.float32(0.0)))
-            T.buffer_store(moments, sum_of(squares), [1])
+                T.buffer_store(numbers, kept(i, numbers[i] - moments[0]), [i])
+            T.buffer_store(moments, sum_of([numbers[i] * numbers[i] for i in range(8 * count)]), [1])
             add_lanes(moments, 1)
             variance = moments[1] * T.float32(1.0 / self.features)
             T.buffer_store(moments, T.float32(1.0) / T.sqrt(variance + T.float32(epsilon)), [1])
@@ -236,13 +237,11 @@ class Rows:
                 group = i * 8 + lane // 4
                 mine = tirx.all(team_row < self.rows, group < self.groups, i % share == warp % share)
                 with T.If(mine), T.Then():
-                    for half in range(2):
-                        for j in range(4):
-                            place, feature = 8 * i + 4 * half + j, group * GROUP + member * 4 + 16 * half + j
-                            scaled = (numbers[place] - moments[0]) * moments[1]
-                            with only_if(inside[i][half], not whole):
-                                normal = scaled * norm[feature] + norm[self.features + feature]
-                                T.buffer_store(numbers, normal, [place])
+                    for j in range(8 * i, 8 * i + 8):
+                        feature = firsts[j // 4] + j % 4
+                        at = T.min(feature, self.features - 1) if j // 4 in inside else feature
+                        normal = numbers[j] * moments[1] * norm[at] + norm[self.features + at]
+                        T.buffer_store(numbers, kept(j, normal), [j])
                     for j in range(4):
                         low, high = (j, 4 + j) if self.quantized else (2 * j, 2 * j + 1)
                         pack(words[j], numbers[8 * i + low], numbers[8 * i + high], self.dtype)

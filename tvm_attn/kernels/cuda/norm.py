@@ -120,8 +120,8 @@ def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
         if row_warps > 1:
             shares = T.alloc_shared((2, block_rows, row_warps), "float32")
         numbers = T.alloc_local((count * run,), "float32")
-        scale = T.alloc_local((run,), "float32")
-        shift = T.alloc_local((run,), "float32")
+        scale = T.alloc_local((count * run,), "float32")
+        shift = T.alloc_local((count * run,), "float32")
         words = T.alloc_local((2,), "uint32")
         moments = T.alloc_local((2,), "float32")
         row: T.let[T.int32] = block * block_rows + warp // row_warps
@@ -129,6 +129,7 @@ def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
         group: T.let[T.int32] = T.min(row, g * rows - 1) // rows
         member: T.let[T.int32] = T.min(row, g * rows - 1) % rows
         first: T.let[T.int32] = thread % row_threads * run
+        last_inside: T.let[T.bool] = (count - 1) * run * row_threads + first < width
 
         @T.inline
         def add_warps(moment):
@@ -140,34 +141,37 @@ def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
                 T.cuda.cta_sync()
                 moments[moment] = sum_of([shares[moment, warp // row_warps, i] for i in range(row_warps)])
 
+        # All is on its way at once; what lies past the row is its end again, and counts as zero.
         for i in T.unroll(count):
-            if not whole:
-                for j in T.unroll(run):
-                    numbers[i * run + j] = T.float32(0.0)
-            if i * run * row_threads + first < width:
-                load_global(registers(numbers, i * run, run), x.ptr_to([group, member, i * run * row_threads + first]))
+            at: T.let[T.int32] = T.min(i * run * row_threads + first, width - run)
+            load_global(registers(numbers, i * run, run), x.ptr_to([group, member, at]))
+        for i in T.unroll(count):
+            at: T.let[T.int32] = T.min(i * run * row_threads + first, width - run)
+            load_global(registers(scale, i * run, run), gamma.ptr_to([at]))
+            load_global(registers(shift, i * run, run), beta.ptr_to([at]))
+        if not whole:
+            for i in T.unroll((count - 1) * run, count * run):
+                numbers[i] = T.Select(last_inside, numbers[i], T.float32(0.0))
         moments[0] = sum_of(registers(numbers, 0, count * run))
         add_warps(0)
         moments[0] = moments[0] * T.float32(1.0 / width)
-        moments[1] = T.float32(0.0)
-        for i in T.unroll(count):
-            if i * run * row_threads + first < width:
-                moments[1] = moments[1] + sum_of(
-                    [(number - moments[0]) * (number - moments[0]) for number in registers(numbers, i * run, run)]
-                )
+        for i in T.unroll(count * run):
+            numbers[i] = numbers[i] - moments[0]
+        if not whole:
+            for i in T.unroll((count - 1) * run, count * run):
+                numbers[i] = T.Select(last_inside, numbers[i], T.float32(0.0))
+        moments[1] = sum_of([number * number for number in registers(numbers, 0, count * run)])
         add_warps(1)
         moments[1] = T.float32(1.0) / T.sqrt(moments[1] * T.float32(1.0 / width) + T.float32(epsilon))
-        for i in T.unroll(count):
-            at: T.let[T.int32] = i * run * row_threads + first
-            if tirx.all(at < width, row < g * rows):
-                load_global(registers(scale, 0, run), gamma.ptr_to([at]))
-                load_global(registers(shift, 0, run), beta.ptr_to([at]))
-                for j in T.unroll(run):
-                    numbers[i * run + j] = (numbers[i * run + j] - moments[0]) * moments[1] * scale[j] + shift[j]
-                if run == 1:
-                    y[group, member, at] = T.Cast(dtype, numbers[i])
-                else:
-                    if dtype == "float32":
+        for i in T.unroll(count * run):
+            numbers[i] = numbers[i] * moments[1] * scale[i] + shift[i]
+        if row < g * rows:
+            for i in T.unroll(count):
+                at: T.let[T.int32] = i * run * row_threads + first
+                if at < width:
+                    if run == 1:
+                        y[group, member, at] = T.Cast(dtype, numbers[i])
+                    elif dtype == "float32":
                         store_global(y.ptr_to([group, member, at]), registers(numbers, i * run, run))
                     else:
                         for j in T.unroll(2):
