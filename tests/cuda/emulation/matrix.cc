@@ -14,7 +14,10 @@ float Float16(const uint32_t* registers, int i) {
 float Bfloat16(const uint32_t* registers, int i) {
   return Bfloat16ToFloat(static_cast<uint16_t>(registers[i / 2] >> 16 * (i % 2)));
 }
-int32_t Int8(const uint32_t* registers, int i) { return static_cast<int8_t>(registers[i / 4] >> 8 * (i % 4)); }
+/// As uint32, whose sums and products wrap as those of int32 do on the device.
+uint32_t Int8(const uint32_t* registers, int i) {
+  return static_cast<uint32_t>(static_cast<int8_t>(registers[i / 4] >> 8 * (i % 4)));
+}
 
 /// A register holds kPacked numbers of neighbouring k. With group = lane / 4 and member = lane % 4: A's registers are rows
 /// group and group + 8 by turns, of k from kPacked * member and then of 4 kPacked more; B's are column group, the same k.
@@ -54,8 +57,8 @@ void Multiply(MatrixSlot<float> slot, int k, Numbers numbers) {
   }
 }
 
-void Multiply(MatrixSlot<int32_t> slot) {
-  Collective("mma.sync", kAllLanes, &slot, Execute<32, 4, int32_t, int32_t, Int8>);
+void Multiply(MatrixSlot<uint32_t> slot) {
+  Collective("mma.sync", kAllLanes, &slot, Execute<32, 4, uint32_t, uint32_t, Int8>);
 }
 
 }  // namespace emulation

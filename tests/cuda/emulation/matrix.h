@@ -18,7 +18,7 @@ struct MatrixSlot {
 /// Floats with k of 8 or 16. Products are exact and summed in float64: how the device rounds is not specified.
 void Multiply(MatrixSlot<float> slot, int k, Numbers numbers);
 
-/// int8, k = 32.
-void Multiply(MatrixSlot<int32_t> slot);
+/// int8 with k = 32; sums are int32 in registers.
+void Multiply(MatrixSlot<uint32_t> slot);
 
 }  // namespace emulation

@@ -21,6 +21,13 @@ _REGISTER_TYPES = {
     "pred": "bool", "b16": "uint16_t", "u16": "uint16_t", "s16": "int16_t", "b32": "uint32_t", "u32": "uint32_t",
     "s32": "int32_t", "f32": "float", "b64": "uint64_t", "u64": "uint64_t", "s64": "int64_t", "f64": "double",
 }  # fmt: skip
+# What an operand of a constraint is: a register has a size and no sign.
+_CONSTRAINTS = {"r": "uint32_t", "h": "uint16_t", "f": "float", "d": "double"}
+_SPECIAL_REGISTERS = {
+    "%%laneid": "emulation::current->lane",
+    **{f"%%{name}.{axis}": f"{struct}.{axis}" for axis in "xyz" for name, struct in (
+        ("tid", "threadIdx"), ("ntid", "blockDim"), ("ctaid", "blockIdx"), ("nctaid", "gridDim"))},
+}  # fmt: skip
 # What a load or store may be marked with and what changes nothing here: one thread runs at a time.
 _MARKS = r"(?:\.(?:weak|relaxed|acquire|release|volatile|nc|cta|gpu|sys|ca|cg|cs|cv|lu|wb|wt|L1::\w+|L2::\w+))*"
 _LOAD_STORE = re.compile(rf"(ld|st){_MARKS}(?:\.(global|shared(?:::cta)?))?{_MARKS}(?:\.v[248])?\.([bsuf]\d+)")
@@ -92,71 +99,72 @@ def _translate_asm(text: str) -> str:
     """The C++ of what stands between the brackets of an asm statement."""
     template, *sections = _split(text, ":")
     assembly = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", "\n").replace("\\t", " ")
-    operands = []
+    scope = dict(_SPECIAL_REGISTERS)  # the text of an operand -> C++
+    number = 0
     for section in sections[:2]:
-        for operand in _split(section, ","):
-            if operand.strip():
-                match = re.fullmatch(r'\s*"[^"]*"\s*\((.*)\)\s*', operand, re.DOTALL)
-                if match is None:
-                    raise EmulationError(f"an asm operand that is not understood: {operand.strip()}")
-                operands.append(match[1])
-    return f"do {{ {_translate_instructions(assembly, operands)} }} while (0)"
+        for operand in filter(str.strip, _split(section, ",")):
+            match = re.fullmatch(r'\s*"([=+]?)(\w)"\s*\((.*)\)\s*', operand, re.DOTALL)
+            if match is None:
+                raise EmulationError(f"an asm operand that is not understood: {operand.strip()}")
+            output, constraint, expression = match.groups()
+            cast, type_ = ("reinterpret_cast", "{}&") if output else ("static_cast", "{}")
+            type_ = type_.format(_CONSTRAINTS.get(constraint, ""))
+            scope[f"%{number}"] = f"{cast}<{type_}>({expression})" if constraint in _CONSTRAINTS else f"({expression})"
+            number += 1
+    return f"do {{ {_translate_instructions(assembly, scope)} }} while (0)"
 
 
-def _translate_instructions(assembly: str, operands: list[str]) -> str:
+def _translate_instructions(assembly: str, scope: dict[str, str]) -> str:
     statements = []
-    assembly = re.sub(r"//[^\n]*", "", assembly).strip()
-    if assembly.startswith("{") and _closing(assembly, 0) == len(assembly) - 1:
-        assembly = assembly[1:-1]
-    for statement in filter(None, map(str.strip, _split(assembly, ";"))):
-        if register := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.+)", statement):
+    for statement in filter(None, map(str.strip, _split(re.sub(r"//[^\n]*", "", assembly), ";"))):
+        if statement.startswith("{"):
+            end = _closing(statement, 0)
+            statements.append(f"{{ {_translate_instructions(statement[1:end], scope)} }}")
+            rest = statement[end + 1 :].strip()  # a block needs no semicolon
+            if rest:
+                statements.append(_translate_instructions(rest, scope))
+        elif register := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.+)", statement):
             if register[1] not in _REGISTER_TYPES:
                 raise EmulationError(f"PTX registers of type .{register[1]} are not emulated: {statement}")
-            names = ", ".join(name.strip().lstrip("%") for name in register[2].split(","))
-            statements.append(f"{_REGISTER_TYPES[register[1]]} {names};")
-            continue
-        guard = re.match(r"@(!?)%*(\w+)\s+", statement)
-        call = _translate_instruction(statement[guard.end() :] if guard else statement, operands)
-        statements.append(f"if ({guard[1]}{guard[2]}) {call};" if guard else f"{call};")
+            names = [name.strip() for name in register[2].split(",")]
+            scope |= {name: name.lstrip("%") for name in names}
+            statements.append(f"{_REGISTER_TYPES[register[1]]} {', '.join(scope[name] for name in names)};")
+        else:
+            guard = re.match(r"@(!?)(%*\w+)\s+", statement)
+            call = _translate_instruction(statement[guard.end() :] if guard else statement, scope)
+            statements.append(f"if ({guard[1]}{_operand(guard[2], scope)}) {call};" if guard else f"{call};")
     return " ".join(statements)
 
 
-def _translate_instruction(instruction: str, operands: list[str]) -> str:
+def _translate_instruction(instruction: str, scope: dict[str, str]) -> str:
     mnemonic, _, rest = instruction.partition(" ")
-    arguments = ", ".join(
-        _operand(operand.strip(), operands)
-        for group in _split(rest, ",")
-        if group.strip()
-        for operand in (_split(group.strip()[1:-1], ",") if group.strip().startswith("{") else [group])
-    )
+    operands: list[str] = []
+    for group in filter(None, map(str.strip, _split(rest, ","))):
+        operands += _split(group[1:-1], ",") if group.startswith("{") else [group]
     if match := _LOAD_STORE.fullmatch(mnemonic):
-        template = "Load" if match[1] == "ld" else "Store"
-        type_ = _REGISTER_TYPES.get(match[3], {"8": "uint8_t"}.get(match[3][1:]))
+        type_ = {"b8": "uint8_t", "u8": "uint8_t", "s8": "int8_t"}.get(match[3]) or _REGISTER_TYPES.get(match[3])
+        if type_ is None:
+            raise EmulationError(f"PTX instruction {mnemonic} is not emulated")
         # A load names its registers first, the function the address.
-        if template == "Load":
-            *registers, address = _split(arguments, ",")
-            arguments = ", ".join([address, *registers])
-        if type_ is not None:
-            return f"emulation::{template}<{type_}>({arguments})"
-    name = re.sub(r"\.L[12]::\w+", "", mnemonic).replace("::", "_").replace(".", "_")
-    if name not in _emulated():
-        raise EmulationError(f"PTX instruction {mnemonic} is not emulated")
-    return f"ptx_{name}({arguments})"
+        name = f"emulation::{'Load' if match[1] == 'ld' else 'Store'}<{type_}>"
+        operands = [operands[-1], *operands[:-1]] if match[1] == "ld" else operands
+    else:
+        name = "ptx_" + re.sub(r"\.L[12]::\w+", "", mnemonic).replace("::", "_").replace(".", "_")
+        if name.removeprefix("ptx_") not in _emulated():
+            raise EmulationError(f"PTX instruction {mnemonic} is not emulated")
+    return f"{name}({', '.join(_operand(operand.strip(), scope) for operand in operands)})"
 
 
-def _operand(text: str, operands: list[str]) -> str:
-    if text.startswith("["):
-        base, sign, offset = re.fullmatch(r"\[\s*([%\w]+)\s*(?:([+-])\s*(\w+)\s*)?\]", text).groups()  # type: ignore[union-attr]
-        value = _operand(base, operands)
-        return f"emulation::Offset({value}, {sign}{offset})" if sign else value
-    if match := re.fullmatch(r"%(\d+)", text):
-        return f"({operands[int(match[1])]})"
+def _operand(text: str, scope: dict[str, str]) -> str:
+    if text in scope:
+        return scope[text]
+    if match := re.fullmatch(r"\[\s*([%\w]+)\s*(?:([+-])\s*(\w+)\s*)?\]", text):
+        base = _operand(match[1], scope)
+        return f"emulation::Offset({base}, {match[2]}{match[3]})" if match[2] else base
     if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
         return f"emulation::Bits<float>(0x{match[1]}u)"
     if re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", text):
         return text
-    if re.fullmatch(r"%*[A-Za-z_]\w*", text):
-        return text.lstrip("%")
     raise EmulationError(f"PTX operand {text!r} is not emulated")
 
 

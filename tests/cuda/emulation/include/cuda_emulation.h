@@ -22,7 +22,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __restrict__
 #define __launch_bounds__(...)
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))  // alignas may not follow `static`
 // All static shared memory lies in one section, so that it can be poisoned.
 #define __shared__ static __attribute__((section("emulated_shared")))
 #define __constant__ static const

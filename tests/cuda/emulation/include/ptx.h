@@ -19,6 +19,7 @@ inline void CheckAlignment(const void* pointer, size_t bytes, const char* what) 
 
 /// Where an address operand points: shared memory's are 32 bits wide, generic and global ones are pointers.
 inline char* Pointer(uint32_t shared_address) { return SharedPointer(shared_address); }
+inline char* Pointer(uint64_t pointer) { return reinterpret_cast<char*>(pointer); }
 inline char* Pointer(const void* pointer) { return static_cast<char*>(const_cast<void*>(pointer)); }
 inline uint32_t Offset(uint32_t shared_address, int bytes) { return shared_address + static_cast<uint32_t>(bytes); }
 inline const void* Offset(const void* pointer, int bytes) { return static_cast<const char*>(pointer) + bytes; }
@@ -117,19 +118,13 @@ inline void ptx_fence_acq_rel_cta() {}
 // mov, selp, setp.
 template <typename To, typename From>
 void ptx_mov_b32(To& d, From a) {
-  static_assert(sizeof d == 4);
   d = emulation::Bits<To>(a);
 }
-template <typename T>
-void ptx_mov_u32(T& d, uint32_t a) {
-  d = a;
-}
+inline void ptx_mov_u32(uint32_t& d, uint32_t a) { d = a; }
+inline void ptx_mov_s32(uint32_t& d, uint32_t a) { d = a; }
 inline void ptx_setp_ne_b32(bool& p, uint32_t a, uint32_t b) { p = a != b; }
 inline void ptx_setp_eq_b32(bool& p, uint32_t a, uint32_t b) { p = a == b; }
-template <typename T>
-void ptx_selp_b32(T& d, T a, T b, bool p) {
-  d = p ? a : b;
-}
+inline void ptx_selp_b32(uint32_t& d, uint32_t a, uint32_t b, bool p) { d = p ? a : b; }
 
 // Integers.
 inline void ptx_prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) { d = __byte_perm(a, b, selector); }
@@ -153,20 +148,22 @@ inline void ptx_bfe_u32(uint32_t& d, uint32_t a, uint32_t position, uint32_t len
     if (position + bit < 32) d |= (a >> (position + bit) & 1) << bit;
   }
 }
-inline void ptx_bfe_s32(int32_t& d, int32_t a, uint32_t position, uint32_t length) {
+inline void ptx_bfe_s32(uint32_t& d, uint32_t a, uint32_t position, uint32_t length) {
   position &= 255, length &= 255;
-  const uint32_t last = std::min(position + length - 1, 31u);
-  const uint32_t sign = length == 0 ? 0 : static_cast<uint32_t>(a) >> last & 1;
-  uint32_t result = 0;
+  const uint32_t sign = length == 0 ? 0 : a >> std::min(position + length - 1, 31u) & 1;
+  d = 0;
   for (uint32_t bit = 0; bit < 32; ++bit) {
-    const bool inside = bit < length && position + bit < 32;
-    result |= (inside ? static_cast<uint32_t>(a) >> (position + bit) & 1 : sign) << bit;
+    d |= (bit < length && position + bit < 32 ? a >> (position + bit) & 1 : sign) << bit;
   }
-  d = static_cast<int32_t>(result);
 }
-template <typename A, typename B>
-void ptx_dp4a_s32_s32(int32_t& d, A a, B b, int32_t c) {
-  d = __dp4a(static_cast<int32_t>(a), static_cast<int32_t>(b), c);
+inline void ptx_dp4a_s32_s32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
+  d = static_cast<uint32_t>(__dp4a(static_cast<int32_t>(a), static_cast<int32_t>(b), static_cast<int32_t>(c)));
+}
+inline void ptx_dp4a_u32_s32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
+  d = static_cast<uint32_t>(__dp4a(a, static_cast<int32_t>(b), static_cast<int32_t>(c)));
+}
+inline void ptx_dp4a_s32_u32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
+  d = static_cast<uint32_t>(__dp4a(static_cast<int32_t>(a), b, static_cast<int32_t>(c)));
 }
 
 // float32.

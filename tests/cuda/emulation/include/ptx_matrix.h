@@ -82,9 +82,9 @@ EMULATED_MMA(f16_f16, kFloat16)
 EMULATED_MMA(bf16_bf16, kBfloat16)
 #undef EMULATED_MMA
 
-inline void ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int32_t& d0, int32_t& d1, int32_t& d2, int32_t& d3,
+inline void ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3,
                                                                 uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                                uint32_t b0, uint32_t b1, int32_t c0, int32_t c1,
-                                                                int32_t c2, int32_t c3) {
+                                                                uint32_t b0, uint32_t b1, uint32_t c0, uint32_t c1,
+                                                                uint32_t c2, uint32_t c3) {
   emulation::Multiply({{&d0, &d1, &d2, &d3}, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}});
 }
