@@ -114,11 +114,11 @@ class _Rows:
 
     def load(self, shared: tirx.Expr, step: int) -> None:
         """Loads the fragments of a step."""
-        for row in range(self.count):
-            offset = (self.offset ^ T.uint32(step * 32)) + T.uint32(row * 16 * self.row_bytes)
-            ptx.ldmatrix(self.fragment(step, row), shared + offset)
+        address = shared + (self.offset ^ T.uint32(step * 32))
+        with T.unroll(self.count) as row:
+            ptx.ldmatrix(self.fragment(step, row), address + ptx.uint32(row * (16 * self.row_bytes)))
 
-    def fragment(self, step: int, row: int) -> list[tirx.Expr]:
+    def fragment(self, step: int, row: tirx.Expr) -> list[tirx.Expr]:
         """The four registers of a fragment."""
         base = (step % 2 * self.count + row) * 4
         return [self.fragments[base + i] for i in range(4)]
@@ -129,7 +129,7 @@ def _multiply(block: Block, x: tirx.Buffer, weights: list[tirx.Buffer]) -> tirx.
     kernel, tiles = block.kernel, block.tiles
     count = tiles.row_fragments * tiles.column_fragments * 4
     sums = T.alloc_local((count,), "float32")
-    for i in range(count):
+    with T.unroll(count) as i:
         ptx.assign(sums[i], T.float32(0))
     a = _Rows(block, x)
     b = PlainWeight(block, weights) if len(weights) == 1 else QuantizedWeight(block, weights)
@@ -155,9 +155,11 @@ def _multiply(block: Block, x: tirx.Buffer, weights: list[tirx.Buffer]) -> tirx.
         ptx.cp_async_wait(tiles.stages - 2)
         T.evaluate(T.cuda.cta_sync())
 
-    for tile in range(tiles.stages - 1):
-        if tile < tile_count:
-            copy(block.shared + T.uint32(tile * stage_bytes), tile)
+    filled = min(tiles.stages - 1, tile_count)
+    with T.unroll(filled) as tile:
+        copy(block.shared + ptx.uint32(tile * stage_bytes), tile)
+        ptx.cp_async_commit()
+    for _ in range(filled, tiles.stages - 1):
         ptx.cp_async_commit()
     read = ptx.variable("uint32", block.shared)
     write = ptx.variable("uint32", block.shared + T.uint32((tiles.stages - 1) * stage_bytes))
@@ -177,11 +179,10 @@ def _multiply(block: Block, x: tirx.Buffer, weights: list[tirx.Buffer]) -> tirx.
                 # A group for every tile, empty ones at the end, so that the count to wait for stays the same.
                 ptx.cp_async_commit()
                 advance(write)
-            for row in range(tiles.row_fragments):
-                for column in range(tiles.column_fragments):
-                    index = (row * tiles.column_fragments + column) * 4
-                    registers = [sums[index + i] for i in range(4)]
-                    ptx.mma(registers, a.fragment(step, row), b.fragment(step, column), kernel.dtype)
+            with T.unroll(tiles.row_fragments) as row, T.unroll(tiles.column_fragments) as column:
+                index = (row * tiles.column_fragments + column) * 4
+                registers = [sums[index + i] for i in range(4)]
+                ptx.mma(registers, a.fragment(step, row), b.fragment(step, column), kernel.dtype)
     # The epilogue reuses shared memory; the last loads were of a stage that nobody multiplies.
     ptx.cp_async_wait(0)
     T.evaluate(T.cuda.cta_sync())

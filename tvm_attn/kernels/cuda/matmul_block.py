@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvm import DataType, tirx
+from tvm.script import tirx as T
 
 from tvm_attn.kernels.cuda import ptx
 from tvm_attn.kernels.cuda.matmul_tiles import LinearKernel, MatmulTiles
@@ -55,6 +57,16 @@ class Block:
         n = self.kernel.out_features
         return n if n % self.tiles.columns else None
 
+    def spread(self, count: int) -> Iterator[tirx.Expr]:
+        """Numbers 0 to `count` - 1, each for one thread, neighbours for neighbours; what follows runs for each."""
+        whole, rest = divmod(count, self.tiles.threads)
+        if whole:
+            with T.unroll(whole) as turn:
+                yield self.thread + turn * self.tiles.threads
+        if rest:
+            with ptx.when(self.thread < rest):
+                yield self.thread + whole * self.tiles.threads
+
     def copy(
         self,
         source: tirx.Buffer,
@@ -75,16 +87,13 @@ class Block:
         (first_row, row_count, row_bound), (first_column, column_count, row_length) = rows, columns
         size = DataType(source.dtype).bits // 8
         row_bytes, chunk = column_count * size, 16 // size
-        chunks, threads = row_bytes // 16, self.tiles.threads
-        per_unit = unit_bytes // 16
-        for start in range(0, row_count * chunks, threads):
-            index = self.thread + start
+        chunks, per_unit = row_bytes // 16, unit_bytes // 16
+        for index in self.spread(row_count * chunks):
             row, place = index // chunks, index % chunks
-            with ptx.when(index < row_count * chunks if start + threads > row_count * chunks else None):
-                unit = ptx.swizzle(row, place // per_unit, row_bytes, unit_bytes)
-                address = shared + ptx.uint32(row * row_bytes + unit * unit_bytes + place % per_unit * 16)
-                column = first_column + place * chunk
-                valid = [] if row_bound is None else [first_row + row < row_bound]
-                valid += [] if row_length % column_count == 0 else [column < row_length]
-                index64 = ptx.int64(first_row + row) * row_length + ptx.int64(column)
-                ptx.cp_async(address, source.ptr_to([index64]), 16, tirx.all(*valid) if valid else None)
+            unit = ptx.swizzle(row, place // per_unit, row_bytes, unit_bytes)
+            address = shared + ptx.uint32(row * row_bytes + unit * unit_bytes + place % per_unit * 16)
+            column = first_column + place * chunk
+            valid = [] if row_bound is None else [first_row + row < row_bound]
+            valid += [] if row_length % column_count == 0 else [column < row_length]
+            index64 = ptx.int64(first_row + row) * row_length + ptx.int64(column)
+            ptx.cp_async(address, source.ptr_to([index64]), 16, tirx.all(*valid) if valid else None)

@@ -55,21 +55,20 @@ def _add_slices(block: Block, sums: tirx.Buffer) -> None:
     count, threads = tiles.row_fragments * tiles.column_fragments * 4, tiles.threads // tiles.warp_slices
     address = block.shared + ptx.uint32(block.tile_thread * 4)
     with ptx.when(block.slice > 0):
-        for i in range(count):
-            start = ptx.uint32((block.slice - 1) * (count * threads * 4))
-            ptx.store_shared(address + start + T.uint32(i * threads * 4), [sums[i]])
+        start = address + ptx.uint32((block.slice - 1) * (count * threads * 4))
+        with T.unroll(count) as i:
+            ptx.store_shared(start + ptx.uint32(i * (threads * 4)), [sums[i]])
     T.evaluate(T.cuda.cta_sync())
     with ptx.when(block.slice == 0):
         value = T.alloc_local((1,), "float32")
-        for i in range(count):
-            for other in range(tiles.warp_slices - 1):
-                ptx.load_shared([value[0]], address + T.uint32((other * count + i) * threads * 4))
-                ptx.assign(sums[i], sums[i] + value[0])
+        with T.unroll(count) as i, T.unroll(tiles.warp_slices - 1) as other:
+            ptx.load_shared([value[0]], address + ptx.uint32((other * count + i) * (threads * 4)))
+            ptx.assign(sums[i], sums[i] + value[0])
     if isinstance(block.kernel, Linear | QKVLinear):
         T.evaluate(T.cuda.cta_sync())
 
 
-def _column(block: Block, fragment: int) -> tirx.Expr:
+def _column(block: Block, fragment: tirx.Expr) -> tirx.Expr:
     """The first of a lane's two columns of a fragment, in the output tile."""
     return block.warp_column + fragment * 8 + block.lane % 4 * 2
 
@@ -95,16 +94,15 @@ def _load_pair(
 def _add_bias(block: Block, sums: tirx.Buffer, bias: tirx.Buffer) -> None:
     tiles = block.tiles
     pair = T.alloc_local((2 * tiles.column_fragments,), "float32")
-    for fragment in range(tiles.column_fragments):
+    with T.unroll(tiles.column_fragments) as fragment:
         registers = [pair[2 * fragment], pair[2 * fragment + 1]]
         for register in registers:
             ptx.assign(register, T.float32(0))
         column = block.first_column + _column(block, fragment)
         _load_pair(block, registers, bias, ptx.int64(column), column)
-    for row in range(tiles.row_fragments):
-        for i in range(4 * tiles.column_fragments):
-            index = row * 4 * tiles.column_fragments + i
-            ptx.assign(sums[index], sums[index] + pair[i // 4 * 2 + i % 2])
+    with T.unroll(tiles.row_fragments) as row, T.unroll(4 * tiles.column_fragments) as i:
+        index = row * (4 * tiles.column_fragments) + i
+        ptx.assign(sums[index], sums[index] + pair[i // 4 * 2 + i % 2])
 
 
 def _store_float32(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
@@ -118,28 +116,35 @@ def _store_float32(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
     if operands.residual is not None:
         residual = T.decl_buffer((size,), "float32", data=operands.residual.data)
         loaded = T.alloc_local((2 * count,), "float32")
-    for fragment in range(tiles.row_fragments):
-        for half in range(2):
-            row = block.first_row + block.warp_row + fragment * 16 + half * 8 + block.lane // 4
-            with ptx.when(row < block.rows):
-                columns = [block.first_column + _column(block, i) for i in range(count)]
-                firsts = [ptx.int64(row) * n + ptx.int64(column) for column in columns]
-                values = [[sums[(fragment * count + i) * 4 + half * 2 + j] for j in range(2)] for i in range(count)]
-                if operands.residual is not None:
-                    # All loads of a row before its stores, which the compiler may not move them past.
-                    for i in range(count):
-                        _load_pair(block, [loaded[2 * i], loaded[2 * i + 1]], residual, firsts[i], columns[i])
-                    for i in range(count):
-                        for j in range(2):
-                            ptx.assign(values[i][j], values[i][j] + loaded[2 * i + j])
-                for i in range(count):
-                    if n % 2 == 0:
-                        with ptx.when(columns[i] < n if block.column_bound else None):
-                            ptx.store_global(y.ptr_to([firsts[i]]), values[i])
-                        continue
-                    for j in range(2):
-                        with ptx.when(columns[i] + j < n):
-                            T.buffer_store(y, values[i][j], [firsts[i] + T.int64(j)])
+    with T.unroll(tiles.row_fragments) as fragment, T.unroll(2) as half:
+        row = block.first_row + block.warp_row + fragment * 16 + half * 8 + block.lane // 4
+        first = ptx.int64(row) * n
+
+        def part(i: tirx.Expr) -> tuple[tirx.Expr, list[tirx.Expr]]:
+            """The first column of a fragment, and the registers of its two columns."""
+            index = (fragment * count + i) * 4 + half * 2
+            return block.first_column + _column(block, i), [sums[index], sums[index + 1]]
+
+        with ptx.when(row < block.rows):
+            if operands.residual is not None:
+                # All loads of a row before its stores, which the compiler may not move them past.
+                with T.unroll(count) as i:
+                    column, _ = part(i)
+                    registers = [loaded[2 * i], loaded[2 * i + 1]]
+                    _load_pair(block, registers, residual, first + ptx.int64(column), column)
+                with T.unroll(count) as i:
+                    for j, value in enumerate(part(i)[1]):
+                        ptx.assign(value, value + loaded[2 * i + j])
+            with T.unroll(count) as i:
+                column, values = part(i)
+                place = first + ptx.int64(column)
+                if n % 2 == 0:
+                    with ptx.when(column < n if block.column_bound else None):
+                        ptx.store_global(y.ptr_to([place]), values)
+                else:
+                    for j, value in enumerate(values):
+                        with ptx.when(column + j < n):
+                            T.buffer_store(y, value, [place + T.int64(j)])
 
 
 def _activate(name: str, x: tirx.Expr) -> None:
@@ -171,16 +176,14 @@ def _stage(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
     row_bytes = tiles.staging_row_bytes
     first = (block.warp_row + block.lane // 4) * row_bytes + (block.warp_column + block.lane % 4 * 2) * 2
     address = ptx.variable("uint32", block.shared + ptx.uint32(first))
-    for row in range(tiles.row_fragments):
-        for column in range(tiles.column_fragments):
-            for half in range(2):
-                values = [sums[(row * tiles.column_fragments + column) * 4 + half * 2 + j] for j in range(2)]
-                if isinstance(kernel, Linear) and kernel.activation:
-                    for value in values:
-                        _activate(kernel.activation, value)
-                ptx.pack(packed, values[0], values[1], kernel.dtype)
-                offset = T.uint32((row * 16 + half * 8) * row_bytes + column * 16)
-                ptx.store_shared(address + offset, [packed])
+    with T.unroll(tiles.row_fragments) as row, T.unroll(tiles.column_fragments) as column, T.unroll(2) as half:
+        index = (row * tiles.column_fragments + column) * 4 + half * 2
+        values = [sums[index], sums[index + 1]]
+        if isinstance(kernel, Linear) and kernel.activation:
+            for value in values:
+                _activate(kernel.activation, value)
+        ptx.pack(packed, values[0], values[1], kernel.dtype)
+        ptx.store_shared(address + ptx.uint32((row * 16 + half * 8) * row_bytes + column * 16), [packed])
 
 
 def _store_staged(block: Block, operands: Operands) -> None:
@@ -191,12 +194,10 @@ def _store_staged(block: Block, operands: Operands) -> None:
     chunks, buffer = tiles.columns // width, T.alloc_local((width // 2,), "uint32")
     registers = [buffer[i] for i in range(width // 2)]
     y = T.decl_buffer((_size(operands.y),), kernel.dtype, data=operands.y.data)
-    for start in range(0, tiles.rows * chunks, tiles.threads):
-        index = block.thread + start
+    for index in block.spread(tiles.rows * chunks):
         tile_row, tile_column = index // chunks, index % chunks * width
         row, column = block.first_row + tile_row, block.first_column + tile_column
         valid = [row < block.rows] + ([] if block.column_bound is None else [column < n])
-        valid += [index < tiles.rows * chunks] if start + tiles.threads > tiles.rows * chunks else []
         with ptx.when(tirx.all(*valid)):
             ptx.load_shared(registers, block.shared + ptx.uint32(tile_row * tiles.staging_row_bytes + tile_column * 2))
             if isinstance(kernel, QKVLinear):

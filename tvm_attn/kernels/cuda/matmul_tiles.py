@@ -12,7 +12,9 @@ LinearKernel = Linear | ResidualLinear | QKVLinear | Head
 SHARED_LIMIT = 99 * 1024
 """Bytes of shared memory that a block may have on every architecture from sm_80: what sm_86, sm_89, sm_120 have."""
 _REGISTERS = 65536
-"""32-bit registers of a multiprocessor; a thread has at most 255 of them."""
+"""32-bit registers of a multiprocessor."""
+_MOST_REGISTERS = 236
+"""Estimates above this were seen to spill: a thread has at most 255."""
 _WORD_BYTES = {"int8": 32, "int4": 16}
 """The bytes of a group of 32 rows of one column."""
 
@@ -84,10 +86,10 @@ class MatmulTiles:
         return max(pipeline, slices, staging)
 
     def registers(self, kernel: LinearKernel) -> int:
-        """An estimate of a thread's registers: accumulators, fragments (see `matmul`), addresses."""
-        quantized = kernel.weights in _WORD_BYTES
-        fragments = 8 * self.row_fragments + (6 if quantized else 4) * self.column_fragments
-        return 4 * self.row_fragments * self.column_fragments + fragments + (56 if quantized else 40)
+        """An estimate of a thread's registers: sums, fragments, addresses. ptxas takes up to 30 more where it can."""
+        fragments = 8 * self.row_fragments + (6 if kernel.weights in _WORD_BYTES else 4) * self.column_fragments
+        copies = sum(self.stage_bytes(kernel.weights)) // (16 * self.threads)
+        return 4 * self.row_fragments * self.column_fragments + fragments + 24 + copies * 3 // 2
 
     def fits(self, kernel: LinearKernel) -> bool:
         """Whether these tiles make a kernel that every architecture can run, and that keeps its sums in registers."""
@@ -101,7 +103,7 @@ class MatmulTiles:
             and (not quantized or self.depth % (2 * GROUP) == 0)
             and self.stages >= 2
             and self.threads <= 1024
-            and self.registers(kernel) <= min(255, _REGISTERS // self.threads)
+            and self.registers(kernel) <= min(_MOST_REGISTERS, _REGISTERS // self.threads)
             and self.shared_bytes(kernel) <= SHARED_LIMIT
             and kernel.in_features % (GROUP if quantized else 16) == 0
             and kernel.epsilon is None

@@ -49,16 +49,19 @@ class PlainWeight:
 
     def load(self, shared: tirx.Expr, step: int) -> None:
         """Loads the fragments of a step."""
-        base = step % 2 * self.count * 2
-        for column in range(0, self.count, 2):
-            registers = [self.fragments[base + column * 2 + i] for i in range(4 if column + 1 < self.count else 2)]
-            address = shared + (self.offset ^ T.uint32(step * 32)) + T.uint32(column * 8 * self.row_bytes)
-            ptx.ldmatrix(registers, address)
+        base, address = step % 2 * self.count * 2, shared + (self.offset ^ T.uint32(step * 32))
+        if self.count > 1:
+            with T.unroll(self.count // 2) as pair:
+                registers = [self.fragments[base + pair * 4 + i] for i in range(4)]
+                ptx.ldmatrix(registers, address + ptx.uint32(pair * (16 * self.row_bytes)))
+        if self.count % 2:
+            registers = [self.fragments[base + self.count * 2 - 2 + i] for i in range(2)]
+            ptx.ldmatrix(registers, address + T.uint32((self.count - 1) * 8 * self.row_bytes))
 
     def prepare(self, step: int) -> None:
         """Makes floats of what was loaded: nothing to do."""
 
-    def fragment(self, step: int, column: int) -> list[tirx.Expr]:
+    def fragment(self, step: int, column: tirx.Expr) -> list[tirx.Expr]:
         """The two registers of a fragment."""
         base = (step % 2 * self.count + column) * 2
         return [self.fragments[base], self.fragments[base + 1]]
@@ -83,7 +86,7 @@ class QuantizedWeight:
         self.raw = T.alloc_local((2 * self.count,), "uint32")
         self.raw_scales = T.alloc_local((self.count,), "uint32")
         self.fragments = T.alloc_local((4 * self.count,), "uint32")
-        self.scratch = T.alloc_local((3,), "uint32")
+        self.scratch = T.alloc_local((4,), "uint32")
 
         first_group = block.slice * (tiles.steps // 2)
         column, pair = block.lane // 4, block.lane % 4
@@ -106,45 +109,43 @@ class QuantizedWeight:
         self._copy_scales(shared + T.uint32(self.scales_start), tile)
 
     def _copy_scales(self, shared: tirx.Expr, tile: tirx.Expr | int) -> None:
-        block, columns, threads = self.block, self.block.tiles.columns, self.block.tiles.threads
+        block, columns = self.block, self.block.tiles.columns
         pairs = self.block.tiles.depth // (2 * GROUP)
-        for start in range(0, pairs * columns, threads):
-            index = block.thread + start
-            with ptx.when(index < pairs * columns if start + threads > pairs * columns else None):
-                column, group = block.first_column + index % columns, (tile * pairs + index // columns) * 2
-                inside = column < block.kernel.out_features
-                address = shared + ptx.uint32(index * 4)
-                first = ptx.int64(column) * self.groups + ptx.int64(group)
-                if self.groups % 2 == 0:
-                    ptx.cp_async(address, self.scales.ptr_to([first]), 4, tirx.all(inside, group < self.groups))
-                    continue
-                # Rows of an odd number of scales are not multiples of the 4 bytes that a copy takes at least.
-                pair = ptx.variable("uint32", T.uint32(0))
-                for half in range(2):
-                    with ptx.when(tirx.all(inside, group + half < self.groups)):
-                        bits = T.Cast("uint32", T.reinterpret("uint16", self.scales[first + T.int64(half)]))
-                        ptx.assign(pair, pair | (bits << T.uint32(16 * half)))
-                ptx.store_shared(address, [pair])
+        for index in block.spread(pairs * columns):
+            column, group = block.first_column + index % columns, (tile * pairs + index // columns) * 2
+            inside = column < block.kernel.out_features
+            address = shared + ptx.uint32(index * 4)
+            first = ptx.int64(column) * self.groups + ptx.int64(group)
+            if self.groups % 2 == 0:
+                ptx.cp_async(address, self.scales.ptr_to([first]), 4, tirx.all(inside, group < self.groups))
+                continue
+            # Rows of an odd number of scales are not multiples of the 4 bytes that a copy takes at least.
+            pair = ptx.variable("uint32", T.uint32(0))
+            for half in range(2):
+                with ptx.when(tirx.all(inside, group + half < self.groups)):
+                    bits = T.Cast("uint32", T.reinterpret("uint16", self.scales[first + T.int64(half)]))
+                    ptx.assign(pair, pair | (bits << T.uint32(16 * half)))
+            ptx.store_shared(address, [pair])
 
     def load(self, shared: tirx.Expr, step: int) -> None:
         """Loads the words of the group that begins with a step, and the scales of two groups."""
         group, columns = step // 2, self.block.tiles.columns
         if step % 2:
             return
-        unit_bytes = 4 * self.group_words
-        for column in range(self.count):
-            address = shared + (self.offset ^ T.uint32(group * unit_bytes)) + T.uint32(column * 8 * self.row_bytes)
-            ptx.load_shared([self.raw[2 * column], self.raw[2 * column + 1]], address)
+        words = shared + (self.offset ^ T.uint32(group * 4 * self.group_words))
+        with T.unroll(self.count) as column:
+            registers = [self.raw[2 * column], self.raw[2 * column + 1]]
+            ptx.load_shared(registers, words + ptx.uint32(column * (8 * self.row_bytes)))
         if group % 2 == 0:
-            for column in range(self.count):
-                offset = T.uint32((group // 2 * columns + column * 8) * 4)
-                ptx.load_shared([self.raw_scales[column]], shared + self.scale_offset + offset)
+            scales = shared + self.scale_offset + T.uint32(group // 2 * columns * 4)
+            with T.unroll(self.count) as column:
+                ptx.load_shared([self.raw_scales[column]], scales + ptx.uint32(column * 32))
 
     def prepare(self, step: int) -> None:
         """Makes floats of the group that begins with a step."""
         if step % 2:
             return
-        for column in range(self.count):
+        with T.unroll(self.count) as column:
             for half in range(2):
                 # Words 2 pair and 2 pair + 1 become: bytes 2 half of both in bytes 0 and 2, bytes 2 half + 1 above.
                 words = self.raw[2 * column], self.raw[2 * column + 1]
@@ -160,15 +161,15 @@ class QuantizedWeight:
         one, float16 = T.uint32(_ONE[self.dtype]), self.dtype == "float16"
         if not self.int8:
             shifted = source >> (self.nibble + T.uint32(8 * odd))
-            ptx.assign(target, (shifted & T.uint32(0x000F000F)) | T.uint32(0x64006400 if float16 else 0x43004300))
+            ptx.mask_or(target, shifted, 0x000F000F, 0x64006400 if float16 else 0x43004300)
             offset = T.uint32(0xE408E408 if float16 else 0xC308C308)  # -1032, -136
         elif float16:
             ptx.permute_bytes(target, source, T.uint32(0x64646464), (0x4240, 0x4341)[odd])
             offset = T.uint32(0xE480E480)  # -1152
         else:
-            shifted = source >> T.uint32(8 * odd)
-            ptx.assign(target, (shifted & T.uint32(0x007F007F)) | T.uint32(0x43004300))
-            offset = (shifted & T.uint32(0x00800080)) ^ T.uint32(0xC380C380)  # -128 where bit 7 is set, else -256
+            shifted, offset = source >> T.uint32(8 * odd), self.scratch[3]
+            ptx.mask_or(target, shifted, 0x007F007F, 0x43004300)
+            ptx.mask_xor(offset, shifted, 0x00800080, 0xC380C380)  # -128 where bit 7 is set, else -256
         ptx.fma_pairs(target, target, one, offset, self.dtype)
 
     def _scale_pair(self, word: tirx.Expr, group: int) -> None:
@@ -180,7 +181,7 @@ class QuantizedWeight:
         scale = T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", word >> (half * T.uint32(16)))))
         ptx.pack(self.scratch[2], scale, scale, self.dtype)
 
-    def fragment(self, step: int, column: int) -> list[tirx.Expr]:
+    def fragment(self, step: int, column: tirx.Expr) -> list[tirx.Expr]:
         """The two registers of a fragment."""
         base = 4 * column + step % 2 * 2
         return [self.fragments[base], self.fragments[base + 1]]

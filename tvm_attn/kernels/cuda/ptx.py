@@ -132,6 +132,16 @@ def permute_bytes(register: tirx.Expr, a: tirx.Expr, b: tirx.Expr, selector: tir
     T.evaluate(T.ptx["prmt.b32"](register, a, b, chosen))
 
 
+def mask_or(register: tirx.Expr, a: tirx.Expr, mask: int, bits: int) -> None:
+    """(a & mask) | bits in one instruction: from an expression ptxas makes two, as only one constant fits into it."""
+    T.evaluate(T.ptx["lop3.b32"](register, a, T.uint32(mask), T.uint32(bits), 0xF0 & 0xCC | 0xAA))
+
+
+def mask_xor(register: tirx.Expr, a: tirx.Expr, mask: int, bits: int) -> None:
+    """(a & mask) ^ bits in one instruction."""
+    T.evaluate(T.ptx["lop3.b32"](register, a, T.uint32(mask), T.uint32(bits), 0xF0 & 0xCC ^ 0xAA))
+
+
 def fma_pairs(register: tirx.Expr, a: tirx.Expr, b: tirx.Expr, c: tirx.Expr, dtype: str) -> None:
     """a * b + c for both numbers of a register, rounded once."""
     T.evaluate(T.ptx[f"fma.rn.{SHORT[dtype]}x2"](register, a, b, c))
