@@ -152,6 +152,17 @@ def test_fatbin_holds_every_architecture(compiler: cuda.CudaCompiler) -> None:
     assert fatbin.count(b"\x7fELF") == len(wanted) - 1
 
 
+def test_generations_share_ptx() -> None:
+    assert cuda._families(IMAGES) == [
+        ("compute_80", ["sm_80", "compute_80", "sm_86", "sm_89"]),
+        ("compute_90a", ["sm_90a"]),
+        ("compute_100", ["sm_100"]),
+        ("compute_120", ["sm_120"]),
+    ]
+    assert cuda._families(["sm_89"]) == [("compute_89", ["sm_89"])]
+    assert cuda._families(["sm_90a", "sm_90"]) == [("compute_90a", ["sm_90a"]), ("compute_90", ["sm_90"])]
+
+
 @pytest.mark.parametrize("compiler", COMPILERS, ids=lambda compiler: type(compiler).__name__)
 def test_errors_in_the_source(compiler: cuda.CudaCompiler) -> None:
     with pytest.raises(CompileError, match=r"failed: .*kernels.cu\(\d+\): error: .*nonsense") as error:

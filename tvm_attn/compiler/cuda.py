@@ -78,7 +78,7 @@ class Nvcc(CudaCompiler):
 
     def fatbin(self, source: str, architectures: Sequence[str]) -> bytes:
         """See `CudaCompiler`."""
-        options = [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in architectures]
+        options = [f"-gencode=arch={virtual},code=[{','.join(names)}]" for virtual, names in _families(architectures)]
         return self._run(source, ["--fatbin", f"--threads={usable_cores()}", *options])[0]
 
     def _run(self, source: str, options: Sequence[str]) -> tuple[bytes, str]:
@@ -148,6 +148,19 @@ def _written(source: str, folder: str) -> Path:
     path = Path(folder, "kernels.cu")
     path.write_text(source, encoding="utf-8")
     return path
+
+
+def _families(architectures: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Virtual architectures, and what to make of the PTX of each: most of the time goes into PTX.
+
+    One PTX serves all of a generation (sm_80, sm_86 and sm_89); code for a single architecture (sm_90a) has its own.
+    """
+    families: dict[str, list[str]] = {}
+    for name in sorted(architectures, key=lambda name: int(_digits(name))):
+        number = name.partition("_")[2]
+        generation = number[:-1] if number.isdigit() else number
+        families.setdefault(generation, []).append(name)
+    return [(f"compute_{names[0].partition('_')[2]}", names) for names in families.values()]
 
 
 def _digits(architecture: str) -> str:
