@@ -19,6 +19,9 @@ from tvm_attn.storage import numpy_dtype
 
 INDEX, ARRAYS = "kernels.json", "cases.npz"
 
+Stored = tuple[str, str]
+"""Key and dtype of an array."""
+
 
 @dataclass(frozen=True)
 class StoredCase:
@@ -30,8 +33,7 @@ class StoredCase:
         file: the library that has it.
         kernel: family and static sizes.
         name: what is special about the input.
-        inputs, outputs: dtypes.
-        expected: the number of float64 results.
+        inputs, outputs, expected: key and dtype of each array; equal arrays are stored once.
         in_place: indices of inputs that are results, too.
         nmse: bound on the normalised mean squared error of each result.
     """
@@ -41,9 +43,9 @@ class StoredCase:
     file: str
     kernel: dict[str, Any]
     name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    expected: int
+    inputs: tuple[Stored, ...]
+    outputs: tuple[Stored, ...]
+    expected: tuple[Stored, ...]
     in_place: tuple[int, ...]
     nmse: float
 
@@ -121,27 +123,25 @@ class KernelLibrary:
         entry = self.timed[purpose]
         return self.function(entry["file"], entry["function"]), entry["kernel"]
 
-    def arrays(self, case: StoredCase, kind: str) -> list[np.ndarray]:
-        """The arrays "input", "output" or "expected" of a case."""
-        dtypes = {"input": case.inputs, "output": case.outputs, "expected": ("float64",) * case.expected}[kind]
-        return [self._array(f"{case.index}.{kind}.{i}", dtype) for i, dtype in enumerate(dtypes)]
-
-    def _array(self, key: str, dtype: str) -> np.ndarray:
-        array: np.ndarray = self._arrays[key]
-        return array.view(numpy_dtype(dtype)) if dtype == "bfloat16" else array
+    def arrays(self, stored: tuple[Stored, ...]) -> list[np.ndarray]:
+        """Arrays of a case."""
+        return [
+            self._arrays[key].view(numpy_dtype(dtype)) if dtype == "bfloat16" else self._arrays[key]
+            for key, dtype in stored
+        ]
 
     def check(self, case: StoredCase, device: Any) -> CaseResult:
         """Runs a case on a TVM device and compares it with NumPy float64."""
         function = self.function(case.file, case.function)
-        inputs = [to_device(array, device) for array in self.arrays(case, "input")]
-        outputs = [to_device(array, device) for array in self.arrays(case, "output")]
+        inputs = [to_device(array, device) for array in self.arrays(case.inputs)]
+        outputs = [to_device(array, device) for array in self.arrays(case.outputs)]
         device.sync()
         start = time.perf_counter()
         function(*inputs, *outputs)
         device.sync()
         seconds = time.perf_counter() - start
         results = [inputs[i] for i in case.in_place] + outputs
-        pairs = zip(results, self.arrays(case, "expected"), strict=True)
+        pairs = zip(results, self.arrays(case.expected), strict=True)
         worst = float(np.max([normalised_error(result.numpy(), expected) for result, expected in pairs]))
         return CaseResult(case.index, str(case), worst, case.nmse, worst <= case.nmse, seconds)
 
@@ -166,5 +166,5 @@ def normalised_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _case(position: int, entry: dict[str, Any]) -> StoredCase:
-    lists = {name: tuple(entry[name]) for name in ("inputs", "outputs", "in_place")}
-    return StoredCase(**{**entry, **lists, "index": position})
+    arrays = {name: tuple((key, dtype) for key, dtype in entry[name]) for name in ("inputs", "outputs", "expected")}
+    return StoredCase(**{**entry, **arrays, "in_place": tuple(entry["in_place"]), "index": position})
