@@ -18,7 +18,7 @@ from tvm.runtime.vm import VirtualMachine
 from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.runtime.artifact import Artifact, Library
 from tvm_attn.runtime.graph import Steps
-from tvm_attn.runtime.inputs import Inputs, Int32Array
+from tvm_attn.runtime.inputs import Inputs, Int32Array, in_groups
 from tvm_attn.runtime.logits import DeviceLogits
 from tvm_attn.runtime.memory import free_memory, memory_needs
 from tvm_attn.runtime.stream import Stream
@@ -89,19 +89,14 @@ class CompiledEngine:
         self._vm = machine
         has = machine.module.implements_function
         self._groups_alone = {kind for kind in ("decode", "step") if has(f"{kind}_group")}
-        # What one machine has captured is not another's.
-        steps = Steps(self._inputs, self._stream, self.config.vocab_size)
-        self._steps = steps if self._wants_graph and has("step") else None
+        self._steps = None
+        if self._wants_graph and has("step"):
+            inputs = Inputs(self._device, self._stream.wait)
+            self._steps = Steps(machine, inputs, self._stream, self.config.vocab_size, self.max_batch)
 
     def _call(self, name: str, *rows: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         """Calls a function of the library that takes the KV cache and the parameters."""
         return self._stream.run(self._vm[name], *rows, self._kv, self._params)
-
-    def _again(self, name: str, groups: int) -> tvm.runtime.Tensor:
-        """Launches the CUDA graph of a step, whose kernels have the KV cache and the parameters."""
-        # The sizes that its first call depended on; only `step` itself takes any number of groups.
-        sizes = (groups, self.max_batch) if name == "step" else (self.max_batch,)
-        return self._stream.run(self._vm[f"{name}_again"], tvm_ffi.Shape(sizes))
 
     def _require_memory(self, artifact: Artifact) -> None:
         free = free_memory(self._device)
@@ -202,18 +197,15 @@ class CompiledEngine:
         """
         count, kind = len(token_ids), "step" if self.graph else "decode"
         if count == 1:
-            name, rows = f"{kind}_one", 1
+            name, shape = f"{kind}_one", (1, 1)
         else:
             rows = self.library.rows
-            name = f"{kind}_group" if count <= rows and kind in self._groups_alone else kind
-        values = {
-            "token_ids": self._groups(token_ids, 0, rows),
-            "positions": self._groups(positions, -1, rows),
-            "slots": self._groups(slots, 0, rows),
-        }
+            shape = (-(-count // rows), rows)
+            name = f"{kind}_group" if shape[0] == 1 and kind in self._groups_alone else kind
         if self._steps is not None:
-            return self._steps.run(self._call, self._again, name, values, count)
-        tensors = [self._inputs.write(argument, array) for argument, array in values.items()]
+            return self._steps.run(name, shape, token_ids, positions, slots, (self._kv, self._params))
+        values = {"token_ids": (token_ids, 0), "positions": (positions, -1), "slots": (slots, 0)}
+        tensors = [self._inputs.write(key, in_groups(array, shape, fill)) for key, (array, fill) in values.items()]
         return self._device_logits([(self._call(name, *tensors), count)])
 
     def _drop_unused(self, shape: tuple[int, ...]) -> None:
@@ -261,12 +253,10 @@ class CompiledEngine:
         }
         return [self._inputs.write(name, values) for name, values in arguments.items()]
 
-    def _groups(self, values: Int32Array, fill: int, rows: int | None = None) -> Int32Array:
-        """(n,) int32 as whole groups (g, R), or groups of `rows`, padded with `fill`; a new array."""
-        rows = rows or self.library.rows
-        groups = np.full((-(-len(values) // rows), rows), fill, np.int32)
-        groups.reshape(-1)[: len(values)] = values
-        return groups
+    def _groups(self, values: Int32Array, fill: int) -> Int32Array:
+        """(n,) int32 as whole groups (g, R), padded with `fill`; a new array."""
+        rows = self.library.rows
+        return in_groups(values, (-(-len(values) // rows), rows), fill)
 
 
 def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Tensor:

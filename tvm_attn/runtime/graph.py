@@ -9,70 +9,105 @@ them. Where greedy decoding goes on with the same sequences, nothing is uploaded
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import tvm
+import tvm_ffi
+from tvm.runtime.vm import VirtualMachine
 
 from tvm_attn.errors import GenerationError
-from tvm_attn.runtime.inputs import Inputs, Int32Array
+from tvm_attn.runtime.inputs import Inputs, Int32Array, in_groups
 from tvm_attn.runtime.logits import DeviceLogits, Part
 from tvm_attn.runtime.stream import Stream
 
 
 class Steps:
-    """What the steps of a library work on.
+    """The steps of a machine.
 
     Args:
+        machine: whose functions they are. What it has captured is its own, so each has its `Steps`.
         inputs: where the tensors live.
         stream: of the model.
         vocabulary: V, the columns of the logits that count.
+        slots: S, of the KV cache.
     """
 
-    def __init__(self, inputs: Inputs, stream: Stream, vocabulary: int) -> None:
+    def __init__(self, machine: VirtualMachine, inputs: Inputs, stream: Stream, vocabulary: int, slots: int) -> None:
+        self._machine, self._inputs, self._slots = machine, inputs, slots
         self.stream, self.vocabulary = stream, vocabulary
-        self._inputs = inputs
-        self._captured: set[tuple[str, tuple[int, ...]]] = set()
+        self._states: dict[tuple[str, tuple[int, int]], _State] = {}
         self.number = 0
         """Counts the steps."""
 
     def run(
         self,
-        call: Callable[..., tvm.runtime.Tensor],
-        again: Callable[[str, int], tvm.runtime.Tensor],
         name: str,
-        values: dict[str, Int32Array],
-        count: int,
+        shape: tuple[int, int],
+        token_ids: Int32Array,
+        positions: Int32Array,
+        slots: Int32Array,
+        rest: tuple[Any, ...],
     ) -> StepLogits:
         """Runs one token a sequence.
 
         Args:
-            call: calls a step by its name, with tensors that the KV cache and the parameters follow.
-            again: launches what the first call of a step with that number of groups has captured.
             name: of the step.
-            values: token_ids, positions and slots, in that order, new int32 arrays (g, R); rows from `count` on are
-                padding, with position -1.
-            count: the number of sequences.
+            shape: g and R, the row groups that it takes the next three as; rows past B are padding.
+            token_ids, positions, slots: int32 (B,).
+            rest: its other arguments, the same objects in all calls.
         """
-        tensors = {kind: self._inputs.get(f"{name}.{kind}", array.shape) for kind, array in values.items()}
-        # The ids and slots of padding rows do not matter, their positions do.
-        arguments = [
-            tensor.write(values[kind], None if kind == "positions" else count) for kind, tensor in tensors.items()
-        ]
-        token_ids, positions = tensors["token_ids"], tensors["positions"]
+        state = self._states.get((name, shape))
+        if state is None:
+            state = self._states[name, shape] = _State(name, shape, self._inputs)
+        state.write(token_ids, positions, slots)
         self.number += 1
-        token_ids.mirror = positions.mirror = None  # also where the call fails
-        capture = name, values["token_ids"].shape
-        if capture in self._captured:
-            logits = again(name, len(values["token_ids"]))
+        if state.launch is None:
+            logits = self.stream.run(self._machine[name], *state.arguments(), *rest)
+            # The sizes that the call depended on; only `step` itself takes any number of groups.
+            sizes = tvm_ffi.Shape((shape[0], self._slots) if name == "step" else (self._slots,))
+            again = self._machine[f"{name}_again"]
+            state.launch = lambda: again(sizes)
         else:
-            logits = call(name, *arguments)
-            self._captured.add(capture)
-        positions.mirror = values["positions"] + (values["positions"] >= 0)
+            logits = self.stream.run(state.launch)
+        state.advance(positions)
+        return StepLogits(self, (logits, len(token_ids)), state)
 
-        def read_ids(_logits: tvm.runtime.Tensor) -> Int32Array:
-            token_ids.mirror = ids = self.stream.read(token_ids.tensor).copy()
-            return ids
 
-        return StepLogits(self, (logits, count), read_ids)
+class _State:
+    """The tensors of a step for one number of groups."""
+
+    def __init__(self, name: str, shape: tuple[int, int], inputs: Inputs) -> None:
+        self._shape = shape
+        self._count = 0  # rows that are no padding
+        self._written: Int32Array | None = None  # positions before the step
+        self.token_ids, self.positions, self.slots = (
+            inputs.get(f"{name}.{kind}", shape) for kind in ("token_ids", "positions", "slots")
+        )
+        self.launch: Callable[[], tvm.runtime.Tensor] | None = None
+        """Launches the graph, once there is one."""
+
+    def arguments(self) -> list[tvm.runtime.Tensor]:
+        """In the order of the step's parameters."""
+        return [self.token_ids.tensor, self.positions.tensor, self.slots.tensor]
+
+    def write(self, token_ids: Int32Array, positions: Int32Array, slots: Int32Array) -> None:
+        """Uploads what the device does not hold: of padding rows, the positions alone matter."""
+        if not self.token_ids.holds(token_ids):
+            self.token_ids.write(in_groups(token_ids, self._shape, 0))
+        if self._count != len(positions) or not self.positions.holds(positions):
+            self.positions.write(in_groups(positions, self._shape, -1))
+            self._count = len(positions)
+        if not self.slots.holds(slots):
+            self.slots.write(in_groups(slots, self._shape, 0))
+        self._written = self.positions.mirror
+        # Unknown until the step has run, also where it fails.
+        self.token_ids.mirror = self.positions.mirror = None
+
+    def advance(self, positions: Int32Array) -> None:
+        """Notes what a step has done to the positions."""
+        assert self._written is not None
+        self._written[: len(positions)] += 1
+        self.positions.mirror = self._written
 
 
 class StepLogits(DeviceLogits):
@@ -82,7 +117,12 @@ class StepLogits(DeviceLogits):
     another library has taken through DLPack changes with the next step.
     """
 
-    def __init__(self, steps: Steps, part: Part, read_ids: Callable[[tvm.runtime.Tensor], Int32Array]) -> None:
+    def __init__(self, steps: Steps, part: Part, state: _State) -> None:
+        def read_ids(_logits: tvm.runtime.Tensor) -> Int32Array:
+            ids = steps.stream.read(state.token_ids.tensor).copy()
+            state.token_ids.mirror = ids.copy()
+            return ids
+
         super().__init__(steps.stream, steps.vocabulary, read_ids, [part])
         self._steps, self._number = steps, steps.number
         self._ids: Int32Array | None = None

@@ -24,15 +24,20 @@ class MirroredTensor:
         self.tensor = tvm.runtime.empty(shape, "int32", device)
         self._before_write = before_write
         self.mirror: Int32Array | None = None
-        """What the tensor holds, or None where the host does not know."""
+        """What the tensor holds, one value after the other, or None where the host does not know."""
 
-    def write(self, values: Int32Array, used: int | None = None) -> tvm.runtime.Tensor:
-        """Makes the tensor hold int32 values of its shape, of which only the first `used` matter; returns it."""
-        if self.mirror is None or not np.array_equal(self.mirror.reshape(-1)[:used], values.reshape(-1)[:used]):
+    def holds(self, values: Int32Array) -> bool:
+        """Whether it is known to begin with these int32 values."""
+        # Of arrays as short as these, bytes are compared ten times faster than elements.
+        return self.mirror is not None and self.mirror[: values.size].tobytes() == values.tobytes()
+
+    def write(self, values: Int32Array) -> tvm.runtime.Tensor:
+        """Makes the tensor hold int32 values of its shape, a new array; returns it."""
+        if not self.holds(values):
             self.mirror = None
             self._before_write()
             self.tensor.copyfrom(values)
-            self.mirror = values
+            self.mirror = values.reshape(-1)
         return self.tensor
 
 
@@ -51,5 +56,12 @@ class Inputs:
         return tensor
 
     def write(self, name: str, values: Int32Array) -> tvm.runtime.Tensor:
-        """The tensor of that name with int32 values, and their shape."""
+        """The tensor of that name with int32 values, a new array, and their shape."""
         return self.get(name, values.shape).write(values)
+
+
+def in_groups(values: Int32Array, shape: tuple[int, int], fill: int) -> Int32Array:
+    """(n,) int32 as row groups (g, R), padded with `fill`; a new array."""
+    groups = np.full(shape[0] * shape[1], fill, np.int32)
+    groups[: len(values)] = values
+    return groups.reshape(shape)
