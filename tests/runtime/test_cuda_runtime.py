@@ -137,7 +137,7 @@ def breaks(machine: Machine) -> None:
 def test_what_is_missing(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, change: Callable[[Machine], None], message: str
 ) -> None:
-    monkeypatch.setattr(cuda, "_cudart_files", lambda: iter(()))
+    monkeypatch.setattr(cuda, "_cudart_files", lambda folder: iter(()))
     change(machine)
     reason = device.obstacle("cuda")
     assert reason is not None and reason.startswith(message) and "\n" not in reason
@@ -168,8 +168,8 @@ def test_index_of_no_device(
 
 
 def test_where_libcudart_is_looked_for(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Beside the loader's path: PyPI's package, then what PyTorch brings, then a toolkit."""
-    folders = ["site/nvidia/cu13/lib", "site/torch/lib", "toolkit/lib64"]
+    """Beside the loader's path: with TVM, in PyPI's package, with PyTorch, in a toolkit."""
+    folders = ["tvm/lib", "site/nvidia/cu13/lib", "site/torch/lib", "toolkit/lib64"]
     files = [tmp_path / folder / cuda.CUDART for folder in folders]
     for file in files:
         file.parent.mkdir(parents=True)
@@ -177,12 +177,12 @@ def test_where_libcudart_is_looked_for(machine: Machine, monkeypatch: pytest.Mon
     (tmp_path / "site/torch/lib/libcudart.so.12").touch()
     monkeypatch.setattr(sys, "path", ["", str(tmp_path / "site")])
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
-    assert [file for file in cuda._cudart_files() if tmp_path in file.parents] == files
+    assert [file for file in cuda._cudart_files(tmp_path / "tvm/lib") if tmp_path in file.parents] == files
     # The first that can be loaded is taken.
     del machine.libraries[cuda.CUDART]
-    machine.libraries[str(files[1])] = object()
+    machine.libraries[str(files[2])] = object()
     assert device.obstacle("cuda") is None
-    assert machine.opened[1:4] == [cuda.CUDART, str(files[0]), str(files[1])]
+    assert machine.opened[1:4] == [cuda.CUDART, str(files[1]), str(files[2])]
 
 
 def test_shared_memory_and_version_of_the_driver(machine: Machine) -> None:
@@ -225,7 +225,7 @@ def test_runtime_alone_over_a_driver_without_devices(tmp_path: Path) -> None:
     try:
         ctypes.CDLL(cuda.CUDART)
     except OSError:
-        if not any(cuda._cudart_files()):
+        if not any(cuda._cudart_files(tmp_path)):
             pytest.skip("no libcudart: pip install 'tvm-attn[cuda]'")
     source, library = tmp_path / "driver.c", tmp_path / cuda.DRIVER
     source.write_text(STUB_SOURCE)

@@ -100,7 +100,7 @@ def load_runtime() -> None:
         raise DeviceError("this TVM has no CUDA runtime (libtvm_runtime_cuda.so); install apache-tvm from PyPI")
     if reason := _too_old(Driver().version()):
         raise DeviceError(reason)
-    _load_cudart()
+    _load_cudart(library.parent)
     try:
         _open(str(library))  # registers its functions while it is loaded
     except OSError as error:
@@ -120,9 +120,9 @@ def _too_old(version: int) -> str | None:
     return f"the NVIDIA driver is for CUDA {has}, TVM needs {needs}: install driver {MINIMUM_DRIVER} or newer"
 
 
-def _load_cudart() -> None:
-    """Loads libcudart, so that the loader finds it by its name afterwards."""
-    for path in [CUDART, *map(str, _cudart_files())]:
+def _load_cudart(folder: Path) -> None:
+    """Loads libcudart, so that the loader finds it by its name afterwards; `folder` is that of TVM's libraries."""
+    for path in [CUDART, *map(str, _cudart_files(folder))]:
         try:
             _open(path)
             return
@@ -131,10 +131,10 @@ def _load_cudart() -> None:
     raise DeviceError(f"{CUDART} was not found: pip install 'nvidia-cuda-runtime==13.*', or install the CUDA toolkit")
 
 
-def _cudart_files() -> Iterator[Path]:
-    """Where libcudart may lie beside the loader's path: packages from PyPI, PyTorch, the CUDA toolkit."""
-    packages = [Path(folder) for folder in sys.path if folder]
-    folders = [root / "nvidia" / name / "lib" for root in packages for name in ("cu13", "cuda_runtime")]
+def _cudart_files(folder: Path) -> Iterator[Path]:
+    """Where libcudart may lie beside the loader's path: `folder`, packages from PyPI, PyTorch, the CUDA toolkit."""
+    packages = [Path(entry) for entry in sys.path if entry]
+    folders = [folder, *(root / "nvidia" / name / "lib" for root in packages for name in ("cu13", "cuda_runtime"))]
     folders += [root / "torch" / "lib" for root in packages]
     toolkits = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     toolkits += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-13*"), reverse=True)]
