@@ -17,7 +17,7 @@ def kernel(body: str, length: int, size: int, threads: int = 32, blocks: int = 1
     source = f"\n__device__ void body({parameters}) {{\nconst int thread = threadIdx.x;\n{body}\n}}\n"
 
     @T.prim_func
-    def function(x: T.Buffer((length,), "uint32"), y: T.Buffer((size,), "uint32")):
+    def function(x: T.Buffer((length,), "uint32"), y: T.Buffer((size,), "uint32")):  # type: ignore[valid-type]
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         T.launch_thread("blockIdx.x", blocks)
         T.launch_thread("threadIdx.x", threads)

@@ -80,7 +80,7 @@ void MakeContext(Context* context, char* stack, void (*entry)()) {
 }
 #endif
 
-enum class State { kReady, kBarrier, kCollective, kDone };
+enum class State { kReady, kYielded, kBarrier, kCollective, kDone };
 
 struct Fiber : Thread {
   State state = State::kReady;
@@ -166,6 +166,21 @@ std::string Text(const Index& index) {
   throw std::runtime_error(message);
 }
 
+/// Each lane that is ready, until it waits or ends. Returns how many there were.
+size_t RunWarp(size_t first, bool reverse, size_t* done) {
+  const size_t lanes = std::min<size_t>(kWarp, fibers.size() - first);
+  size_t ran = 0;
+  for (size_t i = 0; i < lanes; ++i) {
+    Fiber& fiber = fibers[first + (reverse ? lanes - 1 - i : i)];
+    if (fiber.state != State::kReady) continue;
+    ++ran;
+    ToFiber(&fiber);
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+    *done += fiber.state == State::kDone;
+  }
+  return ran;
+}
+
 void RunBlock(bool reverse) {
   const size_t count = fibers.size();
   Fill(launch->static_begin, launch->static_end);
@@ -181,15 +196,18 @@ void RunBlock(bool reverse) {
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fiber.stack, kStackSize);
     MakeContext(&fiber.context, fiber.stack, Entry);
   }
+  // A warp runs until it waits for another: the more warps are apart, the more a missing barrier shows.
+  const size_t warps = (count + kWarp - 1) / kWarp;
   for (size_t done = 0; done < count;) {
     bool progress = false;
-    for (size_t i = 0; i < count; ++i) {
-      Fiber& fiber = fibers[reverse ? count - 1 - i : i];
-      if (fiber.state != State::kReady) continue;
+    for (size_t i = 0; i < warps; ++i) {
+      const size_t first = (reverse ? warps - 1 - i : i) * kWarp;
+      while (RunWarp(first, reverse, &done) != 0) progress = true;
+    }
+    for (Fiber& fiber : fibers) {
+      if (fiber.state != State::kYielded) continue;
+      fiber.state = State::kReady;
       progress = true;
-      ToFiber(&fiber);
-      if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
-      done += fiber.state == State::kDone;
     }
     if (!progress) Deadlock();
   }
@@ -201,7 +219,10 @@ void Fail(const std::string& message) {
   throw std::runtime_error(message + " (block " + Text(block_index) + ", thread " + Text(current->index) + ")");
 }
 
-void Yield() { ToScheduler(); }
+void Yield() {
+  Self().state = State::kYielded;
+  ToScheduler();
+}
 
 void Barrier(uint32_t number, uint32_t count) {
   if (count == 0) count = static_cast<uint32_t>(fibers.size());
