@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         required=True,
-        help="cpu (this machine), or targets of targets/*.toml separated by commas, e.g. cpu-znver4,cpu-x86-64-v3",
+        help="cpu (this machine), cuda, vulkan, or targets of targets/*.toml, separated by commas, e.g. cpu,cuda-sm90",
     )
     parser.add_argument(
         "--dtype",
