@@ -79,13 +79,13 @@ def test_decode(case: Case) -> None:
 @pytest.mark.usefixtures("rolled")
 def test_decode_with_a_second_kernel() -> None:
     (ragged,) = with_sizes(DECODE, context=600)
-    check(decode_attention(ragged.kernel, DecodeTiles(2, 3, last=False)), ragged)
+    check(decode_attention(ragged.kernel, DecodeTiles(2, 3, 20, last=False)), ragged)
 
 
 @pytest.mark.usefixtures("rolled")
 def test_decode_of_many_keys_a_block() -> None:
     cases = with_sizes(DECODE, context=1024)
-    function = decode_attention(cases[0].kernel, DecodeTiles(16, 2, 8))
+    function = decode_attention(cases[0].kernel, DecodeTiles(16, 2, 64, 8))
     for case in cases:
         check(function, case)
 
@@ -93,7 +93,7 @@ def test_decode_of_many_keys_a_block() -> None:
 def test_decode_as_generated() -> None:
     """With all loops unrolled, as compilers for devices get it."""
     (ragged,) = with_sizes(DECODE, context=300)
-    check(decode_attention(ragged.kernel, default_decode_tiles(ragged.kernel)), ragged)
+    check(decode_attention(ragged.kernel, DecodeTiles(4, 3, 100)), ragged)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

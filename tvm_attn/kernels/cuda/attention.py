@@ -114,7 +114,7 @@ class DecodeAttention:
         yield _decode_case(kernel, "scores of order 1000", (300,), OVERFLOWING)
         kernel = DecodeAttention(2, 64, 300, 8, "float16", 0.125, groups=1)
         yield _decode_case(kernel, "one group with padding", (299, -1, 0, 131, -1))
-        for head_dim, dtype in ((32, "bfloat16"), (80, "float16"), (128, "bfloat16")):
+        for head_dim, dtype in ((48, "bfloat16"), (96, "float16"), (128, "bfloat16")):
             kernel = DecodeAttention(2, head_dim, 75, 1, dtype, head_dim**-0.5, groups=1)
             yield _decode_case(kernel, f"head_dim {head_dim}", (74,))
 

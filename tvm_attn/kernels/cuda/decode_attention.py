@@ -30,8 +30,11 @@ _UNIT = 8
 _KEY_LANES = 8
 """Most lanes that share a key: each more costs a shuffle, and fewer read from more rows at a time."""
 
-_BLOCKS = 256
-"""Blocks of threads that a split aims at: about two for each multiprocessor of a large device."""
+_REGISTERS = 65536
+"""Of a multiprocessor."""
+
+_BLOCKS = 384
+"""Blocks of threads that a split aims at: no more than three for each multiprocessor of a large device."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class DecodeTiles:
     Attributes:
         warps: warps of a block.
         splits: blocks that share the keys of a row and head.
+        alone: keys up to which one block does without the others, since merging costs what it could save.
         loads: 16-byte loads of keys that a thread has in flight, and as many of values, as far as a key does not take
             more.
         last: with `splits` above 1, whether the last block of a row and head merges; otherwise a second kernel does.
@@ -50,6 +54,7 @@ class DecodeTiles:
 
     warps: int
     splits: int = 1
+    alone: int = 384
     loads: int = 4
     last: bool = True
 
@@ -67,19 +72,18 @@ def default_decode_tiles(kernel: DecodeAttention) -> DecodeTiles:
     """The tiles without a record: a static group splits its keys until the blocks fill a device, others do not."""
     if kernel.groups is None:
         return DecodeTiles(8)
-    splits = max(1, min(16, _BLOCKS // (kernel.groups * kernel.rows * kernel.heads), kernel.context // 64))
-    return DecodeTiles(4, splits)
+    return DecodeTiles(8, max(1, min(8, _BLOCKS // (kernel.groups * kernel.rows * kernel.heads))))
 
 
 def decode_candidates(kernel: DecodeAttention) -> Iterator[DecodeTiles]:
     """What a search may try."""
-    for warps in (2, 4, 8, 16):
+    for warps in (4, 8, 16):
         for loads in (2, 4, 8):
-            yield DecodeTiles(warps, 1, loads)
+            yield DecodeTiles(warps, loads=loads)
             if kernel.groups is not None:
-                for splits in (2, 4, 8, 12, 16):
-                    for last in (True, False):
-                        yield DecodeTiles(warps, splits, loads, last)
+                for splits in (2, 4, 8, 16):
+                    for alone in (0, 256, 384, 512):
+                        yield DecodeTiles(warps, splits, alone, loads)
 
 
 def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFunc:
@@ -102,12 +106,16 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
     head_words, unit_words = head_dim // 2, _UNIT // 2
     # What is merged: the outputs, the maximum and the sum.
     numbers = head_dim + 2
+    # Blocks of a multiprocessor that registers must allow: without a number, ptxas spills some to allow for more.
+    needed = max(8 * batch * lane_units + 16 * lane_units + 16, 4 * max(warps, splits) + 32)
+    blocks = max(1, _REGISTERS // (threads * needed))
     split, by_last = splits > 1, splits > 1 and tiles.last
     arrivals = kernel.rows * heads * (kernel.groups or 0)
 
     def share(end):
-        """The keys of a split, in whole passes of a block, where the row sees `end` keys."""
-        return ((end + (splits - 1)) // splits + (block_keys - 1)) // block_keys * block_keys
+        """The keys of a split where the row sees `end` keys: all of a few, else whole passes of a block."""
+        part = ((end + (splits - 1)) // splits + (block_keys - 1)) // block_keys * block_keys
+        return T.max(part, T.Select(end <= tiles.alone, end, 0))
 
     @T.prim_func
     def decode_attention(
@@ -133,6 +141,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
             workspace = T.alloc_buffer((g * rows * heads * splits * numbers,), "float32", scope="global")
 
         with T.attr(0, "tirx.device_entry", True):
+            T.attr({"tirx.launch_bounds_min_blocks_per_sm": blocks})
             piece, head, row = T.cta_id([splits, heads, g * rows])
             warp = T.warp_id([warps])
             lane = T.lane_id([32])
@@ -371,9 +380,9 @@ def arrive(counters: int, counter: tirx.Expr, blocks: tirx.Expr) -> tirx.Expr:
     source = f"""
 __device__ unsigned int {name}_counters[{counters}];
 __forceinline__ __device__ int {name}(int counter, int blocks) {{
-  __threadfence();
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
   unsigned int before = atomicInc(&{name}_counters[counter], blocks - 1);
-  __threadfence();
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
   return before == blocks - 1;
 }}
 """

@@ -16,6 +16,7 @@ is one register plus a constant.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ _UNIT = 8
 _SHARED_BYTES = 99 << 10
 """Shared memory of a block that every supported GPU has."""
 
-_REGISTERS = 248
-"""Most registers of a thread by `PrefillTiles.registers`, of 255."""
+_REGISTERS = 65536
+"""Of a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class PrefillTiles:
         query_warps: warps along the queries.
         key_warps: warps along the keys.
         stages: stages of keys and values in shared memory, at least 2.
+        blocks: blocks of a multiprocessor that registers must allow. (Without a number, ptxas spills some to allow for
+            more.)
     """
 
     queries: int
@@ -65,6 +68,7 @@ class PrefillTiles:
     query_warps: int
     key_warps: int = 1
     stages: int = 2
+    blocks: int = 1
 
     @property
     def threads(self) -> int:
@@ -106,19 +110,16 @@ def default_prefill_tiles(kernel: PrefillAttention) -> PrefillTiles:
 
 def prefill_candidates(kernel: PrefillAttention) -> Iterator[PrefillTiles]:
     """What a search may try: all that fits every supported GPU."""
-    for queries in (64, 128):
-        for keys in (32, 64, 128):
-            for query_warps in (2, 4, 8):
-                for key_warps in (1, 2):
-                    for stages in (2, 3):
-                        tiles = PrefillTiles(queries, keys, query_warps, key_warps, stages)
-                        if (
-                            4 <= query_warps * key_warps <= 8
-                            and tiles.fragments >= 1
-                            and tiles.registers(kernel.head_dim) <= _REGISTERS
-                            and tiles.shared_bytes(kernel.head_dim) <= _SHARED_BYTES
-                        ):
-                            yield tiles
+    sizes = itertools.product((64, 128), (32, 64, 128), (2, 4, 8), (1, 2), (2, 3), (1, 2, 3, 4))
+    for queries, keys, query_warps, key_warps, stages, blocks in sizes:
+        tiles = PrefillTiles(queries, keys, query_warps, key_warps, stages, blocks)
+        if (
+            4 <= query_warps * key_warps <= 8
+            and tiles.fragments >= 1
+            and tiles.registers(kernel.head_dim) <= min(248, 1.2 * _REGISTERS / (tiles.threads * blocks))
+            and tiles.shared_bytes(kernel.head_dim) <= _SHARED_BYTES
+        ):
+            yield tiles
 
 
 def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.PrimFunc:
@@ -155,6 +156,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
         o_words = T.decl_buffer((g * rows, width // 2), "uint32", data=o.data)
         T.device_entry()
         # Sequences of n_i rows have sum(ceil(n_i / queries)) tiles, which is no more than this.
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": tiles.blocks})
         head, place = T.cta_id([heads, (g * rows + b * (queries - 1)) // queries])
         warp = T.warp_id([query_warps * key_warps])
         lane = T.lane_id([32])
