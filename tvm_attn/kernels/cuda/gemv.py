@@ -11,22 +11,24 @@ Before the loop, every block puts x into shared memory in the order in which lan
 for 32 inputs of a row, 16 of them for each of four lanes. LayerNorm happens there, its rows in registers. The weights
 of the first stages are on their way meanwhile.
 
-Quantized weights are not converted, but masked out of their words. A number u of 4 or 8 bits in a 16-bit lane is the
-float16 u * 2**-24 (a denormal, which `mma.sync` multiplies exactly), or with the exponent of 128 the bfloat16 128 + u,
-where u has 4 bits. The sum over a group of 32 inputs starts at minus the constant that this adds, times the sum of the
-group's x; then the group's scale is applied, in float32. So nothing is rounded but the sums.
+Quantized weights are not converted, only masked out of their words (see `tvm_attn.kernels.cuda.gemv_operands`). The sum
+over a group of 32 inputs starts at minus what the offset of the weights adds; then the group's scale is applied, in
+float32. So nothing is rounded but sums, and x of int4 layers below 2**-10, to a multiple of 2**-20.
 
-Instructions of a lane for each weight, with 8 rows, and their share of the 128 that a multiprocessor issues per clock
-for its lanes where it takes 4.3 TB/s / 132 / 1.75 GHz = 18.6 bytes of weights:
+Instructions of a lane for each weight in the loop, all overhead included (sm_90a, 8 rows, 16 outputs, stages of 64
+bytes), and their share of the 128 that a multiprocessor issues for its lanes in a clock while it takes 18.6 bytes of
+weights (4.3 TB/s, 132 multiprocessors, 1.75 GHz):
 
-| weights | cp.async, ldmatrix, x | unpack | mma | scale | per weight | share of 128 |
-|---|---|---|---|---|---|---|
-| 16 bits | 5 / 16 | 0 | 2 / 16 | 0 | 0.5 | 4 % |
-| int8, float16 | 3 / 16 | 6 / 8 | 1 / 8 | 9 / 16 | 1.6 | 24 % |
-| int4 | 2.5 / 16 | 7 / 8 | 1 / 8 | 9 / 16 | 1.7 | 50 % |
-| int8, bfloat16 | 3 / 16 | 14 / 8 | 1 / 4 | 9 / 16 | 2.8 | 40 % |
+| weights | x | for each weight | of 128 |
+|---|---|---|---|
+| 16 bits | either | 2.6 | 19 % |
+| int8 | float16 | 2.9 | 42 % |
+| int8 | bfloat16 | 3.5 | 51 % |
+| int4 | float16 | 2.1 | 60 % |
+| int4 | bfloat16 | 2.6 | 75 % |
 
-Scalar arithmetic would take 3 for each weight of 4 bits (shift and mask, conversion, multiplication) and row.
+Scalar arithmetic takes 3 for a weight of 4 bits (shift and mask, conversion, multiplication) and one row, without any
+overhead: 87 %.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from tvm_attn.kernels.activation import EXPRESSIONS
 from tvm_attn.kernels.base import without_unused
 from tvm_attn.kernels.cuda.gemv_operands import (
     GROUP_BYTES,
+    QUANTIZED_UNIT,
     Rows,
+    load_scales,
     multiply_group,
     multiply_quantized_group,
     weight_format,
@@ -68,7 +72,7 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
     columns, splits, stages, repeats, parts = tiles.columns, tiles.splits, tiles.stages, tiles.repeats, tiles.parts
     outputs, warps, threads, steps = tiles.outputs, tiles.warps, 32 * tiles.warps, tiles.steps
     tile_outputs, block_outputs, halves = outputs * columns, tiles.block_outputs, outputs // 8
-    plan, form, weight_types = Plan.of(kernel, tiles), weight_format(kernel.weights, dtype), kernel.weight_types
+    plan, form, weight_types = Plan.of(kernel, tiles), weight_format(kernel.weights), kernel.weight_types
     iterations, k_stages, stage_units = plan.iterations, plan.k_stages, plan.stage_units
     part_iterations, unit_elements = -(-iterations // parts), 4 if quantized else 8
     step_groups, groups = STEP_UNITS * form.per_unit // GROUP, k // GROUP
@@ -82,6 +86,12 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
     activation = EXPRESSIONS.get(kernel.activation or "") if isinstance(kernel, Linear) else None
     out_type = "float32" if isinstance(kernel, ResidualLinear | Head) else dtype
     ring_bytes, x_bytes, sum_bytes, constant_bytes, shared_scale_bytes, norm_bytes = plan.shared
+
+    def within(output: tirx.Expr, unit: tirx.Expr) -> tirx.Expr | None:
+        """Whether a unit of an output is one of the weight's, where that is not known."""
+        conditions = [output < n] if n % block_outputs else []
+        conditions += [unit < plan.units] if plan.units % (stage_units * splits) else []
+        return tirx.all(*conditions) if conditions else None
 
     def norm_ready() -> None:
         """Gamma and beta, of all threads, are in shared memory."""
@@ -143,6 +153,12 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
         total = T.alloc_local((4,), "float32")
         partial = T.alloc_local((4,), "float32")
         value = T.alloc_local((1,), "float32")
+        factor = T.alloc_local((2,), "float32")
+        scale_values = T.alloc_local((halves * step_groups,), "float32")
+        next_stage = T.alloc_local((1,), "int32")
+        next_output = T.alloc_local((1,), "int32")
+        load_place = T.alloc_local((1,), "uint32")
+        multiply_place = T.alloc_local((1,), "uint32")
         bias_value = T.alloc_local((per_thread,), "float32")
         residual_value = T.alloc_local((per_thread,), "float32")
         place = T.alloc_local((per_thread, 2), "int32")
@@ -157,23 +173,51 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
         x_lane: T.let[T.uint32] = x_base + uint32(T.min(lane // 4, rows - 1) * plan.x_row + lane % 4 * UNIT)
         if quantized:
             constants_lane: T.let[T.uint32] = shared_address(constants) + uint32(lane % 4 * UNIT)
-        source = T.meta_var(Rows(x_base, plan.x_row, rows, k, plan.part_groups, dtype, quantized, threads))
+        source = T.meta_var(
+            Rows(
+                x_base,
+                plan.x_row,
+                rows,
+                k,
+                plan.part_groups,
+                dtype,
+                threads,
+                constants if quantized else None,
+                kernel.weights,
+            )
+        )
+
+        # Of the next load: its stage in K, the first output of its tile, and where its stage lies in the ring; of the
+        # next product the last one too.
+        next_stage[0] = split
+        next_output[0] = first_output + column * outputs
+        load_place[0] = uint32(0)
+        multiply_place[0] = uint32(0)
 
         @T.inline
-        def load(q):
-            """Starts the copies of this warp's stage q; what lies past N or K becomes zeros."""
-            k_stage: T.let[T.int32] = q % iterations * splits + split
-            first: T.let[T.int32] = first_output + q // iterations * tile_outputs + column * outputs
-            stage: T.let[T.uint32] = warp_ring + uint32(q % stages * plan.stage)
+        def load():
+            """Starts the copies of this warp's next stage; what lies past N or K becomes zeros."""
             for i in T.unroll(copies):
                 unit: T.let[T.int32] = (i * 32 + lane) % stage_units
                 row: T.let[T.int32] = (i * 32 + lane) // stage_units
-                k_unit: T.let[T.int32] = k_stage * stage_units + unit
+                k_unit: T.let[T.int32] = next_stage[0] * stage_units + unit
                 cp_async(
-                    stage + uint32((unit * plan.pitch + row) * UNIT),
-                    weight.ptr_to([first + row, k_unit * unit_elements, 0]),
-                    valid=tirx.all(first + row < n, k_unit < plan.units),
+                    warp_ring + load_place[0] + uint32((unit * plan.pitch + row) * UNIT),
+                    weight.ptr_to([next_output[0] + row, k_unit * unit_elements, 0]),
+                    valid=within(next_output[0] + row, k_unit),
                 )
+            advance(load_place)
+            next_stage[0] = next_stage[0] + splits
+            if repeats > 1:
+                wrap: T.let[T.bool] = next_stage[0] >= iterations * splits
+                next_stage[0] = T.Select(wrap, split, next_stage[0])
+                next_output[0] = T.Select(wrap, next_output[0] + tile_outputs, next_output[0])
+
+        @T.inline
+        def advance(ring_place):
+            ring_place[0] = T.Select(
+                ring_place[0] == uint32((stages - 1) * plan.stage), uint32(0), ring_place[0] + uint32(plan.stage)
+            )
 
         @T.inline
         def prepare(part):
@@ -185,18 +229,22 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
                 cp_async_wait(stages - 1)
             T.cuda.cta_sync()
             if quantized:
-                source.constants(constants, form, thread)
+                source.sum_groups(form, thread)
                 T.cuda.cta_sync()
 
         @T.inline
-        def multiply(k_stage, part_stage, q, tile):
+        def multiply(k_stage, part_stage, tile):
             """Adds the products of one stage to `total`; `k_stage` is its place in K, `part_stage` that in its part."""
-            stage: T.let[T.uint32] = uint32(q % stages * plan.stage)
             for step in T.unroll(steps):
                 for i in T.unroll(halves):
                     matrices = T.meta_var([words[i * 4 // halves + j // halves, j % halves] for j in range(4)])
                     unit: T.let[T.int32] = step * STEP_UNITS + i * (STEP_UNITS // halves)
-                    ldmatrix(matrices, matrix + stage + uint32(unit * (plan.pitch * UNIT)))
+                    ldmatrix(matrices, matrix + multiply_place[0] + uint32(unit * (plan.pitch * UNIT)))
+                if quantized:
+                    for half in T.unroll(halves):
+                        output: T.let[T.int32] = tile + column * outputs + half * 8 + lane // 4
+                        first: T.let[T.int32] = output * groups + (k_stage * steps + step) * step_groups
+                        load_scales(scale_values, half * step_groups, step_groups, block_scales, first, groups)
                 for i in T.unroll(step_groups):
                     group: T.let[T.int32] = part_stage * (steps * step_groups) + step * step_groups + i
                     units = T.meta_var(
@@ -205,17 +253,16 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
                     load_shared(registers(right), x_lane + uint32(group * GROUP_BYTES))
                     if quantized:
                         load_shared(registers(partial), constants_lane + uint32(group * GROUP_BYTES))
-                        multiply_quantized_group(partial, units, left, right, form, dtype)
-                        scale_group: T.let[T.int32] = T.min(
-                            k_stage * (steps * step_groups) + step * step_groups + i, groups - 1
-                        )
+                        if dtype == "bfloat16":
+                            for j in T.unroll(2):
+                                factor[j] = partial[2 + j]
+                                partial[2 + j] = partial[j]
+                        multiply_quantized_group(partial, units, left, right, form)
                         for half in T.unroll(halves):
-                            value[0] = T.Cast(
-                                "float32",
-                                block_scales[(tile + column * outputs + half * 8 + lane // 4) * groups + scale_group],
-                            )
                             for j in T.unroll(min(rows, 2)):
-                                total[2 * half + j] = total[2 * half + j] + value[0] * partial[2 * half + j]
+                                of_group = T.meta_var(scale_values[half * step_groups + i])
+                                all_scale = T.meta_var(of_group * factor[j] if dtype == "bfloat16" else of_group)
+                                total[2 * half + j] = total[2 * half + j] + partial[2 * half + j] * all_scale
                     else:
                         multiply_group(total, units, right, dtype)
 
@@ -228,9 +275,9 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
                     cp_async(shared_address(norm) + uint32(at * 4), gamma.ptr_to([at]))
                     cp_async(shared_address(norm) + uint32((k + at) * 4), beta.ptr_to([at]))
         if quantized:
-            for i in range(-(-block_scale_bytes // (UNIT * threads))):
+            for i in range(-(-shared_scale_bytes // (UNIT * threads))):
                 at: T.let[T.int32] = (i * threads + thread) * UNIT
-                if at < block_scale_bytes:
+                if at < shared_scale_bytes:
                     first: T.let[T.int32] = block * block_scale_bytes + at
                     T.ptx["cp.async.cg.shared.global"](
                         shared_address(block_scales) + uint32(at),
@@ -241,7 +288,7 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
         cp_async_commit()
         for q in T.unroll(stages - 1):
             if q < work:
-                load(q)
+                load()
             cp_async_commit()
         if parts == 1:
             prepare(0)
@@ -269,16 +316,16 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
                     prepare(part)
                 for i in range(T.min(part_iterations, iterations - part * part_iterations)):
                     iteration: T.let[T.int32] = part * part_iterations + i
-                    q: T.let[T.int32] = repeat * iterations + iteration
                     cp_async_wait(stages - 2)
                     T.cuda.warp_sync()
                     # The stage that this fills was read before all lanes met.
-                    if q + (stages - 1) < work:
-                        load(q + (stages - 1))
+                    if repeat * iterations + iteration + (stages - 1) < work:
+                        load()
                     cp_async_commit()
                     k_stage: T.let[T.int32] = iteration * splits + split
                     if k_stage < k_stages:
-                        multiply(k_stage, i * splits + split, q, tile)
+                        multiply(k_stage, i * splits + split, tile)
+                    advance(multiply_place)
 
             warp_sums: T.let[T.int32] = (repeat % 2 * warps + warp) * rows * plan.sum_row
             for i in T.unroll(halves):
@@ -296,7 +343,7 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
                     for j in T.unroll(splits):
                         value[0] = value[0] + sums[((first + j) * rows + row) * plan.sum_row + result % outputs]
                     if quantized:
-                        value[0] = value[0] * T.float32(1.0 / form.unit)
+                        value[0] = value[0] * T.float32(1.0 / QUANTIZED_UNIT)
                     if has_bias:
                         value[0] = value[0] + bias_value[i]
                     if has_residual:

@@ -5,75 +5,67 @@ pair's 16 bytes at once, the right operands of two products. They hold the input
 gives this lane: of plain weights inputs 2 pair and 2 pair + 1 of each 8; of quantized ones, in whose words
 `tvm_attn.kernels.weights` puts inputs that lie 8 apart, p, p + 16, p + 8 and p + 24 for p = pair and p = pair + 4.
 
+Quantized weights are float16 operands, for either dtype of x: the bits u of a weight, alone in 16 bits, are the
+denormal u * 2**-24, which `mma.sync` multiplies exactly. So they need a mask, and a shift for every second. Nibbles
+that are masked without a shift count 16-fold, and their x is stored divided by 16. bfloat16 x becomes float16 by a
+power of two for each group of 32 that brings the largest near 2**14; what that rounds is 2**-38 of the largest.
+
 The functions emit statements of the TIRx function that is being built.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tvm_attn.kernels.cuda.lanes import add_lanes, only_if, registers, sum_of
-from tvm_attn.kernels.cuda.ptx import load_global, load_shared, mma, pack, permute_bytes, store_shared, uint32
+from tvm_attn.kernels.cuda.lanes import add_lanes, only_if, registers, shuffle_xor, sum_of
+from tvm_attn.kernels.cuda.ptx import load_global, load_shared, mma, pack, shared_address, store_shared, uint32
+from tvm_attn.kernels.weights import OFFSETS
 from tvm_attn.storage import GROUP
 
 GROUP_BYTES = 2 * GROUP
 """Of a group of 32 inputs of a row of x, and of the constants of a group of quantized weights."""
 
 
+QUANTIZED_UNIT = 2.0**-24
+"""What a quantized weight of 1 is as an operand."""
+
+
 @dataclass(frozen=True)
 class Product:
-    """One `mma.sync` of quantized weights: which it takes of a word, and how they become numbers.
+    """One `mma.sync` of quantized weights: the bits of a word that it takes, and the first register of x they meet."""
 
-    Attributes:
-        shifts: what brings the weights of registers 0 and 2 of the operand to the low bits of 16-bit lanes.
-        exponent: bits that are set beside them.
-        right: the first of the registers of x that they meet.
-    """
-
-    shifts: tuple[int, int]
-    exponent: int
+    mask: int
     right: int
 
 
 @dataclass(frozen=True)
 class Format:
-    """How weights of one format become operands of one dtype.
+    """How weights become operands.
 
     Attributes:
         per_unit: weights of 16 bytes.
-        words: registers of a group of 32 inputs of an output that a lane holds, each with its products.
-        mask: the bits of the weights in their lanes.
-        constant: what is added to each weight, in the unit of the operand.
-        unit: what a weight of 1 is in the operand.
+        words: registers of a group of 32 inputs of an output that a lane holds, each with its products; plain weights
+            have none.
+        offset: what is added to a weight to make it unsigned.
     """
 
     per_unit: int
     words: tuple[tuple[Product, ...], ...]
-    mask: int
-    constant: int
-    unit: float
+    offset: int = 0
 
 
-def weight_format(weights: str, dtype: str) -> Format:
-    """The format of weights that are multiplied with x of a dtype.
-
-    In float16, bits u of a lane are the denormal u * 2**-24. In bfloat16, whose smallest numbers are too small to add
-    in float32, they become 128 + u, or 2048 + 16 u, where u has 4 bits; a byte is two of those, in two products.
-    """
-    if weights == dtype:
-        return Format(8, ((), (), (), ()), 0, 0, 1.0)
+def weight_format(weights: str) -> Format:
+    """The format of int8, int4 or 16-bit weights."""
     if weights == "int4":
-        exponent, constant, unit = (0, 8, 2.0**-24) if dtype == "float16" else (0x43004300, 136, 1.0)
-        return Format(32, ((Product((0, 8), exponent, 0), Product((4, 12), exponent, 2)),), 0x000F000F, constant, unit)
-    if dtype == "float16":
-        return Format(16, ((Product((0, 8), 0, 0),), (Product((0, 8), 0, 2),)), 0x00FF00FF, 128, 2.0**-24)
-    low, high = (0, 8), (4, 12)
-    words = tuple((Product(low, 0x43004300, right), Product(high, 0x45004500, right)) for right in (0, 2))
-    return Format(16, words, 0x000F000F, 128 + 128 + 2048, 1.0)
+        return Format(32, ((Product(0x000F000F, 0), Product(0x00F000F0, 2)),), OFFSETS[weights])
+    if weights == "int8":
+        return Format(16, ((Product(0x00FF00FF, 0),), (Product(0x00FF00FF, 2),)), OFFSETS[weights])
+    return Format(8, ((), (), (), ()))
 
 
 def multiply_group(total: tirx.Buffer, words: Sequence[Sequence[tirx.Expr]], right: tirx.Buffer, dtype: str) -> None:
@@ -84,24 +76,32 @@ def multiply_group(total: tirx.Buffer, words: Sequence[Sequence[tirx.Expr]], rig
 
 
 def multiply_quantized_group(
-    partial: tirx.Buffer,
-    words: Sequence[Sequence[tirx.Expr]],
-    left: tirx.Buffer,
-    right: tirx.Buffer,
-    form: Format,
-    dtype: str,
+    partial: tirx.Buffer, words: Sequence[Sequence[tirx.Expr]], left: tirx.Buffer, right: tirx.Buffer, form: Format
 ) -> None:
-    """partial += the products of 32 inputs, without their scales; `words` of outputs `group` and, if any, + 8."""
+    """partial += the products of 32 inputs, without scales; `words` of outputs `group` and, if any, `group` + 8."""
     for outputs, products in zip(words, form.words, strict=True):
         for product in products:
             for half in range(2):
-                for place, shift in enumerate(product.shifts):
-                    bits = T.uint32(0)
-                    if half < len(outputs):
-                        shifted = outputs[half] >> T.uint32(shift) if shift else outputs[half]
-                        bits = shifted & T.uint32(form.mask) | T.uint32(product.exponent)
-                    T.buffer_store(left, bits, [2 * place + half])
-            mma(registers(partial), registers(left), (right[product.right], right[product.right + 1]), dtype)
+                for place, shift in ((half, 0), (2 + half, 8)):
+                    bits = outputs[half] >> T.uint32(shift) & T.uint32(product.mask) if half < len(outputs) else None
+                    T.buffer_store(left, T.uint32(0) if bits is None else bits, [place])
+            mma(registers(partial), registers(left), (right[product.right], right[product.right + 1]), "float16")
+
+
+def load_scales(
+    values: tirx.Buffer, start: tirx.Expr, count: int, scales: tirx.Buffer, index: tirx.Expr, groups: int
+) -> None:
+    """values[start ..] = scales of an output from an index on, which is rows of `groups` and a multiple of `count`."""
+    wide = math.gcd(groups, count)
+    if wide == 1:
+        for i in range(count):
+            T.buffer_store(values, T.Cast("float32", scales[index + i]), [start + i])
+        return
+    words = T.alloc_local((wide // 2,), "uint32")
+    for i in range(0, count, wide):
+        load_shared(registers(words, 0, wide // 2), shared_address(scales) + uint32(2 * (index + i)))
+        for j, number in enumerate(number for word in registers(words, 0, wide // 2) for number in halves(word)):
+            T.buffer_store(values, number, [start + i + j])
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,10 @@ class Rows:
         features: K.
         groups: groups of 32 inputs of a row that are there at a time; zeros past K.
         dtype: of x.
-        quantized: whether the weights are.
         threads: of the block.
+        constants: of quantized weights, in shared memory: for each group, 16 bytes for each pair of rows, which is what
+            their sums start with, and the factors of their x (the first two again where x is float16). Else None.
+        weights: format of the weights.
     """
 
     base: tirx.Expr
@@ -125,45 +127,86 @@ class Rows:
     features: int
     groups: int
     dtype: str
-    quantized: bool
     threads: int
+    constants: tirx.Buffer | None
+    weights: str
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are."""
+        return self.constants is not None
 
     def load(self, x: tirx.Buffer, thread: tirx.Expr, first_group: tirx.Expr | int) -> None:
         """Puts x (1, R, K) of `dtype` there, from a group on; a thread takes inputs i .. i + 3 and i + 16 .. i + 19."""
         total, batch = self.rows * self.groups * 4, 4
         count = -(-total // self.threads)
         raw = T.alloc_local((4 * min(batch, count),), "uint32")
+        numbers = T.alloc_local((8,), "float32")
         for start in range(0, count, batch):
             # All loads of a batch are on their way before the first is used.
-            some = range(start, min(start + batch, count))
-            for load in (True, False):
-                for i in some:
-                    index = T.Bind(i * self.threads + thread)
-                    row, group, member = index // (4 * self.groups), index // 4 % self.groups, index % 4
-                    data = registers(raw, 4 * (i - start))
-                    with only_if(index < total, total % self.threads != 0):
-                        if load:
-                            self._load_item(x, row, (first_group + group) * GROUP + member * 4, raw, 4 * (i - start))
-                        else:
-                            self._store(row, group, member, self._pairs(data))
+            indices = [T.Bind(i * self.threads + thread) for i in range(start, min(start + batch, count))]
+            rows = [index // (4 * self.groups) for index in indices]
+            groups = [index // 4 % self.groups for index in indices]
+            for i, index in enumerate(indices):
+                first = (first_group + groups[i]) * GROUP + index % 4 * 4
+                for half in range(2):
+                    place = 4 * i + 2 * half
+                    for j in range(2):
+                        T.buffer_store(raw, T.uint32(0), [place + j])
+                    with T.If(tirx.all(index < total, first + 16 * half < self.features)), T.Then():
+                        load_global(registers(raw, place, 2), x.ptr_to([0, rows[i], first + 16 * half]))
+            for i, index in enumerate(indices):
+                words = registers(raw, 4 * i)
+                if self.quantized:
+                    for j, number in enumerate(number for word in words for number in halves(word, self.dtype)):
+                        T.buffer_store(numbers, number, [j])
+                    words = self._operands(numbers, 0, rows[i], groups[i], index % 4, index < total)
+                with only_if(index < total, total % self.threads != 0):
+                    self._store(words, rows[i], groups[i], index % 4)
 
-    def _load_item(self, x: tirx.Buffer, row: tirx.Expr, first: tirx.Expr, raw: tirx.Buffer, place: int) -> None:
-        for half in range(2):
-            for i in range(2):
-                T.buffer_store(raw, T.uint32(0), [place + 2 * half + i])
-            with T.If(first + 16 * half < self.features), T.Then():
-                load_global(registers(raw, place + 2 * half, 2), x.ptr_to([0, row, first + 16 * half]))
+    def _operands(
+        self,
+        numbers: tirx.Buffer,
+        start: int,
+        row: tirx.Expr,
+        group: tirx.Expr,
+        member: tirx.Expr,
+        inside: tirx.Expr,
+    ) -> list[tirx.Expr]:
+        """Eight numbers of each of four neighbouring lanes, a group, as float16 operands of quantized weights.
 
-    def _pairs(self, data: list[tirx.Expr]) -> list[tirx.Expr]:
-        """Words of two inputs, in the order of `_store`, from i, i + 1; i + 2, i + 3; i + 16, ...; i + 18, ..."""
-        if not self.quantized:
-            return data
-        pairs = T.alloc_local((4,), "uint32")
+        Also stores the factor of the group, where `inside`.
+        """
+        assert self.constants is not None
+        peak, words = T.alloc_local((1,), "float32"), T.alloc_local((4,), "uint32")
+        scale = T.Select(member % 2 == 0, T.float32(1.0), T.float32(1 / 16)) if self.weights == "int4" else None
+        if self.dtype == "bfloat16":
+            largest = T.abs(numbers[start])
+            for i in range(1, 8):
+                largest = T.max(largest, T.abs(numbers[start + i]))
+            T.buffer_store(peak, largest, [0])
+            for distance in (1, 2):
+                T.buffer_store(peak, T.max(peak[0], shuffle_xor(peak[0], distance)), [0])
+            # The exponent of the largest, at least that of 2**-112, so that both powers are normal numbers.
+            exponent = T.Bind(T.max(T.reinterpret("int32", peak[0]) >> 23, 15))
+            with T.If(tirx.all(inside, member == 0)), T.Then():
+                factor = T.reinterpret("float32", (exponent - 14) << 23)
+                T.buffer_store(self.constants, factor, [self._constant(group, row) + 2])
+            power = T.reinterpret("float32", (2 * 127 + 14 - exponent) << 23)
+            scale = power if scale is None else power * scale
+        scale = None if scale is None else T.Bind(scale)
         for i in range(4):
-            permute_bytes(pairs[i], data[i // 2], data[2 + i // 2], 0x7632 if i % 2 else 0x5410)
-        return registers(pairs)
+            low, high = numbers[start + i], numbers[start + 4 + i]
+            if scale is not None:
+                low, high = low * scale, high * scale
+            pack(words[i], low, high, "float16")
+        return registers(words)
 
-    def _store(self, row: tirx.Expr, group: tirx.Expr, member: tirx.Expr, pairs: list[tirx.Expr]) -> None:
+    @staticmethod
+    def _constant(group: tirx.Expr, row: tirx.Expr) -> tirx.Expr:
+        return group * 16 + row // 2 * 4 + row % 2
+
+    def _store(self, pairs: list[tirx.Expr], row: tirx.Expr, group: tirx.Expr, member: tirx.Expr) -> None:
         """Four words of inputs 4 member .. + 3 and 16 more of a group; pairs are neighbours, or 16 apart."""
         for i, word in enumerate(pairs):
             if self.quantized:
@@ -234,42 +277,48 @@ class Rows:
             if first_row == 0:
                 ready()
             for i in range(count):
-                group = i * 8 + lane // 4
-                mine = tirx.all(team_row < self.rows, group < self.groups, i % share == warp % share)
-                with T.If(mine), T.Then():
+                group = T.Bind(i * 8 + lane // 4)
+                with T.If(tirx.all(team_row < self.rows, i % share == warp % share)), T.Then():
                     for j in range(8 * i, 8 * i + 8):
                         feature = firsts[j // 4] + j % 4
                         at = T.min(feature, self.features - 1) if j // 4 in inside else feature
                         normal = numbers[j] * moments[1] * norm[at] + norm[self.features + at]
                         T.buffer_store(numbers, kept(j, normal), [j])
                     for j in range(4):
-                        low, high = (j, 4 + j) if self.quantized else (2 * j, 2 * j + 1)
-                        pack(words[j], numbers[8 * i + low], numbers[8 * i + high], self.dtype)
-                    self._store(row, group, member, registers(words))
+                        pack(words[j], numbers[8 * i + 2 * j], numbers[8 * i + 2 * j + 1], self.dtype)
+                    operands = registers(words)
+                    if self.quantized:
+                        for j, number in enumerate(n for word in operands for n in halves(word, self.dtype)):
+                            T.buffer_store(numbers, number, [8 * i + j])
+                        operands = self._operands(numbers, 8 * i, row, group, member, group < self.groups)
+                    with only_if(group < self.groups, self.groups % 8 != 0):
+                        self._store(operands, row, group, member)
 
-    def constants(self, constants: tirx.Buffer, form: Format, thread: tirx.Expr) -> None:
-        """What the sums of quantized products start with: for each group, 16 bytes for each pair of columns, twice."""
+    def sum_groups(self, form: Format, thread: tirx.Expr) -> None:
+        """Puts there what the sums of quantized products start with: minus what the offset of the weights adds."""
+        assert self.constants is not None
         total = self.rows * self.groups * 4
-        data = T.alloc_local((4,), "uint32")
+        words = T.alloc_local((4,), "uint32")
         value = T.alloc_local((1,), "float32")
         for i in range(-(-total // self.threads)):
             index = T.Bind(i * self.threads + thread)
             # Lanes past the end do what others do, since all take part in the sum.
             item = T.Bind(T.Select(index < total, index, index % 4))
             group, row, quarter = item // (4 * self.rows), item // 4 % self.rows, item % 4
-            load_shared(registers(data), self.base + uint32(row * self.pitch + group * GROUP_BYTES + quarter * 16))
-            numbers = [number for word in registers(data) for number in _numbers(word, self.dtype)]
-            T.buffer_store(value, sum_of(numbers), [0])
+            load_shared(registers(words), self.base + uint32(row * self.pitch + group * GROUP_BYTES + quarter * 16))
+            low, high = (sum_of([number for j in range(2) for number in halves(words[first + j])]) for first in (0, 2))
+            T.buffer_store(value, low + high * T.float32(16.0 if self.weights == "int4" else 1.0), [0])
             add_lanes(value, 0, 4)
             with T.If(tirx.all(index < total, quarter == 0)), T.Then():
-                for copy in range(2):
-                    place = group * 16 + row // 2 * 4 + row % 2 + 2 * copy
-                    T.buffer_store(constants, value[0] * T.float32(-form.constant * form.unit), [place])
+                for place in (0, 2) if self.dtype == "float16" else (0,):
+                    constant = value[0] * T.float32(-form.offset * QUANTIZED_UNIT)
+                    T.buffer_store(self.constants, constant, [self._constant(group, row) + place])
 
 
-def _numbers(word: tirx.Expr, dtype: str) -> list[tirx.Expr]:
+def halves(word: tirx.Expr, dtype: str = "float16") -> tuple[tirx.Expr, tirx.Expr]:
     """The two numbers of a word, float32."""
     if dtype == "bfloat16":
-        return [T.reinterpret("float32", bits) for bits in (word << T.uint32(16), word & T.uint32(0xFFFF0000))]
-    halves = (word & T.uint32(0xFFFF), word >> T.uint32(16))
-    return [T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", half))) for half in halves]
+        low, high = word << T.uint32(16), word & T.uint32(0xFFFF0000)
+        return T.reinterpret("float32", low), T.reinterpret("float32", high)
+    low, high = (T.Cast("uint16", half) for half in (word & T.uint32(0xFFFF), word >> T.uint32(16)))
+    return T.Cast("float32", T.reinterpret("float16", low)), T.Cast("float32", T.reinterpret("float16", high))

@@ -97,7 +97,7 @@ class Plan:
     def of(kernel: Kernel, tiles: GemvTiles) -> Plan:
         """The sizes of a kernel with tiles."""
         k, rows, quantized = kernel.in_features, kernel.rows, kernel.weights != kernel.dtype
-        per_unit = weight_format(kernel.weights, kernel.dtype).per_unit
+        per_unit = weight_format(kernel.weights).per_unit
         units, stage_units = k // per_unit, STEP_UNITS * tiles.steps
         k_stages = -(-units // stage_units)
         iterations = -(-k_stages // tiles.splits)
@@ -109,12 +109,15 @@ class Plan:
         x_row = (part_groups + (1 - part_groups % 2 if rows > 1 else 0)) * GROUP_BYTES
         # So do the numbers that a warp writes of four rows and eight outputs.
         sum_row = tiles.outputs + 4
+        # Scales past a row are read, and multiplied with zero.
+        padding = k_stages * stage_units * per_unit // GROUP - k // GROUP
+        scales = -(-(tiles.block_outputs * (k // GROUP) + padding) * 2 // UNIT) * UNIT
         shared = (
             tiles.warps * tiles.stages * stage_units * pitch * UNIT,
             rows * x_row,
             min(tiles.repeats, 2) * tiles.warps * rows * sum_row * 4,
             part_groups * GROUP_BYTES if quantized else 0,
-            tiles.block_outputs * (k // GROUP) * 2 if quantized else 0,
+            scales if quantized else 0,
             2 * k * 4 if kernel.epsilon is not None else 0,
         )
         stage = stage_units * pitch * UNIT
