@@ -13,7 +13,7 @@ from math import e, gcd, log2, pi, sqrt
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tvm_attn.kernels.activation import EXPRESSIONS
+from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.cuda import ptx
 from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.cuda.matmul_block import Block
@@ -150,21 +150,28 @@ def _store_float32(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
 def _activate(name: str, x: tirx.Expr) -> None:
     """Replaces x by activation(x).
 
-    Where `EXPRESSIONS` has 1 / (1 + e**-v) as a polynomial and a division, this takes the two special functions of the
-    hardware, with relative errors of 2**-22: sixty such values are what a lane has to do after a product of 768 steps.
+    `kernels.activation.EXPRESSIONS` are polynomials for vectors of a CPU. Here they would cost as much as a product of
+    768 steps: a lane has 64 to 128 values to finish. The sigmoid takes two special functions of the hardware, with
+    relative errors of 2**-22; erf and tanh are CUDA's.
     """
-    if name not in ("gelu_new", "silu"):
-        ptx.assign(x, EXPRESSIONS[name](x))
-        return
-    power = T.alloc_local((1,), "float32")[0]
-    argument = x * T.float32(-log2(e))
-    if name == "gelu_new":
-        # 0.5 x (1 + tanh(u)) = x / (1 + e**(-2 u))
-        factor = -2.0 * sqrt(2.0 / pi) * log2(e)
-        argument = x * (T.float32(factor) + T.float32(factor * 0.044715) * x * x)
-    ptx.exp2(power, argument)
-    ptx.reciprocal(power, power + T.float32(1))
-    ptx.assign(x, x * power)
+    if name == "relu":
+        ptx.assign(x, T.max(x, T.float32(0)))
+    elif name == "tanh":
+        ptx.assign(x, T.tanh(x))
+    elif name == "gelu":
+        ptx.assign(x, T.float32(0.5) * x * (T.float32(1) + T.erf(x * T.float32(sqrt(0.5)))))
+    elif name in ("silu", "gelu_new"):
+        # silu is x / (1 + e**-x); gelu_new is 0.5 x (1 + tanh(u)) = x / (1 + e**(-2 u)).
+        argument = x * T.float32(-log2(e))
+        if name == "gelu_new":
+            factor = -2.0 * sqrt(2.0 / pi) * log2(e)
+            argument = x * (T.float32(factor) + T.float32(factor * 0.044715) * x * x)
+        power = T.alloc_local((1,), "float32")[0]
+        ptx.exp2(power, argument)
+        ptx.reciprocal(power, power + T.float32(1))
+        ptx.assign(x, x * power)
+    else:
+        raise ScheduleError(f"no activation {name!r} here: use one of tvm_attn.kernels.activation.EXPRESSIONS")
 
 
 def _stage(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
