@@ -71,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="*", type=Path, metavar="ARTIFACT", help="folder that tvm_attn.build wrote")
     parser.add_argument(
-        "--kernels", metavar="TARGET", help="compile every kernel's test cases for this CUDA target and pack them"
+        "--kernels",
+        metavar="TARGET",
+        help="pack every kernel with its test cases, compiled for this CUDA target in some minutes, or a folder that "
+        "python -m tvm_attn.benchmark.gpu.kernel_library_build made",
     )
     parser.add_argument(
         "--python",
@@ -99,7 +102,9 @@ def _pack(args: argparse.Namespace) -> int:
         progress("collecting tvm_attn")
         _collect_ours(top)
         artifacts = [collect_artifact(folder, top) for folder in args.artifacts]
-        if args.kernels:
+        if args.kernels and Path(args.kernels).is_dir():
+            shutil.copytree(args.kernels, top / "kernels")
+        elif args.kernels:
             from tvm_attn.benchmark.gpu.kernel_library_build import write_kernel_library
 
             write_kernel_library(args.kernels, top / "kernels", progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,8 +55,8 @@ def describe(name: str) -> dict[str, Any]:
 class Clock:
     """Times work on a device.
 
-    On CUDA between two events on PyTorch's current stream, which is the default stream, as TVM's is; each call is many
-    runs, so that starting them costs nothing. Elsewhere from the host's clock, for tests.
+    On CUDA, calls are captured as a CUDA graph, so that the host's time to start them is not in the result, and timed
+    between two events. Elsewhere from the host's clock, for tests.
 
     Args:
         device: as PyTorch names it.
@@ -64,50 +65,68 @@ class Clock:
     def __init__(self, device: str) -> None:
         import torch
 
-        self._torch, self._cuda = torch, device.startswith("cuda")
-        # Larger than the second-level cache of every GPU so far: inputs come from memory, as between other work.
-        self._flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if self._cuda else None
+        self._torch, self._device, self._cuda = torch, device, device.startswith("cuda")
 
-    def seconds(self, call: Callable[[], object], budget: float = 0.5, cold: bool = False) -> float:
-        """Median seconds of a call over several measurements of about `budget` seconds in all.
+    def repeated(self, call: Callable[[], object]) -> Callable[[], object]:
+        """A function that does the work of `_CAPTURED` calls, as one CUDA graph where that is possible."""
 
-        Args:
-            call: starts the work.
-            budget: about how long to go on.
-            cold: whether the second-level cache is emptied before each run.
-        """
-        call()
-        once = max(self._measure(call, 1), 1e-7)
-        runs = 1 if cold else max(1, min(1000, int(budget / 10 / once)))
+        def repeat() -> None:
+            for _ in range(_CAPTURED):
+                call()
+
+        call()  # libraries allocate what a capture must not
+        if not self._cuda:
+            return repeat
+        import tvm
+        import tvm_ffi
+
+        torch = self._torch
+        torch.cuda.synchronize()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        device = tvm.runtime.device("cuda", torch.device(self._device).index or 0)
+        try:
+            with torch.cuda.graph(graph, stream=stream), tvm_ffi.use_raw_stream(device, stream.cuda_stream):
+                repeat()
+        except Exception as problem:  # something in it cannot be captured
+            print(f"timed without a graph: {problem}", file=sys.stderr)
+            torch.cuda.synchronize()
+            return repeat
+        replay: Callable[[], object] = graph.replay
+        return replay
+
+    def seconds(self, repeated: Callable[[], object], budget: float = 0.3) -> float:
+        """Median seconds of one of the calls in what `repeated` returned, over about `budget` seconds."""
+        repeated()
         times: list[float] = []
         end = time.perf_counter() + budget
-        while len(times) < 3 or (time.perf_counter() < end and len(times) < 100):
-            if cold and self._flush is not None:
-                self._flush.zero_()
-            times.append(self._measure(call, runs) / runs)
+        while len(times) < 3 or (time.perf_counter() < end and len(times) < 1000):
+            times.append(self._measure(repeated) / _CAPTURED)
         return statistics.median(times)
 
-    def _measure(self, call: Callable[[], object], runs: int) -> float:
+    def _measure(self, call: Callable[[], object]) -> float:
         if not self._cuda:
             start = time.perf_counter()
-            for _ in range(runs):
-                call()
+            call()
             return time.perf_counter() - start
         begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(runs):
-            call()
+        call()
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
 
+_CAPTURED = 10
+"""Calls that are timed together."""
+
+
 def in_turns(
-    clock: Clock, calls: dict[str, Callable[[], object]], rounds: int = 3, budget: float = 0.3
+    clock: Clock, calls: dict[str, Callable[[], object]], rounds: int = 3, budget: float = 0.2
 ) -> dict[str, float]:
     """Median seconds of several calls that take turns, so that all see the device in the same state."""
+    repeated = {name: clock.repeated(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name, call in repeated.items():
             times[name].append(clock.seconds(call, budget))
     return {name: statistics.median(values) for name, values in times.items()}

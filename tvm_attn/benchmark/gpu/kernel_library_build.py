@@ -1,9 +1,14 @@
-"""Compiling single kernels with their test cases for `tvm_attn.benchmark.gpu.kernel_library`; needs TVM's compiler."""
+"""Compiling single kernels with their test cases for `tvm_attn.benchmark.gpu.kernel_library`; needs TVM's compiler.
+
+python -m tvm_attn.benchmark.gpu.kernel_library_build cuda-sm90 dist/kernels
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +19,7 @@ import tvm
 
 from tvm_attn import kernels, targets
 from tvm_attn.benchmark.gpu.kernel_library import ARRAYS, INDEX, StoredCase
+from tvm_attn.cli import run, status
 from tvm_attn.compiler import cuda_module
 from tvm_attn.compiler.cuda import compile_fatbin
 from tvm_attn.compiler.pipeline import tvm_target
@@ -187,3 +193,18 @@ def _write(
     np.savez(folder / ARRAYS, allow_pickle=False, **arrays)
     index_text = json.dumps({"target": target, "cases": entries, "timed": measured}, indent=1)
     (folder / INDEX).write_text(index_text, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's arguments) and return its exit status."""
+    parser = argparse.ArgumentParser(description="Compile every kernel's test cases for a CUDA target.")
+    parser.add_argument("target", help="e.g. cuda or cuda-sm90")
+    parser.add_argument("folder", type=Path, help="is made")
+    args = parser.parse_args(argv)
+    with status() as progress:
+        write_kernel_library(args.target, args.folder, progress)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

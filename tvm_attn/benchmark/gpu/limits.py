@@ -38,7 +38,8 @@ def measure_copy(device: str, bytes_: int = _COPY_BYTES) -> float:
 
     source = torch.empty(bytes_ // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    return 2 * bytes_ / Clock(device).seconds(lambda: target.copy_(source)) / 1e9
+    clock = Clock(device)
+    return 2 * bytes_ / clock.seconds(clock.repeated(lambda: target.copy_(source))) / 1e9
 
 
 def measure_product(device: str, dtype: str, features: int = _FEATURES) -> float:
@@ -48,7 +49,8 @@ def measure_product(device: str, dtype: str, features: int = _FEATURES) -> float
     kind = getattr(torch, dtype)
     left, right = (torch.randn(features, features, device=device).to(kind) for _ in range(2))
     out = torch.empty_like(left)
-    return 2 * features**3 / Clock(device).seconds(lambda: torch.mm(left, right.t(), out=out)) / 1e9
+    clock = Clock(device)
+    return 2 * features**3 / clock.seconds(clock.repeated(lambda: torch.mm(left, right.t(), out=out))) / 1e9
 
 
 def measure_device_limits(device: str, dtype: str) -> DeviceLimits:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from tvm_attn.benchmark.gpu.processes import Entry, Outcome, emit, run_child
 from tvm_attn.config import param_shapes
 from tvm_attn.errors import TvmAttnError
 from tvm_attn.runtime.artifact import Artifact
-from tvm_attn.runtime.cuda import capability, code_rank
 
+_TINY, _LARGE = 50_000_000, 500_000_000
+"""Parameters."""
 _LEAST_SECONDS = 5.0
 """A part that would get less is left out."""
 
@@ -61,35 +64,35 @@ def artifacts_of(folder: Path) -> list[Artifact]:
             continue  # something else, or of another version
         if any(library.device == "cuda" for library in artifact.libraries):
             found.append(artifact)
-    return sorted(found, key=_parameter_count)
+    return sorted(found, key=parameter_count)
 
 
-def _parameter_count(artifact: Artifact) -> int:
-    count = 0
-    for shape in param_shapes(artifact.config).values():
-        size = 1
-        for extent in shape:
-            size *= extent
-        count += size
-    return count
+def parameter_count(artifact: Artifact) -> int:
+    """The number of parameters of an artifact's model."""
+    return sum(math.prod(shape) for shape in param_shapes(artifact.config).values())
 
 
 def plan(settings: Settings, artifacts: Sequence[Artifact], sanitize: bool = False) -> list[Part]:
     """The parts in order: what is right comes before what is fast, and the smallest model first."""
+
+    def name(artifact: Artifact) -> str:
+        return artifact.folder.name
+
     parts = [Part("device", 40)]
     if (settings.kernels / "kernels.json").is_file():
         parts.append(Part("kernels", 120, correctness=True))
-    names = [artifact.folder.name for artifact in artifacts]
-    parts += [Part(f"verify:{name}", 60, correctness=True) for name in names]
-    parts += [Part(f"graph:{name}", 40, correctness=True) for name in names]
+    checks = [Part(f"check:{name(artifact)}", 90 if is_large(artifact) else 60, True) for artifact in artifacts]
+    parts += checks
     if (settings.kernels / "kernels.json").is_file():
         parts += [Part("products", 60), Part("attention", 40)]
-    # Models that take long to measure: float16 and bfloat16 of each size, and quantized ones after them.
-    order = sorted(artifacts, key=lambda artifact: (artifact.quantization != "none", artifact.dtype == "float32"))
-    parts += [Part(f"load:{artifact.folder.name}", 40) for artifact in order if artifact.dtype == "float16"]
-    parts += [Part(f"model:{artifact.folder.name}", 100 if _is_large(artifact) else 60) for artifact in order]
+    # Tiny models say nothing of speed; float16 comes first, then what else is not quantized.
+    measured = [artifact for artifact in artifacts if parameter_count(artifact) >= _TINY] or list(artifacts)
+    measured.sort(key=lambda artifact: (artifact.quantization != "none", artifact.dtype != "float16"))
+    plain = [artifact for artifact in measured if artifact.quantization == "none" and artifact.dtype == "float16"]
+    parts += [Part(f"load:{name(artifact)}", 40) for artifact in plain]
+    parts += [Part(f"model:{name(artifact)}", 100) for artifact in measured]
     if not settings.quick:
-        parts += [Part(f"compiled:{artifact.folder.name}", 90) for artifact in order if artifact.dtype == "float16"][:1]
+        parts += [Part(f"compiled:{name(artifact)}", 100) for artifact in plain[:1]]
     if sanitize and (settings.kernels / "kernels.json").is_file():
         parts.append(Part("sanitize", 400, correctness=True))
     return parts
@@ -205,14 +208,13 @@ def _run_model(kind: str, folder: Path, settings: Settings) -> Iterator[Entry]:
 
     artifact, device = Artifact(folder), settings.device
     facts = {
-        "parameters": _parameter_count(artifact),
+        "parameters": parameter_count(artifact),
         "dtype": artifact.dtype,
         "quantization": artifact.quantization,
     }
-    if kind == "verify":
-        entries = models.verify(folder, device)
-    elif kind == "graph":
-        entries = models.compare_graph(folder, device)
+    entries: Iterator[Entry]
+    if kind == "check":
+        entries = chain(models.verify(folder, device), models.compare_graph(folder, device))
     elif kind == "load":
         entries = models.measure_load(folder, device)
     else:
@@ -233,7 +235,7 @@ def model_cases(artifact: Artifact, quick: bool) -> list[Any]:
 
     longest = artifact.config.n_positions
     context, long = min(128, longest // 2), min(1000, longest - 24)
-    large = _is_large(artifact)
+    large = is_large(artifact)
     decode = [Case("decode", context), Case("decode", long)]
     if not large:  # caches of 64 sequences of the largest models take more than some devices have
         decode.append(Case("decode", context, 64))
@@ -242,26 +244,18 @@ def model_cases(artifact: Artifact, quick: bool) -> list[Any]:
     return [*decode, Case("prefill", context), Case("prefill", longest - 1)]
 
 
-def _is_large(artifact: Artifact) -> bool:
-    return _parameter_count(artifact) > 5e8
+def is_large(artifact: Artifact) -> bool:
+    """Whether loading it takes a large part of its time."""
+    return parameter_count(artifact) > _LARGE
 
 
 def model_peers(artifact: Artifact, quick: bool) -> list[str]:
     """The peers of a model's part."""
-    if quick or _is_large(artifact):
+    if quick or is_large(artifact):
         return ["torch", "torch-graph"]
     if artifact.dtype == "float32" or artifact.quantization != "none":
         return ["torch-graph"]
     return ["torch", "transformers", "torch-flash", "torch-cudnn", "torch-graph"]
-
-
-def unusable(artifact: Artifact, index: int) -> str | None:
-    """Why none of an artifact's CUDA libraries runs on `cuda:index`, or None."""
-    found = capability(index)
-    libraries = [library for library in artifact.libraries if library.device == "cuda"]
-    if any(code_rank(library.architectures, library.ptx, found) is not None for library in libraries):
-        return None
-    return "; ".join(library.obstacle(found) or "" for library in libraries)
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:

@@ -44,7 +44,7 @@ class TorchModel:
         dtype: of weights, cache and activations.
         device: as PyTorch names it.
         max_batch: sequences that the cache has room for.
-        backend: of `BACKENDS`, for attention; None leaves the choice to PyTorch.
+        backend: of `BACKENDS`, for attention of prompts; None leaves the choice to PyTorch.
     """
 
     def __init__(
@@ -97,7 +97,9 @@ class TorchModel:
 
     def _logits(self, ids: Tensor, positions: Tensor, length: int, mask: Tensor | None) -> Tensor:
         torch, params, config = self._torch, self._params, self.config
-        with torch.inference_mode(), attention_backend(self._backend):
+        # A backend is chosen for prompts: those that cannot run one token would leave the peer out.
+        backend = self._backend if ids.shape[1] > 1 else None
+        with torch.inference_mode(), attention_backend(backend):
             x = params["wte.weight"][ids] + params["wpe.weight"][positions]
             for layer in range(config.n_layer):
                 weights = [params[f"h.{layer}.{name}"] for name in _BLOCK]
