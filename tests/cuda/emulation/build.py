@@ -117,7 +117,7 @@ def compile_kernels(source: str, checks: bool = True) -> Path:
         code = library.with_suffix(".cc")
         code.write_text(text)
         made = library.with_suffix(f".{os.getpid()}.so")
-        flags = [*_CHECKS, f"-I{runtime() / 'checked'}"] if checks else ["-O1"]
+        flags = [*_CHECKS, f"-I{runtime() / 'checked'}"] if checks else ["-Og"]
         _run([_COMPILER, *_KERNEL_FLAGS, *flags, f"-I{INCLUDE}", "-shared", code, "-o", made])
         made.rename(library)
     return library
