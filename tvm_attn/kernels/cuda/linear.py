@@ -150,7 +150,7 @@ class Head(_Linear):
             for weights in (dtype, "int8", "int4"):
                 yield _case(Head(64, 1021, 8, dtype, weights), 2, "odd vocabulary")
                 yield from _one_group(Head, 64, 1021, dtype, weights)
-        yield _case(Head(96, 70, 8, "bfloat16", "int8"), 3, "odd number of groups of 32")
+        yield _case(Head(96, 70, 8, "bfloat16", "int4"), 3, "odd number of groups of 32")
 
 
 def _one_group(kind: type[_Linear], k: int, n: int, dtype: str, weights: str, **more: Any) -> Iterator[Case]:
