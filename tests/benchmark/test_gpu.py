@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -161,6 +162,35 @@ def test_a_kernel_library_keeps_cases(kernel_folder: Path) -> None:
         library.timed_function("bread")
     with pytest.raises(BenchmarkError, match="holds no kernels"):
         KernelLibrary(kernel_folder.parent)
+
+
+_EMULATED = """
+import sys
+from pathlib import Path
+from unittest import mock
+from tests.cuda.emulation import device
+from tvm_attn.benchmark.gpu import kernel_library_build as build
+from tvm_attn.benchmark.gpu.devices import tvm_device
+from tvm_attn.benchmark.gpu.kernel_library import KernelLibrary
+from tvm_attn.kernels import cuda
+
+cases = [next(cuda.LayerNorm.cases()), next(cuda.QKVLinear.cases())]  # the second one has a result among its inputs
+with mock.patch.object(build, "compile_fatbin", lambda source, images: source.encode()):
+    build.write_kernel_library("cuda-sm80", Path(sys.argv[1]), cases=cases, timed=[])
+device.install()
+library, cuda0 = KernelLibrary(Path(sys.argv[1])), tvm_device("cuda:0")
+results = [library.check(case, cuda0) for case in library.cases]
+assert len(results) == 2 and all(result.passed for result in results), results
+"""
+
+
+@pytest.mark.slow
+def test_cases_of_a_library_for_cuda_run_on_the_emulated_device(tmp_path: Path) -> None:
+    # The device stays in its process.
+    command = [sys.executable, "-c", _EMULATED, str(tmp_path / "kernels")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_cases_run_and_one_that_dies_is_named(kernel_folder: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def describe(name: str) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(name)
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,ecc.mode.current"
     try:
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={properties.uuid}"]
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id=GPU-{properties.uuid}"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
     except (OSError, AttributeError, subprocess.TimeoutExpired):
         answer = ""
