@@ -109,8 +109,8 @@ def test_indices_of_the_largest_model() -> None:
     ("rows", "dtype", "weights", "layer", "architecture"),
     [
         (8, "bfloat16", "bfloat16", 3, "sm_90a"),
-        (1, "float16", "int4", 0, "sm_80"),
-        (8, "bfloat16", "int8", 4, "sm_120"),
+        (1, "float16", "int4", 4, "sm_80"),
+        (8, "bfloat16", "int8", 0, "sm_120"),
     ],
 )
 def test_machine_code(rows: int, dtype: str, weights: str, layer: int, architecture: str) -> None:

@@ -223,7 +223,7 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
         def prepare(part):
             """Puts x of a part of K into shared memory, and the constants of its groups."""
             if normalized:
-                source.normalize(x, norm, epsilon, warp, lane, norm_ready)
+                source.normalize(x, norm, sums, epsilon, warp, lane, norm_ready)
             else:
                 source.load(x, thread, part * plan.part_groups)
                 cp_async_wait(stages - 1)

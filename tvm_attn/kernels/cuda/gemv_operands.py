@@ -220,6 +220,7 @@ class Rows:
         self,
         x: tirx.Buffer,
         norm: tirx.Buffer,
+        sums: tirx.Buffer,
         epsilon: float,
         warp: tirx.Expr,
         lane: tirx.Expr,
@@ -227,33 +228,48 @@ class Rows:
     ) -> None:
         """Puts LayerNorm of x (1, R, K) float32, rounded to `dtype`, there.
 
-        A row is one warp's, which has it in registers, so that the squares are of distances from the mean. Where there
-        are more warps than rows, several do the same and store shares of the row.
+        A row is in the registers of one warp, or of several where there are more warps than rows, so that the squares
+        are of distances from the mean.
 
         Args:
             x: the rows in global memory.
             norm: gamma and beta in shared memory.
+            sums: shared memory for two numbers of each warp.
             epsilon: what is added to the variance.
             warp: of the block.
             lane: of the warp.
             ready: emits what must happen before gamma and beta are read; called once, while x is on its way.
         """
-        warps, count = self.threads // 32, -(-self.groups * 4 // 32)
+        warps = self.threads // 32
         share = max(1, warps // self.rows)
         teams = warps // share
+        count = -(-self.groups // (8 * share))
         numbers = T.alloc_local((8 * count,), "float32")
         moments = T.alloc_local((2,), "float32")
         words = T.alloc_local((4,), "uint32")
-        member = lane % 4
-        # A lane's numbers are runs of four; whether a run lies in the row, where that is not known.
-        firsts = [i // 2 * 256 + lane // 4 * GROUP + member * 4 + i % 2 * 16 for i in range(2 * count)]
+        # A lane's numbers are runs of four, two of them 16 apart in a group; whether a run lies in the row, where that
+        # is not known.
+        groups = [T.Bind((i * share + warp % share) * 8 + lane // 4) for i in range(count)]
+        firsts = [groups[i // 2] * GROUP + lane % 4 * 4 + i % 2 * 16 for i in range(2 * count)]
         inside = {
-            i: T.Bind(first < self.features) for i, first in enumerate(firsts) if (i // 2 + 1) * 256 > self.features
+            i: T.Bind(first < self.features)
+            for i, first in enumerate(firsts)
+            if (i // 2 + 1) * share * 8 * GROUP > self.features
         }
 
         def kept(i: int, number: tirx.Expr) -> tirx.Expr:
             """Number i of a lane, or zero past the row."""
             return T.Select(inside[i // 4], number, T.float32(0.0)) if i // 4 in inside else number
+
+        def add_row(moment: int, row: tirx.Expr) -> None:
+            """moments[moment] = its sum over the lanes that share a row."""
+            add_lanes(moments, moment)
+            if share > 1:
+                first = (moment * self.rows + row) * share
+                with T.If(tirx.all(lane == 0, warp // share < self.rows)), T.Then():
+                    T.buffer_store(sums, moments[moment], [first + warp % share])
+                T.evaluate(T.cuda.cta_sync())
+                T.buffer_store(moments, sum_of([sums[first + i] for i in range(share)]), [moment])
 
         for first_row in range(0, self.rows, teams):
             team_row = T.Bind(first_row + warp // share)
@@ -266,33 +282,31 @@ class Rows:
             for i in range(8 * count):
                 T.buffer_store(numbers, kept(i, numbers[i]), [i])
             T.buffer_store(moments, sum_of([numbers[i] for i in range(8 * count)]), [0])
-            add_lanes(moments, 0)
+            add_row(0, row)
             T.buffer_store(moments, moments[0] * T.float32(1.0 / self.features), [0])
             for i in range(8 * count):
                 T.buffer_store(numbers, kept(i, numbers[i] - moments[0]), [i])
             T.buffer_store(moments, sum_of([numbers[i] * numbers[i] for i in range(8 * count)]), [1])
-            add_lanes(moments, 1)
+            add_row(1, row)
             variance = moments[1] * T.float32(1.0 / self.features)
             T.buffer_store(moments, T.float32(1.0) / T.sqrt(variance + T.float32(epsilon)), [1])
             if first_row == 0:
                 ready()
-            for i in range(count):
-                group = T.Bind(i * 8 + lane // 4)
-                with T.If(tirx.all(team_row < self.rows, i % share == warp % share)), T.Then():
-                    for j in range(8 * i, 8 * i + 8):
-                        feature = firsts[j // 4] + j % 4
-                        at = T.min(feature, self.features - 1) if j // 4 in inside else feature
-                        normal = numbers[j] * moments[1] * norm[at] + norm[self.features + at]
-                        T.buffer_store(numbers, kept(j, normal), [j])
-                    for j in range(4):
-                        pack(words[j], numbers[8 * i + 2 * j], numbers[8 * i + 2 * j + 1], self.dtype)
-                    operands = registers(words)
-                    if self.quantized:
-                        for j, number in enumerate(n for word in operands for n in halves(word, self.dtype)):
-                            T.buffer_store(numbers, number, [8 * i + j])
-                        operands = self._operands(numbers, 8 * i, row, group, member, group < self.groups)
-                    with only_if(group < self.groups, self.groups % 8 != 0):
-                        self._store(operands, row, group, member)
+            for i, group in enumerate(groups):
+                for j in range(8 * i, 8 * i + 8):
+                    feature = firsts[j // 4] + j % 4
+                    at = T.min(feature, self.features - 1) if j // 4 in inside else feature
+                    normal = numbers[j] * moments[1] * norm[at] + norm[self.features + at]
+                    T.buffer_store(numbers, kept(j, normal), [j])
+                for j in range(4):
+                    pack(words[j], numbers[8 * i + 2 * j], numbers[8 * i + 2 * j + 1], self.dtype)
+                operands, stored = registers(words), tirx.all(team_row < self.rows, group < self.groups)
+                if self.quantized:
+                    for j, number in enumerate(number for word in operands for number in halves(word, self.dtype)):
+                        T.buffer_store(numbers, number, [8 * i + j])
+                    operands = self._operands(numbers, 8 * i, row, group, lane % 4, stored)
+                with T.If(stored), T.Then():
+                    self._store(operands, row, group, lane % 4)
 
     def sum_groups(self, form: Format, thread: tirx.Expr) -> None:
         """Puts there what the sums of quantized products start with: minus what the offset of the weights adds."""
