@@ -20,7 +20,7 @@ from functools import lru_cache
 from itertools import product
 
 from tvm_attn.kernels.cuda.linear import Head, Linear, ResidualLinear
-from tvm_attn.kernels.cuda.matmul_tiles import LinearKernel, MatmulTiles
+from tvm_attn.kernels.cuda.matmul_tiles import SHARED_LIMIT, LinearKernel, MatmulTiles
 
 PROCESSORS, SCHEDULERS = 132, 4
 CLOCK = 1.755e9  # Hz
@@ -29,7 +29,7 @@ _MMA = 6.4  # clocks of a tensor core for m16n8k16: 512 multiplications a clock,
 _LATENCY = 800.0  # from global to shared memory, clocks
 _LAUNCH = 3000.0  # clocks, a kernel's begin and end
 _SHARED_BYTES, _REGISTERS, _THREADS = 227 * 1024, 65536, 2048
-_ALONE, _SHORT = 0.25, 0.05
+_ALONE, _SHORT, _ROOM = 0.25, 0.15, 0.05
 _KEPT = 48
 
 
@@ -73,8 +73,10 @@ def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int) -> flo
     finish = outputs * (size / 32 + (10 if isinstance(kernel, Linear) and kernel.activation else 3) / 128)
     finish += 200 * (tiles.warp_slices > 1)
     memory = traffic / (_MEMORY_RATE * PROCESSORS)
-    # Another guess, for what would else be equal: what a short pipeline leaves to chance.
-    flow = max(throughput, in_turn, memory) * (1 + _SHORT / (tiles.stages - 1))
+    # Two more, for what would else be equal: a short pipeline leaves latency to chance, a long one takes room that
+    # another block could have on a smaller GPU.
+    flow = max(throughput, in_turn, memory) * (1 + _SHORT / (tiles.stages - 1) ** 2)
+    flow *= 1 + _ROOM * tiles.shared_bytes(kernel) / SHARED_LIMIT
     return _LAUNCH + -(-per_processor // resident) * _LATENCY + flow + finish / resident**0.5
 
 
