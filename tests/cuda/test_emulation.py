@@ -94,6 +94,44 @@ def test_mistakes(name: str) -> None:
         run(mistakes(), [x, np.zeros_like(x)])
 
 
+ORDERED = "__syncwarp();"
+SHUFFLED = "__shfl_sync(~0u, 1, 0);"  # orders no memory, though here all lanes meet
+WAIT = 'asm volatile("cp.async.wait_all;");'
+COPY = asm("cp.async.ca.shared.global [%0], [%1], 4", [], [SHARED.format(index="thread"), "l(x + thread)"])
+LOAD_ROW = f"unsigned place = {SHARED[2:-1].format(index='thread % 8 * 4')}; {LDMATRIX}"
+
+# What gives the same results in either order of threads, BARRIER, which is left out, and what goes on behind it.
+HALVES = "__syncwarp(thread % 32 < 16 ? 0xFFFFu : 0xFFFF0000u);"
+RACES: dict[str, tuple[str, str, str]] = {
+    "lanes": (f"memory[thread] = 1; {SHUFFLED}", ORDERED, "y[thread] = memory[thread ^ 1];"),
+    "loads before stores": (f"y[thread] = memory[thread ^ 1]; {SHUFFLED}", ORDERED, "memory[thread] = 1;"),
+    "stores": (f"memory[thread] = 1; {SHUFFLED}", ORDERED, "memory[thread ^ 1] = 1;"),
+    "halves of a warp": (f"memory[thread] = 1; {HALVES} {SHUFFLED}", ORDERED, "y[thread] = memory[thread ^ 16];"),
+    "bytes": (f"((char*)memory)[thread] = 1; {ORDERED}", "__syncthreads();", "y[thread] = memory[thread / 4 ^ 8];"),
+    "matrix": (f"memory[thread] = 1; {SHUFFLED}", "__syncthreads();", LOAD_ROW),
+    "asynchronous copy": (f"{COPY} {WAIT} {SHUFFLED}", ORDERED, "y[thread] = memory[thread ^ 1];"),
+    "asynchronous copy over what is read": (f"y[thread] = memory[thread ^ 1]; {SHUFFLED}", ORDERED, f"{COPY} {WAIT}"),
+}
+
+
+@functools.cache
+def races() -> tirx.PrimFunc:
+    programs = [(before, barrier * keeps, behind) for before, barrier, behind in RACES.values() for keeps in (1, 0)]
+    cases = [f"case {i}: {{ {' '.join(program)} }} break;" for i, program in enumerate(programs)]
+    body = "__shared__ __align__(16) unsigned memory[64];\nmemory[thread] = 0;\n__syncthreads();\n"
+    return kernel(body + "switch (x[0]) {\n" + "\n".join(cases) + "\n}", THREADS, THREADS, THREADS)
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_races(name: str) -> None:
+    x = np.zeros(THREADS, np.uint32)
+    x[0] = 2 * list(RACES).index(name)
+    run(races(), [x, np.zeros_like(x)], races=True)
+    x[0] += 1
+    with pytest.raises(EmulationError, match="a barrier is missing: thread"):
+        run(races(), [x, np.zeros_like(x)], races=True)
+
+
 @pytest.mark.parametrize(
     ("instruction", "message"),
     [

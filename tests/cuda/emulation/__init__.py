@@ -1,12 +1,23 @@
 """CUDA kernels on the CPU: the source that TVM generates for a device, compiled with a C++ compiler and run.
 
 Every thread of a block is a fiber, and warp collectives, ldmatrix, mma.sync, cp.async and barriers do what the PTX ISA
-documentation says. It finds: accesses out of bounds of tensors, of shared memory and of local arrays, and misaligned
-ones (with the compiler's sanitizers); reading shared memory, workspaces or registers that nothing was written to (all
-is poison at first, 0xFF in memory); results of cp.async that are used before they are waited for; missing barriers,
-where they make a difference between threads that run in ascending and in descending order; collectives that a lane of
-their mask does not reach. It does not find: races that happen not to change the results in both orders, blocks that
-wait for each other (blocks run one after the other), anything about time.
+documentation says. The host code is the compiler's, and runs too. Each case runs twice, the second time with threads
+and blocks in reverse order; a warp goes on until it waits for another.
+
+| it finds | by |
+|---|---|
+| accesses out of bounds: tensors, shared memory, local arrays | address and bounds sanitizer |
+| misaligned vectors, rows of ldmatrix, asynchronous copies | alignment sanitizer, checks |
+| use of shared memory, workspaces or variables that hold nothing yet | poison: 0xFF in memory, 0xFE in variables |
+| results of cp.async that are not waited for | poison until the wait |
+| a missing barrier that changes a result; blocks that race | different results in reverse order |
+| any pair of conflicting accesses to shared memory without a barrier (`races=True`) | vector clocks |
+| barriers and collectives that not all threads come to | no thread can go on |
+| PTX that is not emulated | an error that names it |
+
+It does not find: races in global memory that change nothing in reverse order; missing fences; blocks that wait for each
+other, since they run one after the other; how a device rounds inside of mma.sync and approximate functions, which are
+nearly exact here; registers, occupancy and time.
 """
 
 from __future__ import annotations
@@ -43,18 +54,20 @@ _SANITIZERS = {
 _TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLPack's
 
 
-def run(function: tirx.PrimFunc, arguments: Sequence[np.ndarray]) -> None:
+def run(function: tirx.PrimFunc, arguments: Sequence[np.ndarray], races: bool = False) -> None:
     """Calls a function that is scheduled for CUDA, kernels and host code, and checks what the module says.
 
     Args:
         function: a TIRx function with `tirx.is_scheduled`.
         arguments: its tensors in the order of its parameters; results are written into them.
+        races: whether every pair of accesses to shared memory is looked at; compiles the kernels a second time.
 
     Raises:
         EmulationError: the kernels do what a device would not, or have PTX that is not emulated.
     """
     library, source = _compile(tvm.ir.save_json(function.with_attr("global_symbol", "main")))
-    kernels = compile_kernels(source)
+    kernels = compile_kernels(source, "memory")
+    reversed_kernels = compile_kernels(source, "races") if races else kernels
     with tempfile.TemporaryDirectory(dir=folder()) as scratch:
         inputs, results = Path(scratch) / "arguments", Path(scratch) / "results"
         with inputs.open("wb") as file:
@@ -62,7 +75,7 @@ def run(function: tirx.PrimFunc, arguments: Sequence[np.ndarray]) -> None:
             file.write("".join(line + "\n" for line in [*lines, ""]).encode())
             for argument in arguments:
                 file.write(argument.tobytes())
-        command = [runtime() / "runner", library, kernels, "main", inputs, results]
+        command = [runtime() / "runner", library, kernels, reversed_kernels, "main", inputs, results]
         try:
             result = subprocess.run(
                 [str(part) for part in command],

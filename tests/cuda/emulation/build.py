@@ -17,22 +17,31 @@ from .translate import INCLUDE, EmulationError, translate
 
 _HERE = Path(__file__).parent
 _BUILD = Path(__file__).parents[3] / "build" / "cuda_emulation"
-_COMPILER = os.environ.get("CXX", "g++")
+_COMPILER = "g++"  # other compilers lack some of the flags
 _RUNTIME_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra")
-_OPTIMIZED = ("scheduler.cc", "matrix.cc")  # what kernels call; the rest calls TVM, whose headers take the time
+_OPTIMIZED = (
+    "scheduler.cc",
+    "matrix.cc",
+    "races.cc",
+)  # what kernels call; the rest calls TVM, whose headers take the time
 _KERNEL_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-w")
-# Local variables without a value hold a pattern, which is no number as float16 and a huge one as float32. Without
-# optimization, and with the address sanitizer's checks as calls, compiling takes a third of the time that it takes with
-# -O1, and running a case hardly longer.
-_CHECKS = (
-    "-O0", "-fsanitize=address,alignment,bounds,integer-divide-by-zero", "-fno-sanitize-recover=all",
-    "-fsanitize-sections=emulated_shared", "-ftrivial-auto-var-init=pattern",
-    "--param", "asan-instrumentation-with-call-threshold=0",
-)  # fmt: skip
+# Without optimization, and with the address sanitizer's checks as calls, compiling takes a third of the time that it
+# takes with -O1, and running a case hardly longer.
+_CHECKS = {
+    # Local variables without a value hold a pattern, which is no number as float16 and a huge one as float32.
+    "memory": (
+        "-O0", "-fsanitize=address,alignment,bounds,integer-divide-by-zero", "-fno-sanitize-recover=all",
+        "-fsanitize-sections=emulated_shared", "-ftrivial-auto-var-init=pattern",
+        "--param", "asan-instrumentation-with-call-threshold=0",
+    ),
+    "races": ("-O0", "-fsanitize=thread", "-ftrivial-auto-var-init=pattern"),
+}  # fmt: skip
 
 
 def _run(*commands: Sequence[str | Path]) -> None:
     """Runs compilers side by side."""
+    if shutil.which(_COMPILER) is None:
+        raise EmulationError("the emulation needs g++, which is not installed")
     processes = [
         subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True) for command in commands
     ]
@@ -73,7 +82,8 @@ def runtime() -> Path:
     for old in sorted(_BUILD.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-3]:
         shutil.rmtree(old, ignore_errors=True)
     made = Path(tempfile.mkdtemp(dir=_BUILD))
-    (made / "checked").mkdir()
+    for checks in _CHECKS:
+        (made / checks).mkdir()
     tvm = [flag for package in packages for flag in (f"-L{package}/lib", f"-Wl,-rpath,{package}/lib")]
     tvm += ["-ltvm_runtime", "-ltvm_ffi", "-ldl"]
     compiler: list[str | Path] = [
@@ -81,12 +91,12 @@ def runtime() -> Path:
         *_RUNTIME_FLAGS,
         *(flag for package in packages for flag in ("-isystem", f"{package}/include")),
     ]
+    header: list[str | Path] = [_COMPILER, *_KERNEL_FLAGS, "-x", "c++-header", INCLUDE / "cuda_emulation.h"]
     parts = [*_OPTIMIZED, "device.cc", "module.cc", "runner.cc"]
     objects = [made / part.replace(".cc", ".o") for part in parts]
     levels = ["-O2" if part in _OPTIMIZED else "-O0" for part in parts]
-    headers = (INCLUDE / "cuda_emulation.h", "-o", made / "checked" / "cuda_emulation.h.gch")
     _run(
-        [_COMPILER, *_KERNEL_FLAGS, *_CHECKS, "-x", "c++-header", *headers],
+        *([*header, *flags, "-o", made / checks / "cuda_emulation.h.gch"] for checks, flags in _CHECKS.items()),
         *(
             [*compiler, level, "-c", _HERE / part, "-o", o]
             for part, o, level in zip(parts, objects, levels, strict=True)
@@ -103,12 +113,12 @@ def runtime() -> Path:
     return path
 
 
-def compile_kernels(source: str, checks: bool = True) -> Path:
+def compile_kernels(source: str, checks: str | None) -> Path:
     """The shared library of the kernels in CUDA source; the same for the same source.
 
     Args:
         source: CUDA.
-        checks: with the sanitizers, for the runner; otherwise fast, for any process.
+        checks: what is looked for: a key of `_CHECKS`, for the runner, or None, for any process.
     """
     text = translate(source)
     name = hashlib.sha256(f"{checks}{text}".encode()).hexdigest()[:16]
@@ -117,7 +127,11 @@ def compile_kernels(source: str, checks: bool = True) -> Path:
         code = library.with_suffix(".cc")
         code.write_text(text)
         made = library.with_suffix(f".{os.getpid()}.so")
-        flags = [*_CHECKS, f"-I{runtime() / 'checked'}"] if checks else ["-Og"]
-        _run([_COMPILER, *_KERNEL_FLAGS, *flags, f"-I{INCLUDE}", "-shared", code, "-o", made])
+        flags = ["-Og"] if checks is None else [*_CHECKS[checks], f"-I{runtime() / checks}"]
+        objects = made.with_suffix(".o")
+        _run([_COMPILER, *_KERNEL_FLAGS, *flags, f"-I{INCLUDE}", "-c", code, "-o", objects])
+        # What the thread sanitizer's code calls is in races.cc, not in that sanitizer's library.
+        _run([_COMPILER, *(flags if checks == "memory" else ()), "-shared", objects, "-o", made])
+        objects.unlink()
         made.rename(library)
     return library

@@ -44,7 +44,7 @@ def install() -> None:
     """Makes cuda:0 the emulated device of this process. Comes before anything that looks for a CUDA device."""
     ctypes.CDLL(str(runtime() / "libemulation.so"), mode=ctypes.RTLD_GLOBAL)
     functions: dict[str, Callable[..., Any]] = {
-        f"{_PREFIX}.compile": lambda source: str(compile_kernels(source, checks=False)),
+        f"{_PREFIX}.compile": lambda source: str(compile_kernels(source, None)),
         "vm.builtin.cuda_graph.run_or_capture": _Graphs().run_or_capture,
         "vm.builtin.cuda_graph.get_cached_alloc": _Allocations().get,
     }

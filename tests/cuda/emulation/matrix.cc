@@ -19,8 +19,9 @@ uint32_t Int8(const uint32_t* registers, int i) {
   return static_cast<uint32_t>(static_cast<int8_t>(registers[i / 4] >> 8 * (i % 4)));
 }
 
-/// A register holds kPacked numbers of neighbouring k. With group = lane / 4 and member = lane % 4: A's registers are rows
-/// group and group + 8 by turns, of k from kPacked * member and then of 4 kPacked more; B's are column group, the same k.
+/// A register holds kPacked numbers of neighbouring k. With group = lane / 4 and member = lane % 4: A's registers are
+/// rows group and group + 8 by turns, of k from kPacked * member and then of 4 kPacked more; B's are column group, the
+/// same k.
 template <int kK, int kPacked, typename Exact, typename Sum, Exact (*kNumber)(const uint32_t*, int)>
 void Execute(void* const* slots, uint32_t) {
   using Wide = std::conditional_t<std::is_same_v<Exact, float>, double, Exact>;

@@ -144,8 +144,8 @@ class EmulatedModule final : public tvm::ffi::ModuleObj {
     if (found == kernels_.end()) return std::nullopt;
     Kernel& kernel = found->second;
     if (kernel.entry == nullptr) Load(&kernel);
-    return Function::FromPacked([self = tvm::ffi::GetRef<tvm::ffi::Module>(this), &kernel](
-                                    tvm::ffi::PackedArgs args, Any*) { kernel(args); });
+    return Function::FromPacked(
+        [self = tvm::ffi::GetRef<tvm::ffi::Module>(this), &kernel](tvm::ffi::PackedArgs args, Any*) { kernel(args); });
   }
 
  private:

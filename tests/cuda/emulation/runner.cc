@@ -1,8 +1,9 @@
-// Runs a function of a library that was exported for CUDA: runner LIBRARY KERNELS FUNCTION ARGUMENTS RESULTS.
+// Runs a function of a library that was exported for CUDA: runner LIBRARY KERNELS REVERSED FUNCTION ARGUMENTS RESULTS.
 //
-// KERNELS holds the emulated kernels. ARGUMENTS holds for each tensor a line "code bits dimensions...", an empty line and
-// the data of all; RESULTS gets the data. The function runs twice, the second time with blocks and threads in reverse
-// order: what differs depends on an order that the program does not have.
+// KERNELS is the library of the emulated kernels, REVERSED that for the second run. ARGUMENTS holds for each tensor a
+// line "code bits dimensions...", an empty line and the data of all; RESULTS gets the data. The function runs twice,
+// the second time with blocks and threads in reverse order: what differs depends on an order that the program does not
+// have.
 #include <dlfcn.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/module.h>
@@ -49,12 +50,17 @@ std::vector<Argument> Read(const char* path) {
     for (size_t i = argument.shape.size(); i-- > 1;) argument.strides[i - 1] = argument.strides[i] * argument.shape[i];
     arguments.push_back(argument);
   }
-  for (Argument& argument : arguments) file.read(argument.data.data(), static_cast<std::streamsize>(argument.data.size()));
+  for (Argument& argument : arguments)
+    file.read(argument.data.data(), static_cast<std::streamsize>(argument.data.size()));
   if (!file) throw std::runtime_error("the arguments' file is too short");
   return arguments;
 }
 
-std::vector<std::vector<char>> Call(const Function& function, const std::vector<Argument>& arguments) {
+std::vector<std::vector<char>> Call(const std::string& library, const std::string& name,
+                                    const std::vector<Argument>& arguments) {
+  const tvm::ffi::Module module = tvm::ffi::Module::LoadFromFile(library);
+  const auto function = module->GetFunction(name, true);
+  if (!function.has_value()) throw std::runtime_error("no function " + name);
   const DLDevice device{kDLCUDA, 0};
   DeviceAPI* const api = DeviceAPI::Get(device);
   std::vector<DLTensor> tensors;
@@ -72,7 +78,7 @@ std::vector<std::vector<char>> Call(const Function& function, const std::vector<
   std::vector<AnyView> packed;
   for (DLTensor& tensor : tensors) packed.emplace_back(&tensor);
   Any result;
-  function.CallPacked(packed.data(), static_cast<int32_t>(packed.size()), &result);
+  (*function).CallPacked(packed.data(), static_cast<int32_t>(packed.size()), &result);
   std::vector<std::vector<char>> results;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const char* data = static_cast<const char*>(tensors[i].data);
@@ -85,17 +91,17 @@ std::vector<std::vector<char>> Call(const Function& function, const std::vector<
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 6) return 2;
-  const std::string kernels = argv[2], name = argv[3];
+  if (argc != 7) return 2;
+  const std::string library = argv[1], name = argv[4];
+  std::string kernels = argv[2];
   try {
-    tvm::ffi::reflection::GlobalDef().def("tests.cuda.emulation.compile", [&](const String&) { return String(kernels); });
-    const std::vector<Argument> arguments = Read(argv[4]);
-    const tvm::ffi::Module library = tvm::ffi::Module::LoadFromFile(argv[1]);
-    const auto function = library->GetFunction(name, true);
-    if (!function.has_value()) throw std::runtime_error("no function " + name);
-    const auto results = Call(*function, arguments);
+    tvm::ffi::reflection::GlobalDef().def("tests.cuda.emulation.compile",
+                                          [&](const String&) { return String(kernels); });
+    const std::vector<Argument> arguments = Read(argv[5]);
+    const auto results = Call(library, name, arguments);
     Function::GetGlobalRequired("tests.cuda.emulation.set_reverse")(true);
-    const auto reversed = Call(*function, arguments);
+    kernels = argv[3];
+    const auto reversed = Call(library, name, arguments);
     for (size_t i = 0; i < results.size(); ++i) {
       if (results[i] == reversed[i]) continue;
       size_t byte = 0;
@@ -105,7 +111,7 @@ int main(int argc, char** argv) {
                                ": another result with threads and blocks in reverse order: a barrier is missing, or "
                                "blocks race");
     }
-    std::ofstream file(argv[5], std::ios::binary);
+    std::ofstream file(argv[6], std::ios::binary);
     for (const auto& result : results) file.write(result.data(), static_cast<std::streamsize>(result.size()));
     file.close();
     if (!file) throw std::runtime_error("the results cannot be written");

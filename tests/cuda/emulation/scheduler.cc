@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "races.h"
+
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -111,8 +113,10 @@ void Fill(char* begin, char* end) {
 
 char* NewStack() {
   constexpr size_t kGuard = 4096;
-  void* memory = mmap(nullptr, kGuard + kStackSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE) != 0) throw std::runtime_error("no memory for stacks");
+  void* memory =
+      mmap(nullptr, kGuard + kStackSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE) != 0)
+    throw std::runtime_error("no memory for stacks");
   return static_cast<char*>(memory) + kGuard;
 }
 
@@ -159,7 +163,8 @@ std::string Text(const Index& index) {
 /// All threads wait, or some have ended while others wait for them.
 [[noreturn]] void Deadlock() {
   std::map<std::string, uint32_t> waiting;
-  for (const Fiber& fiber : fibers) ++waiting[fiber.state == State::kDone ? "have ended" : std::string("wait at ") + fiber.waits_for];
+  for (const Fiber& fiber : fibers)
+    ++waiting[fiber.state == State::kDone ? "have ended" : std::string("wait at ") + fiber.waits_for];
   std::string message = "deadlock in block " + Text(block_index) + ":";
   for (const auto& [what, count] : waiting) message += " " + std::to_string(count) + " threads " + what + ",";
   message.back() = '.';
@@ -185,6 +190,7 @@ void RunBlock(bool reverse) {
   const size_t count = fibers.size();
   Fill(launch->static_begin, launch->static_end);
   Fill(dynamic_shared, dynamic_shared + launch->dynamic_shared);
+  BeginBlockForRaces(count);
   while (stacks.size() < count) stacks.push_back(NewStack());
   for (size_t i = 0; i < count; ++i) {
     const auto number = static_cast<uint32_t>(i);
@@ -193,7 +199,6 @@ void RunBlock(bool reverse) {
     fiber.lane = number % kWarp;
     fiber.index = {number % block_size.x, number / block_size.x % block_size.y, number / (block_size.x * block_size.y)};
     fiber.stack = stacks[i];
-    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fiber.stack, kStackSize);
     MakeContext(&fiber.context, fiber.stack, Entry);
   }
   // A warp runs until it waits for another: the more warps are apart, the more a missing barrier shows.
@@ -232,9 +237,13 @@ void Barrier(uint32_t number, uint32_t count) {
   self.waits_for = number == 0 ? "a barrier of the block" : "a named barrier";
   auto here = [&](const Fiber& fiber) { return fiber.state == State::kBarrier && fiber.barrier == number; };
   if (std::count_if(fibers.begin(), fibers.end(), here) >= count) {
+    std::vector<uint32_t> met;
     for (Fiber& fiber : fibers) {
-      if (here(fiber)) fiber.state = State::kReady;
+      if (!here(fiber)) continue;
+      fiber.state = State::kReady;
+      met.push_back(fiber.number);
     }
+    SynchronizeForRaces(met.size() == fibers.size() ? std::vector<uint32_t>() : met);
   }
   ToScheduler();
 }
@@ -267,6 +276,22 @@ void Collective(const char* name, uint32_t mask, void* slot, void (*execute)(voi
   ToScheduler();
 }
 
+void SynchronizeWarp(uint32_t mask) {
+  Collective("__syncwarp", mask, nullptr, [](void* const*, uint32_t lanes) {
+    std::vector<uint32_t> met;
+    for (uint32_t lane = 0; lane < kWarp; ++lane) {
+      if (lanes >> lane & 1) met.push_back(current->number - current->lane + lane);
+    }
+    SynchronizeForRaces(met);
+  });
+}
+
+bool IsShared(const void* pointer) {
+  const auto* address = static_cast<const char*>(pointer);
+  return (address >= launch->static_begin && address < launch->static_end) ||
+         (address >= dynamic_shared && address < dynamic_shared + launch->dynamic_shared);
+}
+
 uint32_t SharedAddress(const void* pointer) {
   const auto* address = static_cast<const char*>(pointer);
   // One past an end is an address, too: whether it may be read is asked when it is.
@@ -274,7 +299,8 @@ uint32_t SharedAddress(const void* pointer) {
     return kStaticWindow + static_cast<uint32_t>(address - launch->static_begin);
   }
   const ptrdiff_t offset = address - dynamic_shared;
-  if (offset < -0x10000 || offset > static_cast<ptrdiff_t>(kMaxShared)) Fail("a pointer outside of shared memory is made an address of it");
+  if (offset < -0x10000 || offset > static_cast<ptrdiff_t>(kMaxShared))
+    Fail("a pointer outside of shared memory is made an address of it");
   return static_cast<uint32_t>(kDynamicWindow + offset);
 }
 
@@ -288,7 +314,8 @@ char* SharedPointer(uint32_t address) {
     return dynamic_shared + offset;
   }
   const auto size = static_cast<size_t>(launch->static_end - launch->static_begin);
-  if (address < kStaticWindow || address - kStaticWindow >= size) Fail("out of bounds: no shared memory has this address");
+  if (address < kStaticWindow || address - kStaticWindow >= size)
+    Fail("out of bounds: no shared memory has this address");
   return launch->static_begin + (address - kStaticWindow);
 }
 
@@ -298,6 +325,7 @@ uint32_t DynamicSharedSize() { return static_cast<uint32_t>(launch->dynamic_shar
 void CopyAsync(char* destination, const char* bytes, uint32_t size) {
   AsyncCopy copy{destination, {}, size};
   memcpy(copy.bytes, bytes, size);
+  AccessForRaces(destination, size, true, __builtin_return_address(0));
   memset(destination, 0xFF, size);
   current->uncommitted.push_back(copy);
 }
@@ -310,7 +338,11 @@ void CommitCopies() {
 void WaitForCopies(size_t pending) {
   auto& groups = current->groups;
   while (groups.size() > pending) {
-    for (const AsyncCopy& copy : groups.front()) memcpy(copy.destination, copy.bytes, copy.size);
+    for (const AsyncCopy& copy : groups.front()) {
+      // The copy writes at any time until now.
+      AccessForRaces(copy.destination, copy.size, true, __builtin_return_address(0));
+      memcpy(copy.destination, copy.bytes, copy.size);
+    }
     groups.erase(groups.begin());
   }
 }
@@ -319,8 +351,10 @@ void Run(const Launch& what, bool reverse) {
   const size_t threads = size_t{what.block.x} * what.block.y * what.block.z;
   if (threads == 0 || threads > 1024) throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
   const size_t blocks = size_t{what.grid.x} * what.grid.y * what.grid.z;
-  if (blocks == 0 || what.grid.y > 65535 || what.grid.z > 65535) throw std::runtime_error("a grid of " + Text(what.grid) + " blocks");
-  if (what.dynamic_shared > kMaxShared) throw std::runtime_error(std::to_string(what.dynamic_shared) + " bytes of shared memory");
+  if (blocks == 0 || what.grid.y > 65535 || what.grid.z > 65535)
+    throw std::runtime_error("a grid of " + Text(what.grid) + " blocks");
+  if (what.dynamic_shared > kMaxShared)
+    throw std::runtime_error(std::to_string(what.dynamic_shared) + " bytes of shared memory");
   launch = &what;
   grid_size = what.grid;
   block_size = what.block;

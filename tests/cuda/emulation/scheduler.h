@@ -43,10 +43,14 @@ void Yield();
 /// Waits until all lanes of `mask` are here; then `execute` runs once, with the slots of all 32 lanes.
 void Collective(const char* name, uint32_t mask, void* slot, void (*execute)(void* const* slots, uint32_t mask));
 
+/// __syncwarp: a collective that orders memory.
+void SynchronizeWarp(uint32_t mask);
+
 /// Shared memory's 32-bit addresses. The pointer of an address in no window is an error.
 uint32_t SharedAddress(const void* pointer);
 char* SharedPointer(uint32_t address);
 char* DynamicShared();
+bool IsShared(const void* pointer);
 uint32_t DynamicSharedSize();
 
 void CopyAsync(char* destination, const char* bytes, uint32_t size);

@@ -27,6 +27,9 @@
 #define __shared__ static __attribute__((section("emulated_shared")))
 #define __constant__ static const
 
+// What is no access of the thread that runs, or an atomic one: races.h does not see it.
+#define EMULATED_UNORDERED __attribute__((no_sanitize("thread")))
+
 #define threadIdx (emulation::current->index)
 #define blockIdx (emulation::block_index)
 #define blockDim (emulation::block_size)

@@ -51,8 +51,8 @@ inline uint16_t FloatToHalf(float value) {
   const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   const uint32_t magnitude = bits & 0x7FFFFFFF;
   if (magnitude > 0x7F800000) return sign | 0x7FFF;
-  if (magnitude >= 0x477FF000) return sign | 0x7C00;  // 65520 and more
-  if (magnitude < 0x38800000) {                       // below 2^-14: a multiple of 2^-24
+  if (magnitude >= 0x477FF000) return sign | 0x7C00;      // 65520 and more
+  if (magnitude < 0x38800000) {                           // below 2^-14: a multiple of 2^-24
     const float shifted = Bits<float>(magnitude) + 0.5f;  // whose last place is 2^-24
     return sign | static_cast<uint16_t>(Bits<uint32_t>(shifted) - 0x3F000000);
   }
@@ -70,71 +70,71 @@ inline uint16_t FloatToBfloat16(float value) {
 
 }  // namespace emulation
 
-#define EMULATED_FLOAT(TYPE, FROM_FLOAT, TO_FLOAT)                                                              \
-  struct TYPE {                                                                                                 \
-    uint16_t __x;                                                                                               \
-    TYPE() = default;                                                                                           \
-    TYPE(float value) : __x(emulation::FROM_FLOAT(value)) {}                                                    \
-    TYPE(double value) : __x(emulation::FROM_FLOAT(emulation::RoundToOdd(value))) {}                            \
-    template <typename T, typename = std::enable_if_t<std::is_integral_v<T>>>                                   \
-    TYPE(T value) : TYPE(static_cast<double>(value)) {}                                                         \
-    operator float() const { return emulation::TO_FLOAT(__x); }                                                 \
-    TYPE& operator+=(TYPE other);                                                                               \
-    TYPE& operator-=(TYPE other);                                                                               \
-    TYPE& operator*=(TYPE other);                                                                               \
-    TYPE& operator/=(TYPE other);                                                                               \
-    static TYPE FromBits(uint16_t bits) {                                                                       \
-      TYPE result;                                                                                              \
-      result.__x = bits;                                                                                        \
-      return result;                                                                                            \
-    }                                                                                                           \
-  };                                                                                                            \
-  /* float has more than twice the digits of either format: its rounding before ours changes nothing. */       \
-  inline TYPE operator+(TYPE a, TYPE b) { return TYPE(static_cast<float>(a) + static_cast<float>(b)); }         \
-  inline TYPE operator-(TYPE a, TYPE b) { return TYPE(static_cast<float>(a) - static_cast<float>(b)); }         \
-  inline TYPE operator*(TYPE a, TYPE b) { return TYPE(static_cast<float>(a) * static_cast<float>(b)); }         \
-  inline TYPE operator/(TYPE a, TYPE b) { return TYPE(static_cast<float>(a) / static_cast<float>(b)); }         \
-  inline TYPE operator-(TYPE a) { return TYPE::FromBits(a.__x ^ 0x8000); }                                      \
-  inline TYPE operator+(TYPE a) { return a; }                                                                   \
-  inline TYPE& TYPE::operator+=(TYPE other) { return *this = *this + other; }                                   \
-  inline TYPE& TYPE::operator-=(TYPE other) { return *this = *this - other; }                                   \
-  inline TYPE& TYPE::operator*=(TYPE other) { return *this = *this * other; }                                   \
-  inline TYPE& TYPE::operator/=(TYPE other) { return *this = *this / other; }                                   \
-  inline bool operator==(TYPE a, TYPE b) { return static_cast<float>(a) == static_cast<float>(b); }             \
-  inline bool operator!=(TYPE a, TYPE b) { return static_cast<float>(a) != static_cast<float>(b); }             \
-  inline bool operator<(TYPE a, TYPE b) { return static_cast<float>(a) < static_cast<float>(b); }               \
-  inline bool operator>(TYPE a, TYPE b) { return static_cast<float>(a) > static_cast<float>(b); }               \
-  inline bool operator<=(TYPE a, TYPE b) { return static_cast<float>(a) <= static_cast<float>(b); }             \
-  inline bool operator>=(TYPE a, TYPE b) { return static_cast<float>(a) >= static_cast<float>(b); }             \
-  inline bool __hgt(TYPE a, TYPE b) { return a > b; }                                                           \
-  inline bool __hge(TYPE a, TYPE b) { return a >= b; }                                                          \
-  inline bool __hlt(TYPE a, TYPE b) { return a < b; }                                                           \
-  inline bool __hle(TYPE a, TYPE b) { return a <= b; }                                                          \
-  inline bool __heq(TYPE a, TYPE b) { return a == b; }                                                          \
-  inline bool __hisnan(TYPE a) { return a != a; }                                                               \
-  inline TYPE __hadd(TYPE a, TYPE b) { return a + b; }                                                          \
-  inline TYPE __hsub(TYPE a, TYPE b) { return a - b; }                                                          \
-  inline TYPE __hmul(TYPE a, TYPE b) { return a * b; }                                                          \
-  inline TYPE __hdiv(TYPE a, TYPE b) { return a / b; }                                                          \
-  inline TYPE __hneg(TYPE a) { return -a; }                                                                     \
-  inline TYPE __habs(TYPE a) { return TYPE::FromBits(a.__x & 0x7FFF); }                                         \
-  inline TYPE __hmax(TYPE a, TYPE b) { return TYPE(fmaxf(a, b)); }                                              \
-  inline TYPE __hmin(TYPE a, TYPE b) { return TYPE(fminf(a, b)); }                                              \
-  inline TYPE __hfma(TYPE a, TYPE b, TYPE c) {                                                                  \
-    return TYPE(emulation::FusedToOdd(static_cast<float>(a), static_cast<float>(b), static_cast<float>(c)));    \
-  }                                                                                                             \
-  inline TYPE hexp(TYPE a) { return TYPE(std::exp(static_cast<double>(static_cast<float>(a)))); }               \
-  inline TYPE hexp2(TYPE a) { return TYPE(std::exp2(static_cast<double>(static_cast<float>(a)))); }             \
-  inline TYPE hlog(TYPE a) { return TYPE(std::log(static_cast<double>(static_cast<float>(a)))); }               \
-  inline TYPE hlog2(TYPE a) { return TYPE(std::log2(static_cast<double>(static_cast<float>(a)))); }             \
-  inline TYPE hsqrt(TYPE a) { return TYPE(std::sqrt(static_cast<double>(static_cast<float>(a)))); }             \
-  inline TYPE hrsqrt(TYPE a) { return TYPE(1 / std::sqrt(static_cast<double>(static_cast<float>(a)))); }        \
-  inline TYPE hsin(TYPE a) { return TYPE(std::sin(static_cast<double>(static_cast<float>(a)))); }               \
-  inline TYPE hcos(TYPE a) { return TYPE(std::cos(static_cast<double>(static_cast<float>(a)))); }               \
-  inline TYPE htanh(TYPE a) { return TYPE(std::tanh(static_cast<double>(static_cast<float>(a)))); }             \
-  inline TYPE hfloor(TYPE a) { return TYPE(floorf(a)); }                                                        \
-  inline TYPE hceil(TYPE a) { return TYPE(ceilf(a)); }                                                          \
-  inline TYPE hrint(TYPE a) { return TYPE(rintf(a)); }                                                          \
+#define EMULATED_FLOAT(TYPE, FROM_FLOAT, TO_FLOAT)                                                           \
+  struct TYPE {                                                                                              \
+    uint16_t __x;                                                                                            \
+    TYPE() = default;                                                                                        \
+    TYPE(float value) : __x(emulation::FROM_FLOAT(value)) {}                                                 \
+    TYPE(double value) : __x(emulation::FROM_FLOAT(emulation::RoundToOdd(value))) {}                         \
+    template <typename T, typename = std::enable_if_t<std::is_integral_v<T>>>                                \
+    TYPE(T value) : TYPE(static_cast<double>(value)) {}                                                      \
+    operator float() const { return emulation::TO_FLOAT(__x); }                                              \
+    TYPE& operator+=(TYPE other);                                                                            \
+    TYPE& operator-=(TYPE other);                                                                            \
+    TYPE& operator*=(TYPE other);                                                                            \
+    TYPE& operator/=(TYPE other);                                                                            \
+    static TYPE FromBits(uint16_t bits) {                                                                    \
+      TYPE result;                                                                                           \
+      result.__x = bits;                                                                                     \
+      return result;                                                                                         \
+    }                                                                                                        \
+  };                                                                                                         \
+  /* float has more than twice the digits of either format: its rounding before ours changes nothing. */     \
+  inline TYPE operator+(TYPE a, TYPE b) { return TYPE(static_cast<float>(a) + static_cast<float>(b)); }      \
+  inline TYPE operator-(TYPE a, TYPE b) { return TYPE(static_cast<float>(a) - static_cast<float>(b)); }      \
+  inline TYPE operator*(TYPE a, TYPE b) { return TYPE(static_cast<float>(a) * static_cast<float>(b)); }      \
+  inline TYPE operator/(TYPE a, TYPE b) { return TYPE(static_cast<float>(a) / static_cast<float>(b)); }      \
+  inline TYPE operator-(TYPE a) { return TYPE::FromBits(a.__x ^ 0x8000); }                                   \
+  inline TYPE operator+(TYPE a) { return a; }                                                                \
+  inline TYPE& TYPE::operator+=(TYPE other) { return *this = *this + other; }                                \
+  inline TYPE& TYPE::operator-=(TYPE other) { return *this = *this - other; }                                \
+  inline TYPE& TYPE::operator*=(TYPE other) { return *this = *this * other; }                                \
+  inline TYPE& TYPE::operator/=(TYPE other) { return *this = *this / other; }                                \
+  inline bool operator==(TYPE a, TYPE b) { return static_cast<float>(a) == static_cast<float>(b); }          \
+  inline bool operator!=(TYPE a, TYPE b) { return static_cast<float>(a) != static_cast<float>(b); }          \
+  inline bool operator<(TYPE a, TYPE b) { return static_cast<float>(a) < static_cast<float>(b); }            \
+  inline bool operator>(TYPE a, TYPE b) { return static_cast<float>(a) > static_cast<float>(b); }            \
+  inline bool operator<=(TYPE a, TYPE b) { return static_cast<float>(a) <= static_cast<float>(b); }          \
+  inline bool operator>=(TYPE a, TYPE b) { return static_cast<float>(a) >= static_cast<float>(b); }          \
+  inline bool __hgt(TYPE a, TYPE b) { return a > b; }                                                        \
+  inline bool __hge(TYPE a, TYPE b) { return a >= b; }                                                       \
+  inline bool __hlt(TYPE a, TYPE b) { return a < b; }                                                        \
+  inline bool __hle(TYPE a, TYPE b) { return a <= b; }                                                       \
+  inline bool __heq(TYPE a, TYPE b) { return a == b; }                                                       \
+  inline bool __hisnan(TYPE a) { return a != a; }                                                            \
+  inline TYPE __hadd(TYPE a, TYPE b) { return a + b; }                                                       \
+  inline TYPE __hsub(TYPE a, TYPE b) { return a - b; }                                                       \
+  inline TYPE __hmul(TYPE a, TYPE b) { return a * b; }                                                       \
+  inline TYPE __hdiv(TYPE a, TYPE b) { return a / b; }                                                       \
+  inline TYPE __hneg(TYPE a) { return -a; }                                                                  \
+  inline TYPE __habs(TYPE a) { return TYPE::FromBits(a.__x & 0x7FFF); }                                      \
+  inline TYPE __hmax(TYPE a, TYPE b) { return TYPE(fmaxf(a, b)); }                                           \
+  inline TYPE __hmin(TYPE a, TYPE b) { return TYPE(fminf(a, b)); }                                           \
+  inline TYPE __hfma(TYPE a, TYPE b, TYPE c) {                                                               \
+    return TYPE(emulation::FusedToOdd(static_cast<float>(a), static_cast<float>(b), static_cast<float>(c))); \
+  }                                                                                                          \
+  inline TYPE hexp(TYPE a) { return TYPE(std::exp(static_cast<double>(static_cast<float>(a)))); }            \
+  inline TYPE hexp2(TYPE a) { return TYPE(std::exp2(static_cast<double>(static_cast<float>(a)))); }          \
+  inline TYPE hlog(TYPE a) { return TYPE(std::log(static_cast<double>(static_cast<float>(a)))); }            \
+  inline TYPE hlog2(TYPE a) { return TYPE(std::log2(static_cast<double>(static_cast<float>(a)))); }          \
+  inline TYPE hsqrt(TYPE a) { return TYPE(std::sqrt(static_cast<double>(static_cast<float>(a)))); }          \
+  inline TYPE hrsqrt(TYPE a) { return TYPE(1 / std::sqrt(static_cast<double>(static_cast<float>(a)))); }     \
+  inline TYPE hsin(TYPE a) { return TYPE(std::sin(static_cast<double>(static_cast<float>(a)))); }            \
+  inline TYPE hcos(TYPE a) { return TYPE(std::cos(static_cast<double>(static_cast<float>(a)))); }            \
+  inline TYPE htanh(TYPE a) { return TYPE(std::tanh(static_cast<double>(static_cast<float>(a)))); }          \
+  inline TYPE hfloor(TYPE a) { return TYPE(floorf(a)); }                                                     \
+  inline TYPE hceil(TYPE a) { return TYPE(ceilf(a)); }                                                       \
+  inline TYPE hrint(TYPE a) { return TYPE(rintf(a)); }                                                       \
   inline TYPE htrunc(TYPE a) { return TYPE(truncf(a)); }
 
 EMULATED_FLOAT(__half, FloatToHalf, HalfToFloat)

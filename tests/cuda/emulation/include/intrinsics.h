@@ -19,9 +19,7 @@ inline void __assert(bool condition) {
   if (!condition) emulation::Fail("an assertion of the kernel has failed");
 }
 
-inline void __syncwarp(uint32_t mask = 0xFFFFFFFF) {
-  emulation::Collective("__syncwarp", mask, nullptr, [](void* const*, uint32_t) {});
-}
+inline void __syncwarp(uint32_t mask = 0xFFFFFFFF) { emulation::SynchronizeWarp(mask); }
 
 inline uint32_t __activemask() { return 0xFFFFFFFF; }
 
@@ -181,12 +179,12 @@ T __ldcs(const T* pointer) {
   return *pointer;
 }
 
-#define EMULATED_ATOMIC(NAME, EXPRESSION)                                    \
-  template <typename T>                                                      \
-  T NAME(T* address, std::enable_if_t<true, T> value) {                      \
-    const T old = *address;                                                  \
-    *address = EXPRESSION;                                                   \
-    return old;                                                              \
+#define EMULATED_ATOMIC(NAME, EXPRESSION)                                  \
+  template <typename T>                                                    \
+  EMULATED_UNORDERED T NAME(T* address, std::enable_if_t<true, T> value) { \
+    const T old = *address;                                                \
+    *address = EXPRESSION;                                                 \
+    return old;                                                            \
   }
 EMULATED_ATOMIC(atomicAdd, static_cast<T>(old + value))
 EMULATED_ATOMIC(atomicSub, static_cast<T>(old - value))
@@ -194,14 +192,14 @@ EMULATED_ATOMIC(atomicMax, old < value ? value : old)
 EMULATED_ATOMIC(atomicMin, old > value ? value : old)
 EMULATED_ATOMIC(atomicExch, value)
 EMULATED_ATOMIC(atomicOr, old | value)
-EMULATED_ATOMIC(atomicAnd, old & value)
+EMULATED_ATOMIC(atomicAnd, old& value)
 EMULATED_ATOMIC(atomicXor, old ^ value)
 EMULATED_ATOMIC(atomicInc, old >= value ? 0 : old + 1)
 EMULATED_ATOMIC(atomicDec, old == 0 || old > value ? value : old - 1)
 #undef EMULATED_ATOMIC
 
 template <typename T>
-T atomicCAS(T* address, std::enable_if_t<true, T> compare, std::enable_if_t<true, T> value) {
+EMULATED_UNORDERED T atomicCAS(T* address, std::enable_if_t<true, T> compare, std::enable_if_t<true, T> value) {
   const T old = *address;
   if (memcmp(&old, &compare, sizeof old) == 0) *address = value;
   return old;

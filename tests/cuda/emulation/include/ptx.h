@@ -49,7 +49,7 @@ void Store(Address address, Registers... registers) {
   T* element = reinterpret_cast<T*>(pointer);
   auto store = [&](auto from) {
     if constexpr (sizeof from == sizeof(T)) {
-      memcpy(element++, &from, sizeof from);
+      *element++ = Bits<T>(from);
     } else {
       *element++ = static_cast<T>(from);
     }
@@ -59,7 +59,7 @@ void Store(Address address, Registers... registers) {
 
 /// Source read now, destination poison until a wait: whoever reads either too early or too late sees it.
 template <typename Address>
-void CopyAsync(Address destination, const void* source, uint32_t size, uint32_t source_size) {
+EMULATED_UNORDERED void CopyAsync(Address destination, const void* source, uint32_t size, uint32_t source_size) {
   if (source_size > size) Fail("cp.async: src-size is larger than cp-size");
   char* to = Pointer(destination);
   CheckAlignment(to, size, "cp.async");
@@ -192,7 +192,9 @@ inline void ptx_max_f32(float& d, float a, float b) { d = fmaxf(a, b); }
 inline void ptx_min_f32(float& d, float a, float b) { d = fminf(a, b); }
 
 // Two short floats in a register, and conversions. The first source of cvt goes to the upper half.
-inline void ptx_cvt_rn_f16x2_f32(uint32_t& d, float high, float low) { d = emulation::Bits<uint32_t>(half2(low, high)); }
+inline void ptx_cvt_rn_f16x2_f32(uint32_t& d, float high, float low) {
+  d = emulation::Bits<uint32_t>(half2(low, high));
+}
 inline void ptx_cvt_rn_bf16x2_f32(uint32_t& d, float high, float low) {
   d = emulation::Bits<uint32_t>(nv_bfloat162(low, high));
 }
@@ -204,26 +206,26 @@ inline void ptx_cvt_rn_bf16_f32(uint16_t& d, float a) { d = emulation::FloatToBf
 inline void ptx_cvt_f32_f16(float& d, uint16_t a) { d = emulation::HalfToFloat(a); }
 inline void ptx_cvt_f32_bf16(float& d, uint16_t a) { d = emulation::Bfloat16ToFloat(a); }
 
-#define EMULATED_PAIRS(TYPE, PAIR)                                                                        \
-  inline void ptx_fma_rn_##TYPE(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {                        \
-    using emulation::Bits;                                                                                \
-    d = Bits<uint32_t>(__hfma2(Bits<PAIR>(a), Bits<PAIR>(b), Bits<PAIR>(c)));                             \
-  }                                                                                                       \
-  inline void ptx_add_rn_##TYPE(uint32_t& d, uint32_t a, uint32_t b) {                                    \
-    using emulation::Bits;                                                                                \
-    d = Bits<uint32_t>(__hadd2(Bits<PAIR>(a), Bits<PAIR>(b)));                                            \
-  }                                                                                                       \
-  inline void ptx_sub_rn_##TYPE(uint32_t& d, uint32_t a, uint32_t b) {                                    \
-    using emulation::Bits;                                                                                \
-    d = Bits<uint32_t>(__hsub2(Bits<PAIR>(a), Bits<PAIR>(b)));                                            \
-  }                                                                                                       \
-  inline void ptx_mul_rn_##TYPE(uint32_t& d, uint32_t a, uint32_t b) {                                    \
-    using emulation::Bits;                                                                                \
-    d = Bits<uint32_t>(__hmul2(Bits<PAIR>(a), Bits<PAIR>(b)));                                            \
-  }                                                                                                       \
-  inline void ptx_max_##TYPE(uint32_t& d, uint32_t a, uint32_t b) {                                       \
-    using emulation::Bits;                                                                                \
-    d = Bits<uint32_t>(__hmax2(Bits<PAIR>(a), Bits<PAIR>(b)));                                            \
+#define EMULATED_PAIRS(TYPE, PAIR)                                                 \
+  inline void ptx_fma_rn_##TYPE(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) { \
+    using emulation::Bits;                                                         \
+    d = Bits<uint32_t>(__hfma2(Bits<PAIR>(a), Bits<PAIR>(b), Bits<PAIR>(c)));      \
+  }                                                                                \
+  inline void ptx_add_rn_##TYPE(uint32_t& d, uint32_t a, uint32_t b) {             \
+    using emulation::Bits;                                                         \
+    d = Bits<uint32_t>(__hadd2(Bits<PAIR>(a), Bits<PAIR>(b)));                     \
+  }                                                                                \
+  inline void ptx_sub_rn_##TYPE(uint32_t& d, uint32_t a, uint32_t b) {             \
+    using emulation::Bits;                                                         \
+    d = Bits<uint32_t>(__hsub2(Bits<PAIR>(a), Bits<PAIR>(b)));                     \
+  }                                                                                \
+  inline void ptx_mul_rn_##TYPE(uint32_t& d, uint32_t a, uint32_t b) {             \
+    using emulation::Bits;                                                         \
+    d = Bits<uint32_t>(__hmul2(Bits<PAIR>(a), Bits<PAIR>(b)));                     \
+  }                                                                                \
+  inline void ptx_max_##TYPE(uint32_t& d, uint32_t a, uint32_t b) {                \
+    using emulation::Bits;                                                         \
+    d = Bits<uint32_t>(__hmax2(Bits<PAIR>(a), Bits<PAIR>(b)));                     \
   }
 EMULATED_PAIRS(f16x2, half2)
 EMULATED_PAIRS(bf16x2, nv_bfloat162)

@@ -5,22 +5,14 @@
 
 #include "floats.h"
 
-#define EMULATED_VECTORS(NAME, TYPE)                                                                       \
-  struct alignas(sizeof(TYPE)) NAME##1 {                                                                   \
-    TYPE x;                                                                                                \
-  };                                                                                                       \
-  struct alignas(2 * sizeof(TYPE)) NAME##2 {                                                               \
-    TYPE x, y;                                                                                             \
-  };                                                                                                       \
-  struct NAME##3 {                                                                                         \
-    TYPE x, y, z;                                                                                          \
-  };                                                                                                       \
-  struct alignas(sizeof(TYPE) < 4 ? 4 * sizeof(TYPE) : 16) NAME##4 {                                       \
-    TYPE x, y, z, w;                                                                                       \
-  };                                                                                                       \
-  inline NAME##1 make_##NAME##1(TYPE x) { return {x}; }                                                    \
-  inline NAME##2 make_##NAME##2(TYPE x, TYPE y) { return {x, y}; }                                         \
-  inline NAME##3 make_##NAME##3(TYPE x, TYPE y, TYPE z) { return {x, y, z}; }                              \
+#define EMULATED_VECTORS(NAME, TYPE)                                                     \
+  struct alignas(sizeof(TYPE)) NAME##1 { TYPE x; };                                      \
+  struct alignas(2 * sizeof(TYPE)) NAME##2 { TYPE x, y; };                               \
+  struct NAME##3 { TYPE x, y, z; };                                                      \
+  struct alignas(sizeof(TYPE) < 4 ? 4 * sizeof(TYPE) : 16) NAME##4 { TYPE x, y, z, w; }; \
+  inline NAME##1 make_##NAME##1(TYPE x) { return {x}; }                                  \
+  inline NAME##2 make_##NAME##2(TYPE x, TYPE y) { return {x, y}; }                       \
+  inline NAME##3 make_##NAME##3(TYPE x, TYPE y, TYPE z) { return {x, y, z}; }            \
   inline NAME##4 make_##NAME##4(TYPE x, TYPE y, TYPE z, TYPE w) { return {x, y, z, w}; }
 
 EMULATED_VECTORS(char, signed char)
@@ -38,22 +30,22 @@ EMULATED_VECTORS(double, double)
 
 using dim3 = emulation::Index;
 
-#define EMULATED_PAIR(PAIR, TYPE)                                                                             \
-  struct alignas(4) PAIR {                                                                                    \
-    TYPE x, y;                                                                                                \
-    PAIR() = default;                                                                                         \
-    PAIR(TYPE x, TYPE y) : x(x), y(y) {}                                                                      \
-  };                                                                                                          \
-  inline PAIR __hadd2(PAIR a, PAIR b) { return {a.x + b.x, a.y + b.y}; }                                      \
-  inline PAIR __hsub2(PAIR a, PAIR b) { return {a.x - b.x, a.y - b.y}; }                                      \
-  inline PAIR __hmul2(PAIR a, PAIR b) { return {a.x * b.x, a.y * b.y}; }                                      \
-  inline PAIR __hfma2(PAIR a, PAIR b, PAIR c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }      \
-  inline PAIR __hmax2(PAIR a, PAIR b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }                        \
-  inline PAIR __hmin2(PAIR a, PAIR b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }                        \
-  inline PAIR operator+(PAIR a, PAIR b) { return __hadd2(a, b); }                                             \
-  inline PAIR operator-(PAIR a, PAIR b) { return __hsub2(a, b); }                                             \
-  inline PAIR operator*(PAIR a, PAIR b) { return __hmul2(a, b); }                                             \
-  inline TYPE __low2##TYPE(PAIR a) { return a.x; }                                                            \
+#define EMULATED_PAIR(PAIR, TYPE)                                                                        \
+  struct alignas(4) PAIR {                                                                               \
+    TYPE x, y;                                                                                           \
+    PAIR() = default;                                                                                    \
+    PAIR(TYPE x, TYPE y) : x(x), y(y) {}                                                                 \
+  };                                                                                                     \
+  inline PAIR __hadd2(PAIR a, PAIR b) { return {a.x + b.x, a.y + b.y}; }                                 \
+  inline PAIR __hsub2(PAIR a, PAIR b) { return {a.x - b.x, a.y - b.y}; }                                 \
+  inline PAIR __hmul2(PAIR a, PAIR b) { return {a.x * b.x, a.y * b.y}; }                                 \
+  inline PAIR __hfma2(PAIR a, PAIR b, PAIR c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; } \
+  inline PAIR __hmax2(PAIR a, PAIR b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }                   \
+  inline PAIR __hmin2(PAIR a, PAIR b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }                   \
+  inline PAIR operator+(PAIR a, PAIR b) { return __hadd2(a, b); }                                        \
+  inline PAIR operator-(PAIR a, PAIR b) { return __hsub2(a, b); }                                        \
+  inline PAIR operator*(PAIR a, PAIR b) { return __hmul2(a, b); }                                        \
+  inline TYPE __low2##TYPE(PAIR a) { return a.x; }                                                       \
   inline TYPE __high2##TYPE(PAIR a) { return a.y; }
 
 using bfloat16 = __nv_bfloat16;  // for the names __low2bfloat16 and __high2bfloat16
