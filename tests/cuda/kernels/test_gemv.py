@@ -7,6 +7,7 @@ import pytest
 
 from tests.cuda import emulation, sass
 from tvm_attn.config import PRESETS
+from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.base import Case
 from tvm_attn.kernels.cuda.gemv import GemvTiles, candidates, default_tiles, gemv
 from tvm_attn.kernels.cuda.gemv_tiles import Kernel
@@ -96,6 +97,13 @@ def test_tiles_fit_every_device(preset: str, rows: int) -> None:
             assert some[0] == default_tiles(kernel)
             assert len(set(some)) == len(some)
             assert all(tiles.shared_bytes(kernel) <= least and 32 * tiles.warps <= 1024 for tiles in some)
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(ScheduleError, match="use matmul"):
+        gemv(Head(64, 128, 16, "float16", "float16", 1), GemvTiles())
+    with pytest.raises(ScheduleError, match="parts is 1"):
+        gemv(Head(64, 128, 8, "float16", "float16", 1, 1e-5), GemvTiles(splits=1, parts=2))
 
 
 def test_indices_of_the_largest_model() -> None:

@@ -36,6 +36,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
+from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.activation import EXPRESSIONS
 from tvm_attn.kernels.base import without_unused
 from tvm_attn.kernels.cuda.gemv_operands import (
@@ -47,7 +48,7 @@ from tvm_attn.kernels.cuda.gemv_operands import (
     multiply_quantized_group,
     weight_format,
 )
-from tvm_attn.kernels.cuda.gemv_tiles import STEP_UNITS, UNIT, GemvTiles, Kernel, Plan, candidates, default_tiles
+from tvm_attn.kernels.cuda.gemv_tiles import ROWS, STEP_UNITS, UNIT, GemvTiles, Kernel, Plan, candidates, default_tiles
 from tvm_attn.kernels.cuda.lanes import registers
 from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.cuda.ptx import (
@@ -65,7 +66,15 @@ __all__ = ["GemvTiles", "candidates", "default_tiles", "gemv"]
 
 
 def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
-    """The function of a linear layer whose `groups` is 1, of at most 8 rows."""
+    """The function of a linear layer whose `groups` is 1, of at most 8 rows.
+
+    Raises:
+        ScheduleError: the layer has more rows, or the tiles do not fit it.
+    """
+    if kernel.groups != 1 or kernel.rows > ROWS:
+        raise ScheduleError(f"this kernel takes one group of at most {ROWS} rows, not {kernel}: use matmul")
+    if kernel.epsilon is not None and tiles.parts != 1:
+        raise ScheduleError(f"{tiles} with LayerNorm: its rows are whole in shared memory, so parts is 1")
     k, n, rows, dtype, epsilon = kernel.in_features, kernel.out_features, kernel.rows, kernel.dtype, kernel.epsilon
     normalized, quantized, has_bias = epsilon is not None, kernel.weights != dtype, kernel.has_bias
     has_residual, is_qkv = isinstance(kernel, ResidualLinear), isinstance(kernel, QKVLinear)
