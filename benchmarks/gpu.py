@@ -26,7 +26,7 @@ from tvm_attn.benchmark.gpu import parts as gpu_parts
 from tvm_attn.benchmark.gpu.figures import FIGURES, tables
 from tvm_attn.benchmark.gpu.processes import emit
 from tvm_attn.cli import run
-from tvm_attn.errors import BenchmarkError
+from tvm_attn.errors import BenchmarkError, DeviceError
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 450.0
@@ -72,7 +72,16 @@ def _main(args: argparse.Namespace) -> int:
             "benchmarks/pack.py brings both"
         )
     begin = time.monotonic()
-    ran = gpu_parts.run_parts(planned, lambda part, limit: _command(args, part.name, limit), args.seconds, _say)
+
+    def command(part: gpu_parts.Part, limit: float) -> list[str]:
+        return _command(args, part.name, limit)
+
+    ran = gpu_parts.run_parts(planned[:1], command, args.seconds, _say)
+    first_error = ran[planned[0].name]["error"] or ""
+    if first_error.startswith("error: device"):  # there is none: every part would say so
+        raise DeviceError(first_error.removeprefix("error: "))
+    left = args.seconds - (time.monotonic() - begin)
+    ran |= gpu_parts.run_parts(planned[1:], command, left, _say)
     result = summary(ran, args.quick, time.monotonic() - begin)
     path = args.json or ROOT / "benchmarks" / "results" / f"gpu-{_device_name(result)}.json"
     gpu_parts.write_json(result, path)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tvm_attn.benchmark.gpu import cases, figures, models, parts, timing
+from tvm_attn.benchmark.gpu import cases, figures, models, parts, systems, timing
 from tvm_attn.benchmark.gpu.kernel_library import INDEX, KernelLibrary, normalised_error
 from tvm_attn.benchmark.gpu.kernel_library_build import Timed, write_kernel_library
 from tvm_attn.benchmark.gpu.parts import Part, Settings
@@ -193,7 +193,9 @@ def test_cases_of_a_library_for_cuda_run_on_the_emulated_device(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
 
 
-def test_cases_run_and_one_that_dies_is_named(kernel_folder: Path, tmp_path: Path) -> None:
+def test_cases_run_and_one_that_dies_is_named(
+    kernel_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = cases.run_cases(kernel_folder, "cpu", 60.0)
     assert [result.passed for result in results] == [True, True, True]
     index = json.loads((kernel_folder / INDEX).read_text())
@@ -208,6 +210,9 @@ def test_cases_run_and_one_that_dies_is_named(kernel_folder: Path, tmp_path: Pat
     assert results[0].nmse >= 0 and math.isnan(results[1].nmse)
     assert "layer_norm" in results[1].name and "no_such_kernel" in results[1].name
     assert cases.run_cases(tmp_path, "cpu", 0.0) == []
+    monkeypatch.setattr(cases, "MOST_CRASHES", 2)
+    results = cases.run_cases(kernel_folder, "cuda:99", 60.0)
+    assert len(results) == 2 and all("device cuda:99" in result.name for result in results)
 
 
 def test_sanitizer_verdicts(kernel_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +274,8 @@ def test_decode_is_timed_at_growing_positions(weights: dict[str, np.ndarray]) ->
 
 
 def test_models_are_compared_with_peers_in_turns(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.make_peer.__globals__["GPU_PEERS"], "wrong", None)
+    monkeypatch.setitem(systems.GPU_PEERS, "wrong", None)  # type: ignore[arg-type]
+    monkeypatch.setattr(systems, "_RUN", 3)
     calls = [Call("decode", 20, 2), Call("prefill", 30)]
     first, *entries = models.measure(demo_artifact, "cpu", calls, ["torch", "transformers", "wrong"], None, 0.0)
     assert list(first["failed"]) == ["wrong"]
@@ -437,6 +443,13 @@ def test_parts_run_in_the_command_itself(kernel_folder: Path, tmp_path: Path) ->
     assert outcome.error is None
     assert [entry["passed"] for entry in outcome.entries] == [True] * 4
     assert outcome.entries[-1] == {"what": "kernels", "ran": 3, "cases": 3, "passed": True}
+
+
+def test_no_device_is_one_line(kernel_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cuda:99", "--kernels", str(kernel_folder), "--artifacts", str(tmp_path)]
+    assert gpu.main([*arguments, "--json", str(tmp_path / "gpu.json")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: device cuda:99: ")
+    assert not (tmp_path / "gpu.json").exists()
 
 
 def test_nothing_to_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,8 @@ from tvm_attn.benchmark.gpu.kernel_library import CaseResult, KernelLibrary
 from tvm_attn.benchmark.gpu.processes import emit, run_child
 from tvm_attn.runtime.tvm_import import runtime_only
 
+MOST_CRASHES = 10
+"""After so many cases in a row without a result, something else is wrong, and the rest is left out."""
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 
@@ -39,7 +41,8 @@ def run_cases(
         on_result: told of each result.
 
     Returns:
-        Results in order: fewer than cases where time was over. A case that crashed or hung has an NMSE of NaN.
+        Results in order: fewer than cases where time was over, or after `MOST_CRASHES`. A case that crashed or hung has
+        an NMSE of NaN.
 
     Raises:
         BenchmarkError: the folder holds no library.
@@ -50,11 +53,13 @@ def run_cases(
         results.append(result)
         on_result(result)
 
-    while len(results) < len(library.cases) and (left := end - time.monotonic()) > 0:
+    crashes = 0
+    while len(results) < len(library.cases) and crashes < MOST_CRASHES and (left := end - time.monotonic()) > 0:
         first = len(results)
         outcome = run_child(
             command(folder, device, first, len(library.cases)), left, lambda entry: collect(CaseResult(**entry))
         )
+        crashes = crashes + 1 if len(results) == first else 1
         if len(results) < len(library.cases) and (outcome.error is None or time.monotonic() < end):
             case = library.cases[len(results)]
             reason = f"{case}: {outcome.error or 'ended without a result'}"
