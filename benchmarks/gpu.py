@@ -93,7 +93,9 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace, part: str, limit: float) -> list[str]:
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--seconds", f"{limit:.1f}"]
+    # The runtime alone, which is what is measured, starts seconds sooner.
+    command = ["env", "TVM_USE_RUNTIME_LIB=1", sys.executable, str(Path(__file__).resolve())]
+    command += ["--part", part, "--seconds", f"{limit:.1f}"]
     command += ["--device", args.device, "--artifacts", str(args.artifacts), "--kernels", str(args.kernels)]
     return [*command, "--quick"] if args.quick else command
 

@@ -129,20 +129,20 @@ def collect_packages(top: Path, pythons: tuple[str, ...], wheels: Path | None, s
     Raises:
         BenchmarkError: a package is not installed here, or a wheel cannot be had.
     """
+    here = ".".join(platform.python_version_tuple()[:2])
+    bound = {name: _installed(name) for name in (*_TVM, *_OTHERS) if _is_bound(_installed(name))}
+    found = []
+    for version in pythons:
+        if version != here:
+            folder = wheels or _download(version, list(bound.values()), scratch / version)
+            found += [(name, version, _find_wheel(folder, installed, version)) for name, installed in bound.items()]
     for name, left_out in _TVM.items():
         _copy_distribution(_installed(name), top / "site", left_out)
     for name in _OTHERS:
         _copy_distribution(_installed(name), top / "extra" / name, ())
     _copy_cuda_runtime(top)
-    here = ".".join(platform.python_version_tuple()[:2])
-    bound = {name: _installed(name) for name in (*_TVM, *_OTHERS) if _is_bound(_installed(name))}
-    for version in pythons:
-        if version == here:
-            continue
-        folder = wheels or _download(version, list(bound.values()), scratch / version)
-        for name, installed in bound.items():
-            wheel = _find_wheel(folder, installed, version)
-            _extract_extensions(wheel, top / ("site" if name in _TVM else f"extra/{name}"), version)
+    for name, version, wheel in found:
+        _extract_extensions(wheel, top / ("site" if name in _TVM else f"extra/{name}"), version)
 
 
 def _installed(name: str) -> Distribution:

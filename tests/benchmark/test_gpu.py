@@ -16,13 +16,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from tvm_attn.benchmark import session
 from tvm_attn.benchmark.gpu import cases, figures, models, parts, systems, timing
 from tvm_attn.benchmark.gpu.kernel_library import INDEX, KernelLibrary, normalised_error
 from tvm_attn.benchmark.gpu.kernel_library_build import Timed, write_kernel_library
 from tvm_attn.benchmark.gpu.parts import Part, Settings
+from tvm_attn.benchmark.gpu.peer import GpuPeer
 from tvm_attn.benchmark.gpu.processes import run_child
 from tvm_attn.benchmark.gpu.systems import TorchGpuSystem
 from tvm_attn.benchmark.gpu.torch_model import TorchModel
+from tvm_attn.benchmark.ours import CompiledSystem
+from tvm_attn.benchmark.peers.client import PeerUnavailable
 from tvm_attn.benchmark.session import parse_peer
 from tvm_attn.benchmark.system import Case as Call
 from tvm_attn.benchmark.system import prompts
@@ -476,3 +480,15 @@ def test_peers_on_cuda_are_pytorch() -> None:
     for wrong in ("llamacpp", "torch:int8"):
         with pytest.raises(BenchmarkError):
             parse_peer(wrong, "float16", "cuda:0")
+
+
+def test_a_peer_on_the_same_device_is_the_same_model(demo_artifact: Path) -> None:
+    ours = CompiledSystem(demo_artifact, 1, 2)
+    peer = GpuPeer("torch", "float32", ours)
+    info = session._compare("torch", ours, peer)
+    assert info.agreement is not None and info.agreement.nmse < 1e-9
+    call = Call("decode", 250, 2)
+    peer.fill(call)
+    assert len(peer.time(call, 0.0)) >= 2
+    with pytest.raises(PeerUnavailable, match="torch-graph: .*"):
+        GpuPeer("torch-graph", "float32", ours).logits(np.arange(5, dtype=np.int32))
