@@ -490,5 +490,5 @@ def test_a_peer_on_the_same_device_is_the_same_model(demo_artifact: Path) -> Non
     call = Call("decode", 250, 2)
     peer.fill(call)
     assert len(peer.time(call, 0.0)) >= 2
-    with pytest.raises(PeerUnavailable, match="torch-graph: .*"):
+    with pytest.raises(PeerUnavailable, match="torch-graph: "):
         GpuPeer("torch-graph", "float32", ours).logits(np.arange(5, dtype=np.int32))
