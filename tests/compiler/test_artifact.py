@@ -614,7 +614,9 @@ def test_manifest_lists_every_file(demo_artifact: Path) -> None:
 def ready_library(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler hands out the library that the demo artifact has, which saves seconds."""
     original = demo_artifact / library_of(demo_artifact)
-    monkeypatch.setattr(building, "compile_program", lambda program, target, path: [shutil.copy(original, path)][1:])
+    monkeypatch.setattr(
+        building, "compile_program", lambda program, target, path, *_: [shutil.copy(original, path)][1:]
+    )
 
 
 def build_demo(out: Path) -> int:
