@@ -5,6 +5,8 @@ VENV   ?= .venv
 # The PyTorch to check against. It is installed first and on its own, so that a CPU-only build is kept where one is
 # chosen here (a requirement or a wheel file): a range would take the newest build with its gigabytes of CUDA packages.
 TORCH  ?= torch==2.13.0
+# Processes that run tests, each with up to 2 GB.
+JOBS   ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -22,7 +24,7 @@ demo: dist/demo/manifest.json ## build the bundled demo model for this CPU, chec
 		--temperature 0.8 --top-k 40 --seed 0
 
 test: $(VENV)/.installed-test ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed-dev ## check style, format and types
 	$(BIN)/ruff check

@@ -65,11 +65,22 @@ def vulkan_validation_stays_silent() -> Iterator[None]:
     assert after == before, messages[before:]
 
 
+_said_in_workers: list[str] = []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Of pytest-xdist: takes what a worker's last hook below leaves."""
+    _said_in_workers.extend(getattr(node, "workeroutput", {}).get("vulkan_validation", []))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails a run in which the validation layer said something, be it between the tests."""
-    count, messages = _validation()
-    if count:
-        print(f"\nVulkan validation: {count} messages, the first: {messages[0]}", file=sys.stderr)
+    _, messages = _validation()
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["vulkan_validation"] = messages
+    elif messages := [*messages, *_said_in_workers]:
+        print(f"\nVulkan validation: {len(messages)} messages, the first: {messages[0]}", file=sys.stderr)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
