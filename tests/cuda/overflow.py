@@ -6,7 +6,7 @@ exclusive or, nor of scalars that a kernel keeps in registers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -17,25 +17,28 @@ Interval = tuple[int, int]
 _INT32 = (-(2**31), 2**31 - 1)
 
 
-def overflows(function: tirx.PrimFunc, largest: Mapping[str, int]) -> list[str]:
+def overflows(
+    function: tirx.PrimFunc, largest: Mapping[str, int], elements: Mapping[str, Sequence[Interval]] | None = None
+) -> list[str]:
     """The int32 sums and products that may overflow, as text.
 
     Args:
         function: a TIRx function with `tirx.is_scheduled`.
         largest: the most that each symbolic size may be, by its name; the least is 1.
+        elements: what the elements of integer tensors may be, by the tensor's name: an interval for each column.
     """
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_80"})
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main").with_attr("target", target)})
     with target:
         main = tirx.transform.LowerTIRx()(module)["main"]
-    intervals = _Intervals(largest)
+    intervals = _Intervals(largest, elements or {})
     structural_walk(main.body, ((object,), intervals.visit), order="pre")
     return intervals.found
 
 
 class _Intervals:
-    def __init__(self, largest: Mapping[str, int]) -> None:
-        self.largest = largest
+    def __init__(self, largest: Mapping[str, int], elements: Mapping[str, Sequence[Interval]]) -> None:
+        self.largest, self.elements = largest, elements
         self.variables: dict[Any, Interval] = {}
         self.scalars: dict[Any, Interval] = {}
         self.found: list[str] = []
@@ -64,6 +67,12 @@ class _Intervals:
     def _is_scalar(buffer: Any) -> bool:
         return buffer.dtype == "int32" and [getattr(extent, "value", 0) for extent in buffer.shape] == [1]
 
+    @staticmethod
+    def _last(index: Any) -> int:
+        """The constant at the end of an index, which tells the column."""
+        constant = index.b if isinstance(index, tirx.Add) else index
+        return int(constant.value) if isinstance(constant, tirx.IntImm) else 0
+
     def of(self, node: Any) -> Interval:
         """The interval of an integer expression; all of int32 where nothing is known."""
         if isinstance(node, tirx.IntImm):
@@ -73,12 +82,17 @@ class _Intervals:
         if isinstance(node, tirx.Cast):
             return self.of(node.value)
         if isinstance(node, ir.TensorLoad):
-            return self.scalars.get(node.source, _INT32)
+            if node.source in self.scalars:
+                return self.scalars[node.source]
+            columns = self.elements.get(node.source.name)
+            return columns[self._last(node.indices[-1]) % len(columns)] if columns else _INT32
         if isinstance(node, tirx.Select):
             (a, b), (c, d) = self.of(node.true_value), self.of(node.false_value)
             return min(a, c), max(b, d)
         if isinstance(node, ir.Call):
             name, operands = node.op.name, list(node.args)
+            if "tvm_warp_shuffle" in name:
+                return self.of(operands[1])
         elif hasattr(node, "a") and hasattr(node, "b"):
             name, operands = type(node).__name__, [node.a, node.b]
         else:
@@ -99,8 +113,10 @@ def _binary(name: str, x: Interval, y: Interval) -> Interval:
     if name in ("min", "max"):
         pick = min if name == "min" else max
         return pick(x[0], y[0]), pick(x[1], y[1])
-    if name in ("floordiv", "truncdiv", "div") and x[0] >= 0 and y[1] > 0:
-        return x[0] // y[1], x[1] // max(y[0], 1)
+    if name in ("floordiv", "truncdiv", "div") and y[1] > 0:
+        # No kernel divides by less than 1. Of negative numbers, what is truncated is not below what is rounded down.
+        quotients = [a // b for a in x for b in (max(y[0], 1), y[1])]
+        return min(quotients), max(quotients)
     if name in ("floormod", "truncmod", "mod") and x[0] >= 0 and y[1] > 0:
         return 0, min(x[1], y[1] - 1)
     if name in ("bitwisexor", "bitwise_xor", "bitwiseor", "bitwise_or") and x[0] >= 0 and y[0] >= 0:
