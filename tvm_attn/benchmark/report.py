@@ -11,7 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tvm_attn.benchmark.gpu.limits import DeviceLimits
@@ -19,6 +18,7 @@ from tvm_attn.benchmark.kernels import KernelTime
 from tvm_attn.benchmark.limits import Limits
 from tvm_attn.benchmark.session import OURS, Benchmark, Measurement
 from tvm_attn.benchmark.system import Case
+from tvm_attn.benchmark.table import new_table
 from tvm_attn.errors import BenchmarkError
 
 AnyLimits = Limits | DeviceLimits | None
@@ -45,18 +45,9 @@ def tables(benchmark: Benchmark) -> Iterator[Table]:
         yield _kernel_table(case, times, benchmark.limits, benchmark.arithmetic)
 
 
-def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in words:
-        table.add_column(heading)
-    for heading in numbers:
-        table.add_column(heading, justify="right")
-    return table
-
-
 def _limits_table(machine: dict[str, Any], limits: Limits) -> Table:
     title = f"Limits of this machine: {machine['processor']}, {limits.threads} of {machine['cores']} cores"
-    table = _table(title, ("limit",), ("measured", "unit"))
+    table = new_table(title, ("limit",), ("measured", "unit"))
     table.add_row("float32 multiply-adds", f"{limits.float32_gflops:.0f}", "GFLOP/s")
     table.add_row("memory read", f"{limits.read_gbytes:.1f}", "GB/s")
     if limits.bfloat16_gflops is not None:
@@ -67,14 +58,14 @@ def _limits_table(machine: dict[str, Any], limits: Limits) -> Table:
 
 
 def _device_limits_table(limits: DeviceLimits) -> Table:
-    table = _table(f"Limits of this device: {limits.device}", ("limit",), ("measured", "unit"))
+    table = new_table(f"Limits of this device: {limits.device}", ("limit",), ("measured", "unit"))
     table.add_row(f"{limits.dtype} matrix products, cuBLAS", f"{limits.product_gflops:.0f}", "GFLOP/s")
     table.add_row("memory copy, read and written", f"{limits.copy_gbytes:.0f}", "GB/s")
     return table
 
 
 def _agreement_table(benchmark: Benchmark) -> Table:
-    table = _table(
+    table = new_table(
         "Logits of the peers against ours, same weights", ("peer", "runtime", "precision"), ("NMSE", "top-1")
     )
     for system in benchmark.systems:
@@ -87,7 +78,7 @@ def _agreement_table(benchmark: Benchmark) -> Table:
 def _case_table(benchmark: Benchmark, phase: str, measurements: list[Measurement]) -> Table:
     words = ("prompt tokens",) if phase == "prefill" else ("context", "batch")
     numbers = ("median ms", "best ms", "tokens/s", "GFLOP/s", "GB/s", "of limit", "binding")
-    table = _table(f"{phase.capitalize()}{_what(benchmark)}", words, numbers)
+    table = new_table(f"{phase.capitalize()}{_what(benchmark)}", words, numbers)
     for entry in measurements:
         figures = case_figures(entry, OURS, benchmark)
         table.add_row(
@@ -108,7 +99,7 @@ def _case_table(benchmark: Benchmark, phase: str, measurements: list[Measurement
 def _peer_table(benchmark: Benchmark, phase: str, measurements: list[Measurement]) -> Table:
     words = ("prompt tokens",) if phase == "prefill" else ("context", "batch")
     labels = [system.label for system in benchmark.systems]
-    table = _table(f"{phase.capitalize()}{_what(benchmark)}: tokens/s, and peer's time / ours", words, tuple(labels))
+    table = new_table(f"{phase.capitalize()}{_what(benchmark)}: tokens/s, and peer's time / ours", words, tuple(labels))
     for entry in measurements:
         ours = entry.median(OURS)
         cells = [f"{entry.case.tokens_per_call / ours:.1f}"]
@@ -133,7 +124,7 @@ def _case_cells(case: Case) -> tuple[str, ...]:
 
 
 def _kernel_table(case: Case, times: list[KernelTime], limits: AnyLimits, arithmetic: str) -> Table:
-    table = _table(
+    table = new_table(
         f"Kernels of {case}",
         ("kernel", "sizes"),
         ("calls", "ms", "share", "GFLOP/s", "GB/s", "of limit", "binding"),

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tvm_attn.benchmark.gpu.processes import Entry
+from tvm_attn.benchmark.table import new_table
 
 _SMALL, _LARGE = 124e6, 1.5e9
 
@@ -121,14 +121,14 @@ FIGURES = (
 
 def tables(result: dict[str, Any]) -> Iterator[Table]:
     """The tables to print of a run's JSON."""
-    table = _table("Parts", ("part", "error"), ("s", "entries", "failed"))
+    table = new_table("Parts", ("part", "error"), ("s", "entries", "failed"))
     for name, part in result["parts"].items():
         failed = sum(entry.get("passed") is False for entry in part["entries"])
         table.add_row(name, part["error"] or "", f"{part['seconds']:.1f}", str(len(part["entries"])), str(failed or ""))
     yield table
     entries = [entry for part in result["parts"].values() for entry in part["entries"]]
     yield from _entry_tables(entries)
-    table = _table("Figures to reach on an H200", ("work", "unit"), ("at least", "reached", ""))
+    table = new_table("Figures to reach on an H200", ("work", "unit"), ("at least", "reached", ""))
     for figure in result["figures"]:
         wanted = f"{'at most ' if figure['at_most'] else ''}{figure['wanted']:g}"
         verdict = {None: "not measured", True: "yes", False: "no"}[figure["met"]]
@@ -138,7 +138,7 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
 
 def _entry_tables(entries: list[Entry]) -> Iterator[Table]:
     if products := list(_chosen(entries, what="product")):
-        table = _table(
+        table = new_table(
             "Matrix products", ("product", "dtype"), ("M", "K", "N", "TFLOP/s", "cuBLAS", "of cuBLAS", "of PyTorch")
         )
         for entry in products:
@@ -148,13 +148,13 @@ def _entry_tables(entries: list[Entry]) -> Iterator[Table]:
             table.add_row(entry["purpose"], entry["dtype"], *sizes, *rates, *ratios)
         yield table
     if attention := list(_chosen(entries, what="attention")):
-        table = _table("Causal attention, heads of 64", ("batch", "system"), ("TFLOP/s", "its time / ours"))
+        table = new_table("Causal attention, heads of 64", ("batch", "system"), ("TFLOP/s", "its time / ours"))
         for entry in attention:
             for name, rate in entry["tflops"].items():
                 table.add_row(str(entry["batch"]), name, f"{rate:.0f}", _number(entry["of"].get(name)))
         yield table
     if models := list(_chosen(entries, what="model")):
-        table = _table("Models", ("artifact", "case", "system"), ("ms", "tokens/s", "its time / ours", "of limit"))
+        table = new_table("Models", ("artifact", "case", "system"), ("ms", "tokens/s", "its time / ours", "of limit"))
         for entry in models:
             case = f"{entry['phase']} {entry['tokens']} x {entry['batch']}"
             for name, seconds in entry["seconds"].items():
@@ -164,15 +164,6 @@ def _entry_tables(entries: list[Entry]) -> Iterator[Table]:
                     entry["artifact"], case, name, f"{seconds * 1e3:.3f}", rate, _number(entry["of"].get(name)), limit
                 )
         yield table
-
-
-def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in words:
-        table.add_column(heading)
-    for heading in numbers:
-        table.add_column(heading, justify="right")
-    return table
 
 
 def _number(value: float | None) -> str:
