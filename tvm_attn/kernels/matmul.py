@@ -439,7 +439,9 @@ def _case(kernel: Linear | ResidualLinear | Head | QKVLinear, groups: int, name:
     bias = rng.standard_normal(n, dtype=np.float32)
     product += bias
     if isinstance(kernel, QKVLinear):
-        return _qkv_case(kernel, name, (*x, *packed, bias), product)
+        # The cache is rounded to its dtype: half a unit in the last place of 24, 11 or 8 bits.
+        nmse = {"float32": 1e-12, "float16": 2.0**-22, "bfloat16": 2.0**-16}[kernel.cache_dtype]
+        return qkv_case(kernel, (kernel.cache_dtype, "float32"), name, (*x, *packed, bias), product, nmse)
     shape = (groups, kernel.rows, n)
     inputs = (*x, *packed, bias)
     if isinstance(kernel, ResidualLinear):
@@ -451,7 +453,18 @@ def _case(kernel: Linear | ResidualLinear | Head | QKVLinear, groups: int, name:
     return Case(kernel, name, inputs, (np.zeros(shape, np.float32),), (product.reshape(shape),))
 
 
-def _qkv_case(kernel: QKVLinear, name: str, inputs: tuple[np.ndarray, ...], product: np.ndarray) -> Case:
+def qkv_case(
+    kernel: Any, dtypes: tuple[str, str], name: str, inputs: tuple[np.ndarray, ...], product: np.ndarray, nmse: float
+) -> Case:
+    """A case of a `QKVLinear`, this one or that of `kernels.cuda`.
+
+    Args:
+        kernel: with `rows`, `out_features`, `heads` and `context`.
+        dtypes: of the cache, and of q.
+        name, nmse: of the case.
+        inputs: the operands up to the bias.
+        product: x W + b, float64 (rows, N).
+    """
     rng = np.random.default_rng(2)
     rows, width, cache_slots = len(product), kernel.out_features // 3, 3
     head_dim = width // kernel.heads
@@ -462,15 +475,13 @@ def _qkv_case(kernel: QKVLinear, name: str, inputs: tuple[np.ndarray, ...], prod
     places = rng.permutation(cache_slots * kernel.context)[:count]
     slots[:count], positions[:count] = np.divmod(places, kernel.context)
     cache = rng.standard_normal((cache_slots, 2, kernel.heads, kernel.context, head_dim), dtype=np.float32)
-    cache = cache.astype(numpy_dtype(kernel.cache_dtype))
+    cache = cache.astype(numpy_dtype(dtypes[0]))
     expected = cache.astype(np.float64)
     for row in range(count):
         expected[slots[row], :, :, positions[row]] = product[row, width:].reshape(2, kernel.heads, head_dim)
     shape = (rows // kernel.rows, kernel.rows)
-    q = np.zeros((*shape, width), np.float32)
+    q = np.zeros((*shape, width), numpy_dtype(dtypes[1]))
     operands = (*inputs, slots.reshape(shape), positions.reshape(shape), cache)
-    # The cache is rounded to its dtype: half a unit in the last place of 24, 11 or 8 bits.
-    nmse = {"float32": 1e-12, "float16": 2.0**-22, "bfloat16": 2.0**-16}[kernel.cache_dtype]
     outputs = (expected, product[:, :width].reshape(*shape, width))
     return Case(kernel, name, operands, (q,), outputs, (len(operands) - 1,), nmse)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from tvm_attn.kernels.activation import EXPRESSIONS, REFERENCES
 from tvm_attn.kernels.base import Case
+from tvm_attn.kernels.matmul import qkv_case
 from tvm_attn.kernels.weights import pack, pack_words, packed_types
 from tvm_attn.quantization import dequantize, quantize
 from tvm_attn.storage import numpy_dtype
@@ -204,7 +205,7 @@ def _case(kernel: Any, groups: int, name: str, scale: float = 1.0) -> Case:
         bias = rng.standard_normal(n, dtype=np.float32)
         product, inputs = product + bias, (*inputs, bias)
     if isinstance(kernel, QKVLinear):
-        return _qkv_case(kernel, name, inputs, product)
+        return qkv_case(kernel, (kernel.dtype, kernel.dtype), name, inputs, product, nmse)
     dtype = kernel.dtype if isinstance(kernel, Linear) else "float32"
     if isinstance(kernel, ResidualLinear):
         residual = rng.standard_normal(shape, dtype=np.float32)
@@ -213,23 +214,3 @@ def _case(kernel: Any, groups: int, name: str, scale: float = 1.0) -> Case:
         with np.errstate(over="ignore"):
             product = REFERENCES[kernel.activation](product)
     return Case(kernel, name, inputs, (np.zeros(shape, numpy_dtype(dtype)),), (product.reshape(shape),), nmse=nmse)
-
-
-def _qkv_case(kernel: QKVLinear, name: str, inputs: tuple[np.ndarray, ...], product: np.ndarray) -> Case:
-    rng = np.random.default_rng(2)
-    rows, width, cache_slots = len(product), kernel.out_features // 3, 3
-    head_dim, shape = width // kernel.heads, (len(product) // kernel.rows, kernel.rows)
-    # Every row its own (slot, position); the last row is padding where there is more than one.
-    count = min(max(rows - 1, 1), cache_slots * kernel.context)
-    slots, positions = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
-    places = rng.permutation(cache_slots * kernel.context)[:count]
-    slots[:count], positions[:count] = np.divmod(places, kernel.context)
-    cache = rng.standard_normal((cache_slots, 2, kernel.heads, kernel.context, head_dim), dtype=np.float32)
-    cache = cache.astype(numpy_dtype(kernel.dtype))
-    expected = cache.astype(np.float64)
-    for row in range(count):
-        expected[slots[row], :, :, positions[row]] = product[row, width:].reshape(2, kernel.heads, head_dim)
-    operands = (*inputs, slots.reshape(shape), positions.reshape(shape), cache)
-    q = np.zeros((*shape, width), numpy_dtype(kernel.dtype))
-    outputs = (expected, product[:, :width].reshape(*shape, width))
-    return Case(kernel, name, operands, (q,), outputs, (len(operands) - 1,), _bound(kernel))
