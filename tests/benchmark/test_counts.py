@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,12 @@ def counted_products(config: GPT2Config, tokens: int, batch: int, last_only: boo
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 def test_products_of_a_prompt_are_what_pytorch_counts(tokens: int) -> None:
-    assert prefill_work(CONFIG, tokens, FLOAT32).products == counted_products(CONFIG, tokens, 1, last_only=True)
+    """In the last layer, all tokens but the last one have keys and values and nothing else."""
+    shorter = replace(CONFIG, n_layer=CONFIG.n_layer - 1)
+    last_layer = counted_products(CONFIG, 1, 1, last_only=True) - counted_products(shorter, 1, 1, last_only=True)
+    other_keys_and_values = (tokens - 1) * 2 * CONFIG.n_embd * 2 * CONFIG.n_embd
+    expected = counted_products(shorter, tokens, 1, last_only=True) + last_layer + other_keys_and_values
+    assert prefill_work(CONFIG, tokens, FLOAT32).products == expected
 
 
 def test_a_token_of_124m_is_a_quarter_of_a_gigaflop() -> None:
@@ -51,9 +57,9 @@ def test_attention_is_causal() -> None:
     for row in range(9):
         for _ in range(row + 1):
             operations += 2 * CONFIG.n_embd + 2 * CONFIG.n_embd  # a score and a weighted value, all heads
-    assert prefill_work(CONFIG, 9, FLOAT32).attention == CONFIG.n_layer * operations
-    one_more = prefill_work(CONFIG, 10, FLOAT32).attention - prefill_work(CONFIG, 9, FLOAT32).attention
-    assert decode_work(CONFIG, 9, 1, FLOAT32).attention == one_more
+    last_row = 9 * 4 * CONFIG.n_embd  # the others look at nothing in the last layer
+    assert prefill_work(CONFIG, 9, FLOAT32).attention == (CONFIG.n_layer - 1) * operations + last_row
+    assert decode_work(CONFIG, 8, 1, FLOAT32).attention == CONFIG.n_layer * last_row
 
 
 @pytest.mark.parametrize(
@@ -99,8 +105,11 @@ def test_the_kernels_of_a_call_do_its_work(system: CompiledSystem, case: Case) -
         assert total.products == decode_work(config, case.tokens, rows, storage).products
         assert total.attention == decode_work(config, case.tokens, case.batch, storage).attention
     else:
-        head = 2 * config.n_embd * config.vocab_size
-        assert total.products == prefill_work(config, rows, storage).products + (group - 1) * head
+        # The group with the last row is computed whole, its keys and values twice, and the queries of all rows.
+        width, head = config.n_embd, 2 * config.n_embd * config.vocab_size
+        layer = 2 * (4 * width * width + 2 * width * config.n_inner)
+        more = (group - 1) * (layer + head) + 2 * width * 2 * width + rows * 2 * width * width
+        assert total.products == prefill_work(config, rows, storage).products + more
         assert total.attention == prefill_work(config, case.tokens, storage).attention
     assert all(entry.seconds > 0 and entry.calls > 0 for entry in times)
 

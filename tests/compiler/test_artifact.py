@@ -203,7 +203,7 @@ def test_edit_with_new_hash_of_something_harmless(altered: Path) -> None:
 
 
 TOP_LEVEL: list[tuple[str, Any, str]] = [
-    ("format", 2, "format 2 is not this version's format 3"),
+    ("format", 2, "format 2 is not this version's format 4"),
     ("format", "3", "format '3'"),
     ("dtype", "float64", "dtype 'float64'"),
     ("dtype", [], r"dtype \[\]"),

@@ -33,7 +33,7 @@ CONFIG = GPT2Config(
     vocab_size=300, n_positions=40, n_embd=64, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None
 )
 KERNEL = Linear(64, 256, 8, 32, "float32")
-RECORD = Record("cpu.matmul", 1, shape_of(KERNEL), {"group_block": 2}, 12.5, 0.75, "0.27.0", "2026-01-02")
+RECORD = Record("cpu.matmul", 2, shape_of(KERNEL), {"group_block": 2}, 12.5, 0.75, "0.27.0", "2026-01-02")
 MATMUL = next(template for template in cpu.TEMPLATES if template.name == "cpu.matmul")
 
 
@@ -208,8 +208,8 @@ def test_a_record_is_found_by_template_version_shape_and_dtype(book_folder: Path
         replace(KERNEL, rows=1, groups=1),
     ):
         assert book.find(MATMUL, other) is None
-    assert book.find(replace(MATMUL, version=2), KERNEL) is None
-    assert book.find(Template("cpu.other", 1, MATMUL.families, MATMUL.apply), KERNEL) is None
+    assert book.find(replace(MATMUL, version=3), KERNEL) is None
+    assert book.find(Template("cpu.other", 2, MATMUL.families, MATMUL.apply), KERNEL) is None
     assert RecordBook.load("cpu-y").find(MATMUL, KERNEL) is None
 
 

@@ -18,7 +18,7 @@ from tvm_attn.tuning.space import Space
 
 KERNEL = Linear(32, 64, 8, 32, "float32")
 TARGET = targets.detect_cpu()
-RECORD = Record("cpu.matmul", 1, shape_of(KERNEL), {"k_unroll": 2}, 10.0, 0.5, "0", "2026-01-01")
+RECORD = Record("cpu.matmul", 2, shape_of(KERNEL), {"k_unroll": 2}, 10.0, 0.5, "0", "2026-01-01")
 
 
 def test_a_written_record_is_found_by_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,13 +32,13 @@ def test_a_written_record_is_found_by_the_compiler(tmp_path: Path, monkeypatch: 
 
 
 def test_the_faster_record_stays_and_others_are_kept(tmp_path: Path) -> None:
-    other = replace(RECORD, version=2)
+    other = replace(RECORD, version=3)
     merge(tmp_path, [RECORD, other])
     merge(tmp_path, [replace(RECORD, time_us=11.0)])
     merge(tmp_path, [replace(RECORD, time_us=9.0, decisions={"k_unroll": 4})])
     (file,) = merge(tmp_path, [replace(RECORD, time_us=9.5)])
     kept = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(record["version"], record["time_us"]) for record in kept] == [(1, 9.0), (2, 10.0)]
+    assert [(record["version"], record["time_us"]) for record in kept] == [(2, 9.0), (3, 10.0)]
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

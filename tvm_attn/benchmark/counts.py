@@ -85,35 +85,40 @@ def _vectors(config: GPT2Config) -> int:
     return config.n_layer * (3 * width + width + config.n_inner + width + 4 * width) + 2 * width
 
 
-def _forward(config: GPT2Config, rows: int, head_rows: int, pairs: int, keys: int, storage: Storage) -> Work:
-    """A forward pass of `rows` tokens.
+def _forward(
+    config: GPT2Config, rows: int, last_rows: int, pairs: tuple[int, int], keys: int, storage: Storage
+) -> Work:
+    """A forward pass of `rows` tokens; of those whose logits nobody wants, the last layer needs keys and values only.
 
     Args:
         config: the model.
         rows: tokens that pass through the layers.
-        head_rows: tokens whose logits are computed.
-        pairs: (query, key) pairs of all sequences that attention looks at.
+        last_rows: tokens whose logits are computed.
+        pairs: (query, key) pairs that attention looks at, in one of the other layers and in the last.
         keys: positions of all sequences whose keys and values are read or written.
         storage: how the library holds its numbers.
     """
     width, layers, weights = config.n_embd, config.n_layer, _layer_weights(config)
-    products = 2 * rows * layers * weights + 2 * head_rows * width * config.vocab_size
+    keys_and_values = 2 * width * width
+    products = 2 * rows * ((layers - 1) * weights + keys_and_values)
+    products += 2 * last_rows * (weights - keys_and_values + width * config.vocab_size)
+    attention = 4 * ((layers - 1) * pairs[0] + pairs[1]) * width
     # The token table is read whole by the head; the embedding takes one row of either table a token.
     matrices = layers * weights + config.vocab_size * width + rows * width
     positions_and_cache = rows * width + layers * 2 * keys * width
     moved = matrices * storage.weight_bytes + positions_and_cache * storage.cache_bytes + _vectors(config) * _FLOAT32
-    return Work(products, 4 * layers * pairs * width, round(moved))
+    return Work(products, attention, round(moved))
 
 
 def prefill_work(config: GPT2Config, tokens: int, storage: Storage) -> Work:
     """Work of a prompt of `tokens` tokens whose last logits are computed."""
-    return _forward(config, tokens, 1, tokens * (tokens + 1) // 2, tokens, storage)
+    return _forward(config, tokens, 1, (tokens * (tokens + 1) // 2, tokens), tokens, storage)
 
 
 def decode_work(config: GPT2Config, context: int, batch: int, storage: Storage) -> Work:
     """Work of one token for each of `batch` sequences that have `context` tokens in the KV cache."""
     keys = batch * (context + 1)
-    return _forward(config, batch, batch, keys, keys, storage)
+    return _forward(config, batch, batch, (keys, keys), keys, storage)
 
 
 def kernel_work(

@@ -17,6 +17,9 @@ from tvm.script import tirx as T
 from tvm_attn.kernels.activation import exp
 from tvm_attn.kernels.attention import MASKED, attend, error_bound, forget, random_cache
 from tvm_attn.kernels.base import Case, row_groups
+from tvm_attn.storage import numpy_dtype
+
+_LINE_BYTES = 64
 
 
 def _sum_of_lanes(vector: tirx.Buffer, lanes: int) -> tirx.Expr:
@@ -52,6 +55,10 @@ class DecodeAttention:
     """Keys whose scores are one vector, a divisor of `key_chunk`."""
     lanes: int = 16
     """Partial sums of a dot product kept side by side, a divisor of D."""
+    prefetch: str | None = None
+    """A function of an address that fetches its cache line, which a template imports. With it, values are fetched
+    while keys are read, and the next head's keys while values are: a head's run of either is too short for the
+    hardware to fetch ahead."""
 
     def prim_func(self) -> tirx.PrimFunc:
         """See `PortableKernel.prim_func`; blocks "chunk" and "merge"."""
@@ -59,6 +66,14 @@ class DecodeAttention:
         width, scale, g = heads * head_dim, self.scale, row_groups(self.groups)
         key_chunk, key_block, lanes = self.key_chunk, self.key_block, self.lanes
         chunks = -(-context // key_chunk)
+        prefetches, function = self.prefetch is not None, self.prefetch or ""
+        per_line = _LINE_BYTES // numpy_dtype(dtype).itemsize
+
+        @T.inline
+        def fetch_row(cache, slot, kind, head, position):
+            for line in T.unroll((head_dim + per_line - 1) // per_line):
+                element = T.meta_var(cache[slot, kind, head, position, line * per_line])
+                T.evaluate(T.call_extern("int32", function, T.address_of(element)))
 
         @T.prim_func(s_tir=True)
         def decode_attention(
@@ -107,6 +122,9 @@ class DecodeAttention:
                         for block in range((count + key_block - 1) // key_block):
                             with T.sblock("key_block"):
                                 vb = T.axis.opaque((count + key_block - 1) // key_block, block)
+                                if prefetches:
+                                    for j in T.unroll(key_block):
+                                        fetch_row(cache, slot, 1, vh, T.min(first + vb * key_block + j, context - 1))
                                 for j in range(key_block):
                                     with T.sblock("key"):
                                         vj = T.axis.spatial(key_block, j)
@@ -171,12 +189,16 @@ class DecodeAttention:
                             with T.sblock("init_output"):
                                 vd = T.axis.spatial(head_dim, d)
                                 output[vd] = T.float32(0.0)
-                        for j, d in T.grid(count, head_dim):
-                            with T.sblock("accumulate"):
-                                vj, vd = T.axis.remap("RS", [j, d])
-                                output[vd] = output[vd] + scores[vj] * T.Cast(
-                                    "float32", cache[slot, 1, vh, first + vj, vd]
-                                )
+                        for j in range(count):
+                            if prefetches:
+                                fetch_row(cache, slot, 0, T.min(vh + 1, heads - 1), first + j)
+                            for d in range(head_dim):
+                                with T.sblock("accumulate"):
+                                    vj = T.axis.reduce(count, j)
+                                    vd = T.axis.spatial(head_dim, d)
+                                    output[vd] = output[vd] + scores[vj] * T.Cast(
+                                        "float32", cache[slot, 1, vh, first + vj, vd]
+                                    )
                         for d in range(head_dim):
                             with T.sblock("keep_output"):
                                 vd = T.axis.spatial(head_dim, d)

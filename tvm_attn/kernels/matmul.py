@@ -335,6 +335,7 @@ class ResidualLinear(_Matmul):
         for weights in FORMATS:
             yield _case(ResidualLinear(3072, 768, 8, 32, weights), 2, "124M MLP projection")
             yield _case(ResidualLinear(768, 768, 1, 32, weights, groups=1), 1, "one row")
+            yield _case(ResidualLinear(768, 768, 8, 32, weights, groups=1), 1, "one group")
         yield _case(ResidualLinear(77, 33, 8, 1, "float32"), 5, "odd sizes")
 
 
@@ -391,6 +392,7 @@ class QKVLinear(_Matmul):
                 sizes: dict[str, Any] = {"heads": 2, "context": 16, "cache_dtype": cache_dtype}
                 yield _case(QKVLinear(128, 384, 8, 32, weights, **sizes), 3, "ragged rows and padding")
                 yield _case(QKVLinear(128, 384, 1, 32, weights, groups=1, **sizes), 1, "one row")
+                yield _case(QKVLinear(128, 384, 8, 32, weights, groups=1, **sizes), 1, "one group")
         yield _case(QKVLinear(60, 180, 8, 4, "float32", heads=3, context=5), 2, "head_dim 20")
 
 

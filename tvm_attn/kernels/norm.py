@@ -77,6 +77,7 @@ class LayerNorm:
         for kernel, groups, name, offset, scale in (
             (LayerNorm(768, 1e-5, 8), 3, "124M", 0.0, 1.0),
             (LayerNorm(768, 1e-5, 1, groups=1), 1, "one row", 0.0, 1.0),
+            (LayerNorm(768, 1e-5, 8, groups=1), 1, "one group", 0.0, 1.0),
             (LayerNorm(1600, 1e-5, 8), 2, "1.5B", 0.0, 1.0),
             (LayerNorm(37, 1e-6, 8), 2, "odd width", 0.0, 1.0),
             (LayerNorm(64, 1e-5, 8), 1, "large values", 0.0, 1e4),

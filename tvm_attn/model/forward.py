@@ -56,9 +56,9 @@ class Forward:
         self.activations = "float32"
         """Dtype of what lies between a layer's kernels; the residual stream x and the logits are float32 always."""
 
-    def _input(self, x: relax.Var, width: int, groups: tirx.Var | int | None = None) -> list[relax.Var]:
+    def _input(self, x: relax.Var, width: int) -> list[relax.Var]:
         """x (g, R, K) as the weights' format wants it."""
-        weights, g = self.module.layout.weights, self.groups if groups is None else groups
+        weights, g = self.module.layout.weights, self.groups
         if weights in PLAIN:
             return [x]
         if weights == "bfloat16_pairs":
@@ -70,8 +70,8 @@ class Forward:
         result = self.module.call(kernel, [x], [words, scales, scales])
         return [self.module.builder.emit(relax.TupleGetItem(result, i)) for i in range(3)]
 
-    def _type(self, width: int, groups: tirx.Var | int | None = None, dtype: str = "float32") -> relax.TensorType:
-        return relax.TensorType((self.groups if groups is None else groups, self.rows, width), dtype)
+    def _type(self, width: int, dtype: str = "float32") -> relax.TensorType:
+        return relax.TensorType((self.groups, self.rows, width), dtype)
 
     def _sizes(self, name: str) -> tuple[int, int, int, int, str]:
         """K, N, R, C and format of a packed weight."""
@@ -85,23 +85,21 @@ class Forward:
         arguments = [self.token_ids, self.positions, *self._param("wte.weight"), *self._param("wpe.weight")]
         return self.module.call(kernel, arguments, [self._type(width)])
 
-    def norm(self, x: relax.Var, name: str, groups: tirx.Var | int | None = None) -> relax.Var:
+    def norm(self, x: relax.Var, name: str) -> relax.Var:
         """LayerNorm of x with the parameters `name`, in the dtype of activations."""
         arguments = [x, *self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
-        return self.module.call(
-            self._norm_kernel(), arguments, [self._type(self.config.n_embd, groups, self.activations)]
-        )
+        return self.module.call(self._norm_kernel(), arguments, [self._type(self.config.n_embd, self.activations)])
 
-    def _normalized(self, x: relax.Var, name: str, groups: tirx.Var | int | None = None) -> list[relax.Var]:
+    def _normalized(self, x: relax.Var, name: str) -> list[relax.Var]:
         """x behind the LayerNorm `name`, as a linear layer takes it."""
-        return self._input(self.norm(x, name, groups), self.config.n_embd, groups)
+        return self._input(self.norm(x, name), self.config.n_embd)
 
     def qkv(self, x: relax.Var, layer: int) -> tuple[relax.Var, relax.Var]:
         """The cache with the rows' keys and values written, and q (g, R, E), of the normalized x."""
         name, cache = f"h.{layer}.attn.c_attn", self._cache(layer)
         weights = [*self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         arguments = [*self._normalized(x, f"h.{layer}.ln_1"), *weights, self.slots, self.positions, cache]
-        outputs = [cache.ty, self._type(self.config.n_embd, dtype=self.activations)]
+        outputs = [cache.ty, self._type(self.config.n_embd, self.activations)]
         result = self.module.call(self._qkv_kernel(name), arguments, outputs, in_place=[len(arguments) - 1, -1])
         emit = self.module.builder.emit
         return emit(relax.TupleGetItem(result, 0)), emit(relax.TupleGetItem(result, 1))
@@ -112,7 +110,7 @@ class Forward:
         weights = [*self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         arguments = [*self._normalized(x, f"h.{layer}.ln_2"), *weights]
         return self.module.call(
-            self._hidden_kernel(name), arguments, [self._type(self.config.n_inner, dtype=self.activations)]
+            self._hidden_kernel(name), arguments, [self._type(self.config.n_inner, self.activations)]
         )
 
     def residual_linear(self, x: relax.Var, name: str, residual: relax.Var) -> relax.Var:
@@ -130,19 +128,19 @@ class Forward:
     def _attention(self, q: relax.Var, cache: relax.Var, layer: int, sequences: relax.Var | None) -> relax.Var:
         rows = [self.slots, self.positions] if sequences is None else [sequences]
         kernel = self._attention_kernel(layer, is_decode=sequences is None)
-        return self.module.call(kernel, [q, cache, *rows], [self._type(self.config.n_embd, dtype=self.activations)])
+        return self.module.call(kernel, [q, cache, *rows], [self._type(self.config.n_embd, self.activations)])
 
-    def gather(self, x: relax.Var, rows: relax.Var, groups: tirx.Var) -> relax.Var:
-        """The given rows of x, as (q, R, E)."""
+    def gather(self, x: relax.Var, rows: relax.Var) -> relax.Var:
+        """The given rows of x, as many as this pass has."""
         kernel = GatherRows(self.config.n_embd, self.rows)
-        return self.module.call(kernel, [x, rows], [self._type(self.config.n_embd, groups)])
+        return self.module.call(kernel, [x, rows], [self._type(self.config.n_embd)])
 
-    def head(self, x: relax.Var, groups: tirx.Var | int | None = None) -> relax.Var:
+    def head(self, x: relax.Var) -> relax.Var:
         """Logits of the normalized x."""
         name = "wte.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         columns = padded_vocabulary(self.config, self.module.layout)
-        arguments = [*self._normalized(x, "ln_f", groups), *self._param(name)]
-        return self.module.call(self._head_kernel(name), arguments, [self._type(columns, groups)])
+        arguments = [*self._normalized(x, "ln_f"), *self._param(name)]
+        return self.module.call(self._head_kernel(name), arguments, [self._type(columns)])
 
     # ---- the kernels, which a subclass may choose otherwise ----
 

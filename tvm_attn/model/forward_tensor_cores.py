@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax, tirx
+from tvm import relax
 
 from tvm_attn.kernels import Kernel, cuda
 from tvm_attn.model.forward import Forward
@@ -21,13 +21,13 @@ class TensorCoreForward(Forward):
         super().__init__(*arguments)
         self.activations = self.dtype
 
-    def _input(self, x: relax.Var, width: int, groups: tirx.Var | int | None = None) -> list[relax.Var]:
+    def _input(self, x: relax.Var, width: int) -> list[relax.Var]:
         return [x]
 
-    def _normalized(self, x: relax.Var, name: str, groups: tirx.Var | int | None = None) -> list[relax.Var]:
+    def _normalized(self, x: relax.Var, name: str) -> list[relax.Var]:
         if self.static_groups == 1:
             return [x, *self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
-        return super()._normalized(x, name, groups)
+        return super()._normalized(x, name)
 
     def _linear_sizes(self, name: str, normalizes: bool) -> dict[str, Any]:
         """What all linear layers of `tvm_attn.kernels.cuda` share."""

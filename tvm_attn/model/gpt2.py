@@ -4,19 +4,20 @@ The module has these functions; token_ids, positions and slots are (g, R) int32,
 position -1. `kv` is a tuple with one cache (S, 2, H, P, D) a layer, updated in place; `params` is the tuple of packed
 parameters that `transform_params` returns.
 
-    prefill(token_ids, positions, slots, sequences (b, 4), last_rows (q, R), kv, params) -> logits (q, R, V')
+    prefill(token_ids, positions, slots, sequences (b, 4), last_rows, last_positions, last_slots (q, R), kv, params)
+        -> logits (q, R, V')
     logits(token_ids, positions, slots, sequences (b, 4), kv, params) -> logits (g, R, V')
     decode(token_ids, positions, slots, kv, params) -> logits (g, R, V')
     decode_one(...)   the same for one row: g = R = 1, with kernels made for it
-    decode_group(...) the same for one group: g = 1, with kernels made for it; where there are tensor cores
+    decode_group(...) the same for one group: g = 1, with kernels made for it; on processors and tensor cores
     step(...)         as decode, then token_ids becomes the argmax of the logits and positions count one up, in place;
                       step_one and step_group for one row and group; where there are tensor cores
     argmax(logits (g, R, V')) -> token_ids (g, R);  argmax_one for one row
     transform_params(get) -> packed parameters; `get(index, name)` gives a canonical one
 
 V' is the vocabulary rounded up to whole weight strips; the columns past V are zero. `sequences` is explained at
-`PrefillAttention`; `last_rows` are the rows whose logits are wanted. A step is made for a CUDA graph: it needs nothing
-from the host but what the last one left in its arguments.
+`PrefillAttention`; `last_rows` are the rows whose logits are wanted, at most `max_batch`. A step is made for a CUDA
+graph: it needs nothing from the host but what the last one left in its arguments.
 """
 
 from __future__ import annotations
@@ -51,35 +52,60 @@ class _Tuples:
         return [self._module.builder.emit(relax.TupleGetItem(self.params, index)) for index in self._places[name]]
 
 
-def _row_inputs(groups: tirx.Var | int, rows: int) -> tuple[relax.Var, relax.Var, relax.Var]:
-    shape = relax.TensorType((groups, rows), "int32")
-    return relax.Var("token_ids", shape), relax.Var("positions", shape), relax.Var("slots", shape)
+def _row_inputs(
+    groups: tirx.Var | int, rows: int, names: tuple[str, str, str] = ("token_ids", "positions", "slots")
+) -> tuple[relax.Var, relax.Var, relax.Var]:
+    first, second, third = (relax.Var(name, relax.TensorType((groups, rows), "int32")) for name in names)
+    return first, second, third
+
+
+def _sequences() -> relax.Var:
+    return relax.Var("sequences", relax.TensorType((tirx.Var("b", "int64"), 4), "int32"))
 
 
 def _forward_class(module: Module) -> type[Forward]:
     return TensorCoreForward if module.layout.tensor_cores else Forward
 
 
-def _add_forward(module: Module, name: str, max_groups: int) -> None:
-    """Adds prefill (logits of chosen rows) or logits (of all rows)."""
-    rows, builder, tuples = module.layout.rows, module.builder, _Tuples(module)
-    g, q, b = (tirx.Var(letter, "int64") for letter in "gqb")
-    inputs = _row_inputs(g, rows)
-    sequences = relax.Var("sequences", relax.TensorType((b, 4), "int32"))
-    last_rows = relax.Var("last_rows", relax.TensorType((q, rows), "int32"))
-    chosen = [last_rows] if name == "prefill" else []
+def _add_logits(module: Module, max_groups: int) -> None:
+    """Adds logits, of all rows."""
+    rows, builder, tuples, g = module.layout.rows, module.builder, _Tuples(module), tirx.Var("g", "int64")
+    inputs, sequences = _row_inputs(g, rows), _sequences()
     # The upper bound lets the memory planner place all activations once, for every length.
-    attributes = {"tir_var_upper_bound": {"g": max_groups, "q": max_groups}}
-    with builder.function(name, [*inputs, sequences, *chosen, tuples.kv, tuples.params], attrs=attributes):
+    attributes = {"tir_var_upper_bound": {"g": max_groups}}
+    with builder.function("logits", [*inputs, sequences, tuples.kv, tuples.params], attrs=attributes):
         with builder.dataflow():
             forward = _forward_class(module)(module, g, rows, max_groups * rows, inputs, tuples.cache, tuples.param)
             x = forward.embed()
             for layer in range(module.config.n_layer):
                 _, x = forward.block(x, layer, sequences)
-            if chosen:
-                x = forward.gather(x, last_rows, q)
-            groups = q if chosen else g
-            logits = builder.emit_output(forward.head(x, groups))
+            logits = builder.emit_output(forward.head(x))
+        builder.emit_func_output(logits)
+
+
+def _add_prefill(module: Module, max_groups: int, max_last_groups: int) -> None:
+    """Adds prefill, which gives the logits of chosen rows.
+
+    What the other rows are to these, they are through their keys and values. So the last layer is their keys and
+    values, and a layer of decode for the chosen rows, which writes its own keys and values a second time.
+    """
+    rows, builder, tuples, final = module.layout.rows, module.builder, _Tuples(module), module.config.n_layer - 1
+    g, q = (tirx.Var(letter, "int64") for letter in "gq")
+    inputs, sequences = _row_inputs(g, rows), _sequences()
+    last_rows, last_positions, last_slots = chosen = _row_inputs(q, rows, ("last_rows", "last_positions", "last_slots"))
+    attributes = {"tir_var_upper_bound": {"g": max_groups, "q": max_last_groups}}
+    with builder.function("prefill", [*inputs, sequences, *chosen, tuples.kv, tuples.params], attrs=attributes):
+        with builder.dataflow():
+            forward_class = _forward_class(module)
+            forward = forward_class(module, g, rows, max_groups * rows, inputs, tuples.cache, tuples.param)
+            x = forward.embed()
+            for layer in range(final):
+                _, x = forward.block(x, layer, sequences)
+            cache, _ = forward.qkv(x, final)
+            last_inputs = (None, last_positions, last_slots)
+            last = forward_class(module, q, rows, max_last_groups * rows, last_inputs, lambda _: cache, tuples.param)
+            _, x = last.block(last.gather(x, last_rows), final, None)
+            logits = builder.emit_output(last.head(x))
         builder.emit_func_output(logits)
 
 
@@ -221,12 +247,13 @@ def build_program(config: GPT2Config, layout: Layout, max_prefill_rows: int, max
     """
     module, rows = Module(config, layout), layout.rows
     prefill_groups, decode_groups = -(-max_prefill_rows // rows), -(-max_batch // rows)
-    _add_forward(module, "prefill", prefill_groups)
-    _add_forward(module, "logits", prefill_groups)
+    _add_prefill(module, prefill_groups, decode_groups)
+    _add_logits(module, prefill_groups)
     _add_decode(module, "decode", rows, None, decode_groups)
     _add_decode(module, "decode_one", 1, 1, 1)
-    if layout.tensor_cores:
+    if layout.tensor_cores or layout.fuse_layers:
         _add_decode(module, "decode_group", rows, 1, 1)
+    if layout.tensor_cores:
         _add_step(module, "step", rows, None, decode_groups)
         _add_step(module, "step_group", rows, 1, 1)
         _add_step(module, "step_one", 1, 1, 1)

@@ -146,7 +146,7 @@ class CompiledEngine:
 
         Args:
             prompts: int32 arrays (T_b,), 1 <= T_b <= n_positions, lengths may differ.
-            slots: the slot of each; it is filled at positions 0 .. T_b - 1.
+            slots: the slot of each, all different; it is filled at positions 0 .. T_b - 1.
 
         Returns:
             Logits of each prompt's last token.
@@ -157,9 +157,14 @@ class CompiledEngine:
         parts = []
         for first, last in self._calls(prompts):
             rows = self._prompt_rows(prompts[first:last], slots[first:last])
-            ends = np.cumsum([len(prompt) for prompt in prompts[first:last]]) - 1
-            last_rows = self._inputs.write("last_rows", self._groups(ends.astype(np.int32), fill=0))
-            parts.append((self._call("prefill", *rows, last_rows), last - first))
+            lengths = np.array([len(prompt) for prompt in prompts[first:last]], np.int32)
+            ends = {
+                "last_rows": self._groups(np.cumsum(lengths, dtype=np.int32) - 1, 0),
+                "last_positions": self._groups(lengths - 1, -1),
+                "last_slots": self._groups(np.asarray(slots[first:last], np.int32), 0),
+            }
+            tensors = [self._inputs.write(name, values) for name, values in ends.items()]
+            parts.append((self._call("prefill", *rows, *tensors), last - first))
         return self._device_logits(parts)
 
     def logits(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> list[npt.NDArray[np.float32]]:

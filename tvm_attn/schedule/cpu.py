@@ -22,13 +22,13 @@ from tvm_attn.kernels import (
     PackWords,
     PrefillAttention,
     QuantizeRows,
+    ResidualLinear,
 )
 from tvm_attn.kernels.matmul import DOT_BFLOAT16, DOT_INT8
 from tvm_attn.kernels.weights import PLAIN, packed_types
 from tvm_attn.kernels.weights import strip_columns as largest_divisor
 from tvm_attn.schedule.base import Chooser, Template
-from tvm_attn.schedule.prefetch import ANNOTATION as PREFETCH
-from tvm_attn.schedule.prefetch import PREFETCH_LLVM, insert_prefetches
+from tvm_attn.schedule.prefetch import AHEAD, PREFETCH, PREFETCH_LLVM, TILES, insert_prefetches
 from tvm_attn.storage import numpy_dtype
 from tvm_attn.targets import CpuTarget
 
@@ -140,9 +140,11 @@ def _matmul(kernel: Any, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     schedule.reorder(outer, strip, group, row, column)
     task = schedule.fuse(outer, strip)
     schedule.parallel(task)
-    prefetch = choose("prefetch_bytes", (0, 512, 1024, 2048, 4096), 2048 if kernel.rows > 1 and not plain else 0)
-    if prefetch or dot_step:
-        schedule.annotate(task, "pragma_import_llvm", (dot_step or "") + (PREFETCH_LLVM if prefetch else ""))
+    ahead = choose("prefetch_bytes", (0, 4096, 8192, 16384, 32768), 16384 if kernel.rows > 1 else 0)
+    has_tiles = kernel.groups is None
+    if ahead or has_tiles or dot_step:
+        text = (dot_step or "") + (PREFETCH_LLVM if ahead or has_tiles else "")
+        schedule.annotate(task, "pragma_import_llvm", text)
     schedule.vectorize(column)
     schedule.unroll(row)
     schedule.compute_at(matmul, group, preserve_unit_loops=True)
@@ -156,9 +158,11 @@ def _matmul(kernel: Any, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     if unroll > 1 and steps % unroll == 0:
         k, innermost = schedule.split(k, [None, unroll])
         schedule.unroll(innermost)
-    if prefetch:
+    if ahead:
         row_bytes = kernel.columns * numpy_dtype(weight_dtype).itemsize
-        schedule.annotate(innermost, PREFETCH, max(1, prefetch // row_bytes))
+        schedule.annotate(innermost, AHEAD, max(1, ahead // row_bytes))
+    if has_tiles:
+        schedule.annotate(group, TILES, 1)
     # Plain formats vectorise the columns; the others hold vector statements.
     spread = schedule.vectorize if kernel.weights in PLAIN else schedule.unroll
     spread(column)
@@ -169,7 +173,8 @@ def _matmul(kernel: Any, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     schedule.unroll(row)
     function = _finish(schedule)
     weight = function.params[1 if plain else 3]
-    return insert_prefetches(function, weight, weight_shape[1] // steps)
+    residual = function.params[-2] if isinstance(kernel, ResidualLinear) else None
+    return insert_prefetches(function, weight, weight_shape[1] // steps, residual)
 
 
 def _pack(kernel: PackPlain | PackWords, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
@@ -294,9 +299,13 @@ def _decode_attention(kernel: DecodeAttention, target: CpuTarget, choose: Choose
     key_chunk = choose("key_chunk", (128, 256, 512, 1024), 256)
     key_block = choose("key_block", (8, 16, 32), 16)
     lanes = largest_divisor(kernel.head_dim, target.lanes)
-    tiled = replace(kernel, key_chunk=key_chunk, key_block=key_block, lanes=lanes)
+    prefetch = PREFETCH if choose("prefetch", (0, 1), 1) else None
+    tiled = replace(kernel, key_chunk=key_chunk, key_block=key_block, lanes=lanes, prefetch=prefetch)
     schedule = s_tir.Schedule(tiled.prim_func(), enable_check=False)
-    schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock("chunk"))))
+    task = schedule.fuse(*schedule.get_loops(schedule.get_sblock("chunk")))
+    schedule.parallel(task)
+    if prefetch:
+        schedule.annotate(task, "pragma_import_llvm", PREFETCH_LLVM)
     merge_loops = schedule.get_loops(schedule.get_sblock("merge"))
     if not _is_one_row(kernel):
         schedule.parallel(schedule.fuse(*merge_loops))
@@ -325,14 +334,14 @@ def _argmax(kernel: Argmax, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc
 
 
 TEMPLATES: tuple[Template, ...] = (
-    Template("cpu.matmul", 1, ("linear", "residual_linear", "qkv_linear", "head"), _matmul),
+    Template("cpu.matmul", 2, ("linear", "residual_linear", "qkv_linear", "head"), _matmul),
     Template("cpu.pack", 1, ("pack_plain", "pack_words"), _pack),
     Template("cpu.pack_pairs", 1, ("pack_pairs",), _pack_pairs),
     Template("cpu.quantize_rows", 1, ("quantize_rows",), _quantize_rows),
     Template("cpu.rows", 1, ("embedding", "gather_rows"), _rows),
     Template("cpu.layer_norm", 1, ("layer_norm",), _layer_norm),
     Template("cpu.prefill_attention", 1, ("prefill_attention",), _prefill_attention),
-    Template("cpu.decode_attention", 1, ("decode_attention",), _decode_attention),
+    Template("cpu.decode_attention", 2, ("decode_attention",), _decode_attention),
     Template("cpu.argmax", 1, ("argmax",), _argmax),
 )
 """The templates of this device class."""

@@ -1,12 +1,18 @@
-"""Software prefetch of packed weights, for which there is no schedule primitive.
+"""Software prefetch in matrix multiplications, for which there is no schedule primitive.
 
-With a register tile of several rows a core computes so long on a cache line that the loads it has in flight do not
-cover memory's latency: 8 rows of float32 read weights at 23 GB/s without prefetch and at 31 GB/s with it, one row at
-33 GB/s (benchmarks/README.md).
+A register tile of several rows keeps a core busy for so long that its own loads and stores are not issued early enough
+to cover the latency of memory (benchmarks/README.md):
+
+- 8 rows of float32 read weights at 19 GB/s without prefetch and at 26 GB/s with it, one row at 27 GB/s;
+- with many rows, a core waits at the end of each tile for the lines that the tile's results are stored to.
+
+Weights are fetched into the level-2 cache: waiting for memory, they would hold the few buffers for misses of the first
+level, where they would also displace the rows of x.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tvm import ir, s_tir, tirx
@@ -14,67 +20,128 @@ from tvm_ffi.structural import structural_map, structural_walk
 
 from tvm_attn.storage import numpy_dtype
 
-ANNOTATION = "tvm_attn.prefetch"
+AHEAD = "tvm_attn.prefetch_ahead"
 """On a loop over K of a block "matmul": the rows of the weight that lie between what is fetched and what is used."""
+TILES = "tvm_attn.prefetch_tiles"
+"""On the loop over the groups of a block: what the epilogue of a tile stores to, and the residual that it reads, are
+fetched before the tile is computed."""
+
+PREFETCH, PREFETCH_TO_WRITE = "tvm_attn_prefetch", "tvm_attn_prefetch_to_write"
+"""Functions of an address: its cache line is wanted in the second level, or in the first to be written."""
 
 PREFETCH_LLVM = """
 define linkonce_odr i32 @tvm_attn_prefetch(ptr %address) alwaysinline {
-  call void @llvm.prefetch.p0(ptr %address, i32 0, i32 3, i32 1) memory(inaccessiblemem: readwrite)
+  call void @llvm.prefetch.p0(ptr %address, i32 0, i32 2, i32 1) memory(inaccessiblemem: readwrite)
+  ret i32 0
+}
+define linkonce_odr i32 @tvm_attn_prefetch_to_write(ptr %address) alwaysinline {
+  call void @llvm.prefetch.p0(ptr %address, i32 1, i32 3, i32 1) memory(inaccessiblemem: readwrite)
   ret i32 0
 }
 declare void @llvm.prefetch.p0(ptr nocapture readonly, i32 immarg, i32 immarg, i32 immarg)
 """
-"""What a function with prefetches imports. TVM's own call could touch any memory as far as LLVM knows, and accumulators
-would be stored at every step."""
+"""The functions, which a kernel with prefetches imports. TVM's own call could touch any memory as far as LLVM knows, so
+that accumulators would be stored at every step."""
 
 _LINE_BYTES = 64
+_LINE_FLOATS = _LINE_BYTES // 4
 
 
-def insert_prefetches(function: tirx.PrimFunc, weight: ir.Var, rows_per_step: int) -> tirx.PrimFunc:
-    """Fetches, in the loops that carry the annotation, the weight some rows ahead of those that the loop's body uses.
+def insert_prefetches(
+    function: tirx.PrimFunc, weight: ir.Var, rows_per_step: int, residual: ir.Var | None = None
+) -> tirx.PrimFunc:
+    """Adds prefetches to the loops that carry an annotation of this module.
 
-    Past the end of a strip that is the start of the next one; past the end of the weight it is an address that nothing
-    reads, which a prefetch may have.
+    Past the end of a strip lies the next one; past the end of the weight it is an address that nothing reads, which a
+    prefetch may have.
 
     Args:
-        function: its block "matmul" has the iterators (group, strip, row, column, step of K).
+        function: its blocks "matmul" and "epilogue" have the iterators (group, strip, row, column, ...); the last one
+            of "matmul" is the step of K.
         weight: the parameter (strips, rows, C).
         rows_per_step: rows of the weight that a step of K takes.
+        residual: the parameter (groups, R, N) that the epilogue adds, if there is one.
     """
-
-    _, _, columns = (int(size) for size in weight.ty.shape)
+    columns = int(weight.ty.shape[2])
     per_line = _LINE_BYTES // numpy_dtype(str(weight.ty.dtype)).itemsize
-    fetched = range(0, rows_per_step * columns, per_line)
 
-    def with_prefetches(loop: tirx.For) -> tirx.For:
-        if ANNOTATION not in loop.annotations:
+    def ahead(loop: tirx.For) -> tirx.For:
+        if AHEAD not in loop.annotations:
             return loop
-        annotations = {name: value for name, value in loop.annotations.items() if name != ANNOTATION}
-        strip, step = _first_use(loop.body)
-        row = step * rows_per_step + int(loop.annotations[ANNOTATION])
-        fetches = [_fetch(weight[strip, row + place // columns, place % columns]) for place in fetched]
-        body = tirx.SeqStmt([*fetches, loop.body])
-        return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, annotations=annotations)
+        _, strip, _, _, step = _first_indices("matmul", loop.body)
+        row = step * rows_per_step + int(loop.annotations[AHEAD])
+        places = range(0, rows_per_step * columns, per_line)
+        fetches = [_fetch(weight[strip, row + place // columns, place % columns]) for place in places]
+        return _with_body(loop, AHEAD, [*fetches, loop.body])
 
-    return function.with_body(structural_map(function.body, (tirx.For, with_prefetches)))
+    def tiles(loop: tirx.For) -> tirx.For:
+        if TILES not in loop.annotations:
+            return loop
+        group, strip, *_ = _first_indices("epilogue", loop.body)
+        count = tirx.min(loop.extent, function.params[0].ty.shape[0] - _substitute(group, {loop.loop_var: 0}))
+        results = _results(_block("epilogue", loop.body), group, strip, columns, residual)
+        # The loop may run past the last group, where there is nothing to fetch.
+        return _with_body(
+            loop, TILES, [tirx.IfThenElse(loop.loop_var < count, tirx.SeqStmt([*results, loop.body]), None)]
+        )
 
-
-def _first_use(body: tirx.Stmt) -> tuple[Any, Any]:
-    """The strip and the step of K of the first "matmul" in a statement."""
-    zeros: dict[ir.Var, tirx.IntImm] = {}
-    matmuls: list[s_tir.SBlockRealize] = []
-
-    def visit(statement: Any) -> None:
-        if isinstance(statement, tirx.For):
-            zeros[statement.loop_var] = tirx.IntImm("int32", 0)
-        elif statement.block.name_hint.startswith("matmul"):
-            matmuls.append(statement)
-
-    structural_walk(body, ((tirx.For, s_tir.SBlockRealize), visit))
-    _, strip, _, _, step = matmuls[0].iter_values
-    strip, step = (structural_map(value, (ir.Var, lambda var: zeros.get(var, var))) for value in (strip, step))
-    return strip, step
+    body = structural_map(function.body, (tirx.For, ahead))
+    return function.with_body(structural_map(body, (tirx.For, tiles)))
 
 
-def _fetch(element: Any) -> tirx.Stmt:
-    return tirx.Evaluate(tirx.call_extern("int32", "tvm_attn_prefetch", tirx.address_of(element)))
+def _results(
+    epilogue: s_tir.SBlockRealize, group: Any, strip: Any, columns: int, residual: ir.Var | None
+) -> list[tirx.Stmt]:
+    """Fetches what the epilogue of a tile stores to, and what it reads of the residual: each line once."""
+
+    def fetch(store: tirx.BufferStore) -> tirx.Stmt:
+        fetches = [_fetch(store.buffer[tuple(store.indices)], PREFETCH_TO_WRITE)]
+        if residual is not None:
+            fetches.append(_fetch(residual[tuple(store.indices)]))
+        return tirx.SeqStmt(fetches) if residual is not None else fetches[0]
+
+    block = epilogue.block
+    body = structural_map(block.body, (tirx.BufferStore, fetch))
+    variables, rows = [iterator.var for iterator in block.iter_vars], int(block.iter_vars[2].dom.extent)
+    return [
+        _substitute(body, dict(zip(variables, (group, strip, row, column), strict=True)))
+        for row in range(rows)
+        for column in range(0, columns, _LINE_FLOATS)
+    ]
+
+
+def _with_body(loop: tirx.For, done: str, statements: list[tirx.Stmt]) -> tirx.For:
+    annotations = {name: value for name, value in loop.annotations.items() if name != done}
+    body = tirx.SeqStmt(statements) if len(statements) > 1 else statements[0]
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, annotations=annotations)
+
+
+def _block(name: str, body: tirx.Stmt) -> s_tir.SBlockRealize:
+    """The first block of that name in a statement."""
+    found: list[s_tir.SBlockRealize] = []
+
+    def visit(realize: s_tir.SBlockRealize) -> None:
+        if realize.block.name_hint.startswith(name):
+            found.append(realize)
+
+    structural_walk(body, (s_tir.SBlockRealize, visit))
+    return found[0]
+
+
+def _first_indices(name: str, body: tirx.Stmt) -> list[Any]:
+    """The values of a block's iterators where the loops of the statement begin."""
+    starts: dict[ir.Var, int] = {}
+    structural_walk(body, (tirx.For, lambda loop: starts.update({loop.loop_var: 0})))
+    return [_substitute(value, starts) for value in _block(name, body).iter_values]
+
+
+def _substitute(value: Any, variables: Mapping[ir.Var, Any]) -> Any:
+    def replace(variable: ir.Var) -> Any:
+        value = variables.get(variable, variable)
+        return tirx.IntImm("int32", value) if isinstance(value, int) else value
+
+    return structural_map(value, (ir.Var, replace))
+
+
+def _fetch(element: Any, function: str = PREFETCH) -> tirx.Stmt:
+    return tirx.Evaluate(tirx.call_extern("int32", function, tirx.address_of(element)))
