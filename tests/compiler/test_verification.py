@@ -13,7 +13,7 @@ from transformers import GPT2Config as HuggingFaceConfig
 from transformers import GPT2LMHeadModel
 
 import tvm_attn
-from tvm_attn.compiler.verification import BOUNDS, Bounds, Check, Report, prompt_lengths, verify
+from tvm_attn.compiler.verification import BOUNDS, VERIFY_BATCH, Bounds, Check, Report, prompt_lengths, verify
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import VerificationError
 from tvm_attn.model.checkpoint import cast_params, open_checkpoint, random_params
@@ -170,7 +170,7 @@ def test_a_coarser_storage_dtype_is_out_of_bounds(demo_model_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def engine(demo_artifact: Path) -> CompiledEngine:
-    return tvm_attn.load(demo_artifact, max_batch=5).engine
+    return tvm_attn.load(demo_artifact, max_batch=VERIFY_BATCH).engine
 
 
 class Altered:
@@ -245,7 +245,7 @@ def test_scaled_parameter_is_found(
     report = verify(artifact, engine)
     assert failed(report) == {"logits", "prefill", "decode_one", "decode"}
     with pytest.raises(
-        VerificationError, match=r"^lib\.so disagrees with PyTorch in \d+ of 16 checks; worst: "
+        VerificationError, match=r"^lib\.so disagrees with PyTorch in \d+ of 17 checks; worst: "
     ) as error:
         report.raise_if_failed("lib.so")
     assert len(str(error.value).splitlines()) == 1

@@ -104,7 +104,7 @@ def test_check_and_time_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     module = tvm.IRModule({"main": schedule(TINY, TARGET).with_attr("global_symbol", "main")})
     good = tvm.tirx.build(module, target=tvm.target.Target(TARGET.tvm))["main"]
     monkeypatch.setattr(workers, "_COLD_BYTES", 1 << 20)
-    prepared = [workers._Prepared(call.case()) for call in calls_of(TINY)]
+    prepared = [workers._Prepared(call) for call in calls_of(TINY)]
     assert all(len(entry.arguments) > 1 for entry in prepared)
     monkeypatch.setattr(workers, "_prepared", prepared)
     times = workers.measure({"main": good}, None, None, [])

@@ -23,8 +23,9 @@ from tvm_attn.runtime.engine import CompiledEngine
 
 LENGTHS = (1, 7, 64)
 """Prompt lengths that are checked besides the full context and its neighbour."""
-VERIFY_BATCH = 5
-"""Slots of the engine that is checked: enough for a ragged batch of every length."""
+VERIFY_BATCH = 9
+"""Slots of the engine that is checked: enough for a ragged batch of every length, and for more than one group of rows,
+which has kernels of its own."""
 _DECODE_STEPS = 4
 # Tokens of the float64 run that measures the float32 reference's own error.
 _FLOAT64_TOKENS = 64
@@ -217,6 +218,12 @@ def _comparisons(
         case = f"ragged batch {', '.join(map(str, room))}, {steps} more"
         if len(room) > 1:
             yield "decode", case, partial(_decode, engine, ids, expected, room, steps)
+    short = [length for length in batch if length <= LENGTHS[-1] and length < context]
+    if engine.max_batch > len(batch) and short:
+        many = [short[index % len(short)] for index in range(engine.max_batch)]
+        steps = min(_DECODE_STEPS, context - max(many))
+        case = f"batch of {len(many)}, each {' or '.join(map(str, short))} cached, {steps} more"
+        yield "decode", case, partial(_decode, engine, ids, expected, many, steps)
 
 
 def _all_rows(

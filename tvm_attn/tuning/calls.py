@@ -29,8 +29,9 @@ from tvm_attn.storage import numpy_dtype
 from tvm_attn.targets import Peak
 
 _ROWS = (128, 1023)
-"""Rows of prompts: GPT-2 124M's usual benchmark, and its full context less the token to come. One group of rows stands
-for decode with a batch."""
+"""Rows of prompts: GPT-2 124M's usual benchmark, and its full context less the token to come."""
+_GROUPS = 2
+"""Row groups of a short prompt or a large batch. One group alone has kernels of its own."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _matmul_calls(kernel: Any) -> tuple[Call, ...]:
         # Logits of a prompt are those of its last row, or of all its rows.
         counts = (1, -(-_ROWS[0] // kernel.rows))
     else:
-        counts = (1, *(-(-rows // kernel.rows) for rows in _ROWS))
+        counts = (_GROUPS, *(-(-rows // kernel.rows) for rows in _ROWS))
     function, calls = kernel.prim_func(), []
     for groups in counts:
         rows = groups * kernel.rows

@@ -18,24 +18,26 @@ from tvm.tirx import build as build_module
 from tvm_attn.errors import VerificationError
 from tvm_attn.kernels import Case, PortableKernel
 from tvm_attn.runtime.machine import set_threads
-from tvm_attn.tuning.calls import calls_of
+from tvm_attn.tuning.calls import Call, calls_of
 
-# Calls walk through copies of their inputs that are larger than a cache: in a model, weights and KV cache come from
-# memory, because all the other layers were used in between.
+# Calls walk through copies of their inputs until they have read more than a cache holds: in a model, weights and KV
+# cache come from memory, because all the other layers were used in between.
 _COLD_BYTES = 128 << 20
 _MAX_COPIES = 1024
+_MAX_COPIES_BYTES = 1 << 30
 _REPEATS = 5
 _REPEAT_SECONDS = 0.05
 
 
 class _Prepared:
-    """The tensors of a case, several times over."""
+    """The tensors of a call's case, several times over."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        size = sum(array.nbytes for array in (*case.inputs, *case.outputs))
-        copies = min(_MAX_COPIES, max(1, math.ceil(_COLD_BYTES / size)))
+    def __init__(self, call: Call) -> None:
+        self.case = case = call.case()
         arrays = (*case.inputs, *case.outputs)
+        # A KV cache is larger than the part of it that a call reads.
+        most = min(_MAX_COPIES, _MAX_COPIES_BYTES // sum(array.nbytes for array in arrays))
+        copies = max(1, min(most, math.ceil(_COLD_BYTES / call.bytes)))
         self.arguments = [[tvm.runtime.tensor(array) for array in arrays] for _ in range(copies)]
 
 
@@ -55,7 +57,7 @@ def start_runner(log: str, kernel: PortableKernel) -> None:
     """Begins a worker that measures candidates of a kernel: makes the inputs."""
     start(log)
     set_threads(None)
-    _prepared.extend(_Prepared(call.case()) for call in calls_of(kernel))
+    _prepared.extend(_Prepared(call) for call in calls_of(kernel))
 
 
 def build(module: tvm.IRModule, target: tvm.target.Target, library: str) -> str:
