@@ -185,10 +185,10 @@ def _weight_format(config: GPT2Config, target: Target, dtype: str, quant: str) -
 
 def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str) -> Layout:
     """The layout of a model's library for a target."""
-    weights = _weight_format(config, target, dtype, quant)
+    rows, weights, on_cpu = target.tile_rows, _weight_format(config, target, dtype, quant), target.device == "cpu"
     if target.device == "cuda" and dtype != "float32":
-        return Layout(target.tile_rows, 1, dtype, weights, fuse_layers=False, tensor_cores=True)
-    return Layout(target.tile_rows, target.tile_columns, dtype, weights, fuse_layers=target.device == "cpu")
+        return Layout(rows, 1, dtype, weights, fuse_layers=False, group_kernels=True, tensor_cores=True)
+    return Layout(rows, target.tile_columns, dtype, weights, fuse_layers=on_cpu, group_kernels=on_cpu)
 
 
 def _compile(

@@ -9,7 +9,7 @@ parameters that `transform_params` returns.
     logits(token_ids, positions, slots, sequences (b, 4), kv, params) -> logits (g, R, V')
     decode(token_ids, positions, slots, kv, params) -> logits (g, R, V')
     decode_one(...)   the same for one row: g = R = 1, with kernels made for it
-    decode_group(...) the same for one group: g = 1, with kernels made for it; on processors and tensor cores
+    decode_group(...) the same for one group: g = 1, with kernels made for it; where the layout says so
     step(...)         as decode, then token_ids becomes the argmax of the logits and positions count one up, in place;
                       step_one and step_group for one row and group; where there are tensor cores
     argmax(logits (g, R, V')) -> token_ids (g, R);  argmax_one for one row
@@ -251,7 +251,7 @@ def build_program(config: GPT2Config, layout: Layout, max_prefill_rows: int, max
     _add_logits(module, prefill_groups)
     _add_decode(module, "decode", rows, None, decode_groups)
     _add_decode(module, "decode_one", 1, 1, 1)
-    if layout.tensor_cores or layout.fuse_layers:
+    if layout.group_kernels:
         _add_decode(module, "decode_group", rows, 1, 1)
     if layout.tensor_cores:
         _add_step(module, "step", rows, None, decode_groups)

@@ -23,6 +23,7 @@ class Layout:
         dtype: storage dtype of the KV cache and the position table: float32, float16 or bfloat16.
         weights: format of the other matrices, see `tvm_attn.kernels.weights`.
         fuse_layers: whether a layer of decode is one kernel, see `tvm_attn.compiler.fusion`.
+        group_kernels: whether decode has kernels made for one group of rows.
         tensor_cores: whether the kernels are those of `tvm_attn.kernels.cuda`; then C is 1, and dtype no float32.
     """
 
@@ -31,6 +32,7 @@ class Layout:
     dtype: str
     weights: str
     fuse_layers: bool
+    group_kernels: bool
     tensor_cores: bool = False
 
 
