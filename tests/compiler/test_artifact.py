@@ -642,7 +642,7 @@ def test_failed_verification(
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
-    assert line.startswith("error: lib-") and "disagrees with PyTorch in 16 of 16 checks" in line
+    assert line.startswith("error: lib-") and "disagrees with PyTorch in 17 of 17 checks" in line
     assert contents(tmp_path) == before
     assert list(tmp_path.iterdir()) == ([out] if old else [])
 
@@ -673,7 +673,7 @@ def test_successful_build_replaces_an_artifact(
     artifact = Artifact(out)
     assert artifact.manifest["date"] != "1970-01-01"
     (library,) = artifact.manifest["libraries"]
-    assert len(library["verification"]["checks"]) == 16
+    assert len(library["verification"]["checks"]) == 17
     assert all(check["passed"] for check in library["verification"]["checks"])
     assert f"built {out}" in capsys.readouterr().out
     tvm_attn.load(out)

@@ -59,13 +59,13 @@ def test_an_installed_package_is_not_changed(tmp_path: Path, monkeypatch: pytest
 
 def test_time_and_fraction_are_geometric_means() -> None:
     space = Space.of(KERNEL, replace(TARGET, peak=Peak(float32_gflops=1.0, memory_gbytes=1e9)))
-    # 8, 128 and 1024 rows at 1 GFLOP/s take 33, 524 and 4194 us.
-    record = to_record(space, Measurement(space.default, (1e-4, 1e-3, 5e-3)))
-    assert record.time_us == pytest.approx((1e2 * 1e3 * 5e3) ** (1 / 3), rel=1e-3)
+    # 16, 128 and 1024 rows at 1 GFLOP/s take 66, 524 and 4194 us.
+    record = to_record(space, Measurement(space.default, (2e-4, 1e-3, 5e-3)))
+    assert record.time_us == pytest.approx((2e2 * 1e3 * 5e3) ** (1 / 3), rel=1e-3)
     assert record.fraction_of_peak == pytest.approx((0.32768 * 0.524288 * 4.194304 / 5) ** (1 / 3), abs=1e-3)
     assert record.decisions == {choice.name: choice.default for choice in space.choices}
     unknown = Space.of(KERNEL, replace(TARGET, peak=None))
-    assert to_record(unknown, Measurement(space.default, (1e-4, 1e-3, 5e-3))).fraction_of_peak is None
+    assert to_record(unknown, Measurement(space.default, (2e-4, 1e-3, 5e-3))).fraction_of_peak is None
 
 
 def test_two_measurements_of_a_candidate() -> None:
