@@ -26,7 +26,7 @@ from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 MANIFEST = "manifest.json"
 PARAMS_INDEX = "params/tensor-cache.json"
 FORMAT = 4
-"""Version of the artifact's format; a reader accepts its own version only. In 3, CUDA libraries say what runs them."""
+"""Version of the artifact's format; a reader accepts its own version only. In 4, prefill has more arguments."""
 
 
 def digest(body: dict[str, Any]) -> str:
