@@ -1,6 +1,6 @@
 """Packs what a machine without TVM and without a network needs to run, check and measure artifacts.
 
-    python benchmarks/pack.py dist/gpt2 dist/demo --kernels cuda --python 3.12 --out dist/tvm-attn.tar.xz
+    python -m benchmarks.pack dist/gpt2 dist/demo --kernels cuda --python 3.12 --out dist/tvm-attn.tar.xz
 
 The archive holds TVM's runtime without its compiler, tvm_attn, the artifacts, tests and benchmarks for a GPU, and
 `run.py`, which starts a command with the Python there; that has to have NumPy, and PyTorch for what compares with it.
@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 
-from tvm_attn.cli import run, status
-from tvm_attn.compiler.restore import is_restorable
+from benchmarks.restore import is_restorable
+from tvm_attn.cli import progress, run
 from tvm_attn.errors import BenchmarkError
 from tvm_attn.runtime.artifact import MANIFEST, Artifact
 from tvm_attn.runtime.cuda import CUDART
@@ -69,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("artifacts", nargs="*", type=Path, metavar="ARTIFACT", help="folder that tvm_attn.build wrote")
+    parser.add_argument("artifacts", nargs="*", type=Path, metavar="ARTIFACT", help="folder that tvm-attn build wrote")
     parser.add_argument(
         "--kernels",
         metavar="TARGET",
         help="pack every kernel with its test cases, compiled for this CUDA target in some minutes, or a folder that "
-        "python -m tvm_attn.benchmark.gpu.kernel_library_build made",
+        "python -m benchmarks.gpu.kernel_library_build made",
     )
     parser.add_argument(
         "--python",
@@ -95,23 +95,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pack(args: argparse.Namespace) -> int:
     pythons = tuple(dict.fromkeys(version.strip() for version in args.python.split(",")))
-    with tempfile.TemporaryDirectory(prefix="tvm-attn-pack-") as scratch, status() as progress:
+    with tempfile.TemporaryDirectory(prefix="tvm-attn-pack-") as scratch, progress() as show:
         top = Path(scratch) / TOP
-        progress("collecting TVM's runtime and other packages")
+        show("collecting TVM's runtime and other packages")
         collect_packages(top, pythons, args.wheels, Path(scratch))
-        progress("collecting tvm_attn")
+        show("collecting tvm_attn")
         _collect_ours(top)
         artifacts = [collect_artifact(folder, top) for folder in args.artifacts]
         if args.kernels and Path(args.kernels).is_dir():
             shutil.copytree(args.kernels, top / "kernels")
         elif args.kernels:
-            from tvm_attn.benchmark.gpu.kernel_library_build import write_kernel_library
+            from benchmarks.gpu.kernel_library_build import write_kernel_library
 
-            write_kernel_library(args.kernels, top / "kernels", progress)
+            write_kernel_library(args.kernels, top / "kernels", show)
         extra = {name: module for name, module in (*_OTHERS.items(), _CUDA_RUNTIME) if (top / "extra" / name).is_dir()}
         facts = {"platform": platform_name(), "pythons": pythons, "extra": extra, "artifacts": artifacts}
         (top / "bundle.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        progress("compressing")
+        show("compressing")
         size = write_archive(top, args.out, args.limit, args.preset)
     print(f"packed {args.out}: {size / 2**20:.1f} MiB for Python {', '.join(pythons)} on {platform_name()}")
     return 0

@@ -4,7 +4,7 @@
     python3 run.py -m tvm_attn.generate artifacts/demo --prompt "Return"
     python3 run.py -m tvm_attn.verify artifacts/gpt2 --device cuda:0
     python3 run.py -m pytest tests/gpu
-    python3 run.py benchmarks/gpu.py
+    python3 run.py -m benchmarks.gpu
 
 Arguments are the interpreter's; paths are relative to the bundle. Parameters that were left out are made first.
 Needs NumPy, and PyTorch for what compares with it.
@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,7 +41,7 @@ def main() -> int:
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
-def _problem(facts: dict) -> str:
+def _problem(facts: dict[str, Any]) -> str:
     """What this machine lacks for this bundle, or nothing."""
     version = ".".join(platform.python_version_tuple()[:2])
     here = f"{sys.platform}-{platform.machine()}"
@@ -54,7 +55,7 @@ def _problem(facts: dict) -> str:
     return ""
 
 
-def environment(facts: dict, given: dict) -> dict:
+def environment(facts: dict[str, Any], given: dict[str, str]) -> dict[str, str]:
     """Variables that let the command find TVM's runtime, and packages that this Python lacks."""
     lacking = [name for name, module in facts["extra"].items() if not _has(module)]
     paths = [ROOT, ROOT / "site", *(ROOT / "extra" / name for name in lacking)]
@@ -77,7 +78,7 @@ def _has(module: str) -> bool:
 def _restore(folder: Path) -> bool:
     if (folder / "params" / "tensor-cache.json").is_file():
         return True
-    code = "import sys; from tvm_attn.compiler.restore import restore_params; r = restore_params(sys.argv[1]); "
+    code = "import sys; from benchmarks.restore import restore_params; r = restore_params(sys.argv[1]); "
     code += "print(*r.different, sep=', ')"
     print(f"making the parameters of {folder}", file=sys.stderr)
     done = subprocess.run([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, check=False)

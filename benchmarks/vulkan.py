@@ -1,4 +1,4 @@
-"""Everything that is worth measuring on a Vulkan device, in one command: `python benchmarks/vulkan.py`.
+"""Everything that is worth measuring on a Vulkan device, in one command: `python -m benchmarks.vulkan`.
 
 Checks the compiled models against PyTorch, then measures decoding, memory, matrix products, and what a dispatch costs;
 where PyTorch has CUDA, the same on it. `--quick` takes smaller sizes, for software renderers. The result is a JSON
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ from tvm_attn.schedule import schedule
 from tvm_attn.targets import GpuTarget
 
 ROOT = Path(__file__).parents[1]
+_generic = targets.resolve("vulkan")
+assert isinstance(_generic, GpuTarget)
+_GENERIC: GpuTarget = _generic
 _MAGIC = b"TVMATTNV"  # of the kernels within a library; see tvm_attn/vulkan/codegen/build.py
 _STAGES = 16  # dispatches of one call of `_stages`
 _SMALL = GPT2Config(
@@ -264,10 +268,6 @@ class Measurement:
         return float(function.time_evaluator("main", self.device, number=number, repeat=5)(*tensors).median)
 
 
-_GENERIC = targets.resolve("vulkan")
-assert isinstance(_GENERIC, GpuTarget)
-
-
 def _compiled(function: tvm.tirx.PrimFunc, target: GpuTarget) -> Any:
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     return tvm.tirx.build(module, target=tvm_target(target))
@@ -329,7 +329,7 @@ def _cuda(sizes: Sizes) -> dict[str, Any] | None:
     for dtype in (torch.float32, torch.float16):
         x = torch.randn(sizes.rows, sizes.features, dtype=dtype, device="cuda")
         weight = torch.randn(sizes.features, sizes.features, dtype=dtype, device="cuda")
-        seconds = _cuda_seconds(lambda x=x, weight=weight: x @ weight, 50)
+        seconds = _cuda_seconds(partial(torch.matmul, x, weight), 50)
         flops = 2 * sizes.rows * sizes.features**2
         result["matmul"].append({"dtype": str(dtype), "tflops": flops / seconds / 1e12})
     for dtype in (torch.float32, torch.float16):
@@ -344,7 +344,8 @@ def _cuda_decode(dtype: Any, context: int, batch: int) -> dict[str, Any]:
     from transformers import GPT2Config as Config
     from transformers import GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(Config(**PRESETS["gpt2"].to_dict())).to("cuda", dtype).eval()
+    model: Any = GPT2LMHeadModel(Config(**PRESETS["gpt2"].to_dict()))
+    model = model.to("cuda", dtype).eval()
     ids = torch.randint(0, 50257, (batch, context), device="cuda")
     with torch.inference_mode():
         cache = model(ids, use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""`python -m tvm_attn.build`: compile a checkpoint, check it against PyTorch, write an artifact."""
+"""`tvm-attn build`: compile a checkpoint, check it against PyTorch, write an artifact."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from types import ModuleType
 from typing import Any
 
-from tvm_attn.cli import print_report, run, status
+from tvm_attn.cli import Parser, print_report, progress, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,8 +18,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tvm_attn.build",
+    parser = Parser(
+        prog="tvm-attn build",
         description="Compile GPT-2 with Apache TVM, check the result against PyTorch, and write an artifact.",
     )
     parser.add_argument(
@@ -52,11 +52,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _build(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    with status() as progress:
+    with progress(quiet=args.json) as show:
         from tvm_attn.compiler.build import build
 
         built = build(
-            args.model, args.target, args.dtype, args.quant, args.out, verify=not args.no_verify, progress=progress
+            args.model, args.target, args.dtype, args.quant, args.out, verify=not args.no_verify, progress=show
         )
     seconds = time.perf_counter() - start
     if args.json:

@@ -1,30 +1,40 @@
-"""What all commands share: how they end, and how they show progress and results.
+"""What all commands share: how they end, read arguments, show progress and print results.
 
 | end | exit status | said |
 |---|---|---|
 | done | what the command returns | - |
-| TvmAttnError | 2 | `error: ...`, one line on stderr |
+| TvmAttnError, wrong arguments among them | 2 | `error: ...`, one line on stderr |
 | Ctrl-C | 130, 128 + SIGINT as in a shell | - |
 | the reader of stdout is gone | 141, 128 + SIGPIPE as in a shell | - |
 
-Every other exception is a bug and keeps its traceback.
+Every other exception is a bug and keeps its traceback. Nothing here imports TVM, NumPy or rich before it is needed, so
+that a mistake in the arguments is answered at once.
 """
 
+from __future__ import annotations
+
+import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from tvm_attn.errors import TvmAttnError
+from tvm_attn.errors import TvmAttnError, UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tvm_attn.compiler.verification import Report
+    from tvm_attn.runtime.artifact import Artifact
+
+_LONGEST_ERROR = 1000
+_LARGEST_INTEGER = 2**63 - 1
+
+
+# --- how a command ends ---
 
 
 def run(command: Callable[[], int]) -> int:
@@ -46,33 +56,207 @@ def _run(command: Callable[[], int]) -> int:
     try:
         return command()
     except TvmAttnError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", _shortened(" ".join(str(error).split()), _LONGEST_ERROR), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)  # so that the shell's prompt starts a line of its own
         return 130
 
 
+def _shortened(text: str, length: int) -> str:
+    """The text with its middle left out where it is too long: arguments and files may hold anything."""
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
+# --- arguments ---
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `UsageError`: one line, like every other error of a command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(f"{_shortened(message, 400)}; see {self.prog} --help")
+
+
+def integer(least: int = 1, most: int = _LARGEST_INTEGER) -> Callable[[str], int]:
+    """A reader of an argument that is a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        number = _number(text, int)
+        if not least <= number <= most:
+            bound = f"at least {least}" if number < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"{_shown(text)} must be {bound}")
+        return number
+
+    return read
+
+
+def integers(least: int = 1) -> Callable[[str], tuple[int, ...]]:
+    """A reader of whole numbers of at least `least`, separated by commas; an empty text is none of them."""
+    each = integer(least)
+    return lambda text: tuple(dict.fromkeys(each(part.strip()) for part in text.split(","))) if text.strip() else ()
+
+
+def real(text: str) -> float:
+    """Reads an argument that is a number."""
+    return _number(text, float)
+
+
+def _number(text: str, kind: Callable[[str], float]) -> int:
+    try:
+        return kind(text)  # type: ignore[return-value]
+    except ValueError:  # also more digits than Python reads
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a {what}") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Reads names separated by commas."""
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not found:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} names nothing")
+    return found
+
+
+def output_file(text: str) -> Path:
+    """Reads the name of a file that is written when all is done; refuses what could not be written then."""
+    path = Path(text)
+    problem = None
+    if not text:
+        problem = "the file's name is empty"
+    elif os.path.isdir(path):
+        problem = f"{_shown(text)} is a folder"
+    elif not os.path.isdir(path.parent):
+        problem = f"no such folder: {_shown(str(path.parent))}"
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        problem = f"the folder {_shown(str(path.parent))} cannot be written to"
+    if problem:
+        raise argparse.ArgumentTypeError(f"{problem}; name another file")
+    return path
+
+
+def output_folder(text: str) -> str:
+    """Reads the name of a folder that is made when it is needed; refuses what cannot be one."""
+    if not text:
+        raise argparse.ArgumentTypeError("the folder's name is empty")
+    above = Path(os.path.abspath(text))
+    try:
+        if above.exists() and not above.is_dir():
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is a file; name a folder")
+        while not above.exists():
+            above = above.parent
+    except OSError as error:  # a name that is too long, or a folder that may not be searched
+        raise argparse.ArgumentTypeError(f"{_shown(text)} cannot be used ({error.strerror}); name another") from None
+    if not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{_shown(str(above))} is a file; name a folder elsewhere")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"the folder {_shown(str(above))} cannot be written to; name another")
+    return text
+
+
+def _shown(text: str) -> str:
+    return _shortened(repr(text), 80)
+
+
+def open_artifact(folder: str | Path, device: str) -> Artifact:
+    """The artifact in a folder that a command was given, with a look for a library for the device, without TVM.
+
+    Raises:
+        ArtifactError: there is none, or it has no library for the device that runs on this machine.
+        DeviceError: there is no device of such a name.
+    """
+    from tvm_attn.runtime.artifact import Artifact
+    from tvm_attn.runtime.device import parse_device
+
+    chosen = parse_device(device)
+    artifact = Artifact(folder)
+    if chosen:
+        artifact.library(chosen[0])
+    return artifact
+
+
+# --- progress and results ---
+
+
+class Show(Protocol):
+    """Tells the user what happens next."""
+
+    def __call__(self, message: str, share: float | None = None, detail: str = "") -> None:
+        """
+        Args:
+            message: a few words.
+            share: how much is done, 0 to 1; None where that is not known.
+            detail: figures that change while it happens.
+        """
+
+
 @contextmanager
-def status() -> Iterator[Callable[[str], None]]:
-    """A function that shows what happens next: a spinner on a terminal's stderr, nothing elsewhere."""
-    console = Console(stderr=True)
-    with console.status("starting") as spinner:
-        yield lambda message: spinner.update(message)
+def progress(quiet: bool = False) -> Iterator[Show]:
+    """Shows what happens next: a bar with the elapsed time where stderr is a terminal, elsewhere a line each.
+
+    Args:
+        quiet: no lines: another program reads the result, or it is there in a moment.
+    """
+    if not sys.stderr.isatty():
+        said: set[str] = set()
+
+        def say(message: str, share: float | None = None, detail: str = "") -> None:
+            if not quiet and message not in said:
+                said.add(message)
+                print(message, file=sys.stderr, flush=True)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def draw(message: str, share: float | None = None, detail: str = "") -> None:
+            total = None if share is None else 1.0
+            bar.update(task, description=message + detail, completed=share or 0.0, total=total)
+
+        yield draw
 
 
-def print_report(report: "Report", title: str) -> None:
-    """Prints a verification report as a table on stdout."""
+def new_table(title: str, words: Iterable[str], numbers: Iterable[str] = ()) -> Table:
+    """An empty table with columns of text, then columns of numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("function", "case"):
+    for heading in words:
         table.add_column(heading)
-    for heading in ("max abs", "max abs / RMS", "NMSE", "top-1", ""):
+    for heading in numbers:
         table.add_column(heading, justify="right")
+    return table
+
+
+def print_tables(tables: Iterable[Table]) -> None:
+    """Prints tables on stdout."""
+    from rich.console import Console
+
+    # Off a terminal, rich assumes 80 columns and would cut the cells.
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    for table in tables:
+        console.print(table)
+
+
+def print_report(report: Report, title: str) -> None:
+    """Prints a verification report as a table on stdout."""
+    table = new_table(title, ("function", "case"), ("max abs", "max abs / RMS", "NMSE", "top-1", ""))
     for check in report.checks:
         figures = [f"{check.max_abs:.1e}", f"{check.relative_max_abs:.1e}", f"{check.nmse:.1e}", f"{check.top1:.2%}"]
         table.add_row(check.function, check.case, *figures, "ok" if check.passed else "FAILED")
-    # Off a terminal, rich assumes 80 columns and would cut the cases.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print_tables([table])
     bounds = report.bounds
     print(
         f"bounds: NMSE {bounds.nmse:.0e}, max abs / RMS {bounds.max_abs:.0e}; "

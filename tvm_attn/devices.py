@@ -1,4 +1,4 @@
-"""`python -m tvm_attn.devices`: the devices of this machine, their features and limits, and the targets that fit."""
+"""`tvm-attn devices`: the devices of this machine, their features and limits, and the targets that fit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from tvm_attn.cli import run, status
+from tvm_attn.cli import Parser, new_table, print_tables, progress, run
 
 if TYPE_CHECKING:
     from tvm_attn.inventory import Inventory
@@ -23,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tvm_attn.devices",
+    parser = Parser(
+        prog="tvm-attn devices",
         description="List what this machine can run models on, and what is missing for which target.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -32,8 +28,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _devices(args: argparse.Namespace) -> int:
-    with status() as progress:
-        progress("looking at the devices")
+    with progress(quiet=True) as show:
+        show("looking at the devices")
         from tvm_attn.inventory import take_inventory
 
         inventory = take_inventory()
@@ -45,8 +41,8 @@ def _devices(args: argparse.Namespace) -> int:
 
 
 def _print(inventory: Inventory) -> None:
-    # Off a terminal, rich assumes 80 columns and would cut the lists.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    from rich.table import Table
+
     for device in inventory.devices:
         table = Table(title=f"{device.device}: {device.name}", title_justify="left", show_header=False, box=None)
         table.add_column(no_wrap=True)
@@ -58,16 +54,14 @@ def _print(inventory: Inventory) -> None:
         table.add_row("features", " ".join(device.features) or "-")
         for name, value in device.limits.items():
             table.add_row(name.replace("_", " "), _limit(name, value))
-        console.print(table, markup=False)
-        console.print()
+        print_tables([table])
+        print()
     for kind, reason in inventory.absent.items():
-        console.print(f"{kind}: {reason}", markup=False, highlight=False)
-    table = Table(title="targets", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("target", "device", "runs", "missing"):
-        table.add_column(heading)
+        print(f"{kind}: {reason}")
+    table = new_table("targets", ("target", "device", "runs", "missing"))
     for fit in inventory.fits:
         table.add_row(fit.target, fit.device, "no" if fit.missing else "yes", ", ".join(fit.missing))
-    console.print(table)
+    print_tables([table])
 
 
 def _limit(name: str, value: Any) -> str:

@@ -1,11 +1,15 @@
 """The exceptions of tvm_attn: one type per cause, all derived from `TvmAttnError`.
 
-Every message is one line that says what was wrong and the way out; the commands print it and exit with status 2.
+Every message is one line that says what was wrong and what to do; the commands print it and exit with status 2.
 """
 
 
 class TvmAttnError(Exception):
     """Base class of every error that tvm_attn raises on purpose."""
+
+
+class UsageError(TvmAttnError):
+    """A command was called with arguments that it does not take."""
 
 
 class ConfigError(TvmAttnError):
@@ -49,7 +53,7 @@ class GenerationError(TvmAttnError):
 
 
 class BenchmarkError(TvmAttnError):
-    """A benchmark was asked for something that does not fit the model, an unknown peer, or a file it cannot write."""
+    """A benchmark was asked for something that does not fit the model, or for a file it cannot write."""
 
 
 class TuningError(TvmAttnError):

@@ -1,4 +1,4 @@
-"""`python -m tvm_attn.generate`: continue prompts with a compiled model, streaming to the terminal."""
+"""`tvm-attn generate`: continue prompts with a compiled model, streaming to the terminal."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tvm_attn.cli import run
+from tvm_attn.cli import Parser, run
 from tvm_attn.errors import GenerationError
 from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
 
@@ -21,11 +21,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tvm_attn.generate",
+    parser = Parser(
+        prog="tvm-attn generate",
         description="Continue prompts with a compiled model. Greedy, unless a sampling option is given.",
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that tvm_attn.build wrote")
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that tvm-attn build wrote")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; '-' reads stdin; several make a batch"

@@ -1,4 +1,4 @@
-"""`python -m tvm_attn.tune`: search the schedules' decisions on this machine, write tuned records."""
+"""`tvm-attn tune`: search the schedules' decisions on this machine, write tuned records."""
 
 from __future__ import annotations
 
@@ -6,19 +6,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
-
-from tvm_attn.cli import run
+from tvm_attn.cli import Parser, Show, new_table, print_tables, progress, run
 
 if TYPE_CHECKING:
     from tvm_attn.tuning.tuner import Progress, Tuned
@@ -30,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tvm_attn.tune",
+    parser = Parser(
+        prog="tvm-attn tune",
         description="Search the decisions of the schedule templates on this machine, and write tuned records. "
         "Ctrl-C keeps what was found, and the same command goes on from there.",
     )
@@ -63,7 +55,7 @@ def _tune(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     kernels = None if args.kernels is None else [name.strip() for name in args.kernels.split(",")]
-    with _progress_bar() as progress:
+    with progress(quiet=args.json) as show:
         tuned = tune(
             args.model,
             args.target,
@@ -73,7 +65,7 @@ def _tune(args: argparse.Namespace) -> int:
             kernels,
             args.out,
             args.work,
-            progress,
+            lambda progress: _show(show, progress),
         )
     seconds = time.perf_counter() - start
     if args.json:
@@ -84,36 +76,17 @@ def _tune(args: argparse.Namespace) -> int:
     return 130 if tuned.interrupted else 0
 
 
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """A function that shows how far a search is: a bar on a terminal's stderr, nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def show(progress: Progress) -> None:
-            text = progress.kernel
-            if progress.best_us is not None:
-                text += f": best {progress.best_us:.4g} us"
-            if progress.speedup is not None:
-                text += f", {progress.speedup:.2f} x the default's speed"
-            bar.update(task, completed=progress.done, total=progress.total, description=text)
-
-        yield show
+def _show(show: Show, progress: Progress) -> None:
+    detail = "" if progress.best_us is None else f": best {progress.best_us:.4g} us"
+    if progress.speedup is not None:
+        detail += f", {progress.speedup:.2f} x the default's speed"
+    share = progress.done / progress.total if progress.total else None
+    show(progress.kernel, share, detail)
 
 
 def _print(tuned: Tuned, seconds: float) -> None:
-    table = Table(title=f"tuned for {tuned.target}", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("kernel", "decisions"):
-        table.add_column(heading)
-    for heading in ("us", "of peak", "x default", "measured", "failed"):
-        table.add_column(heading, justify="right")
+    numbers = ("us", "of peak", "x default", "measured", "failed")
+    table = new_table(f"tuned for {tuned.target}", ("kernel", "decisions"), numbers)
     for found in tuned.found:
         record = found.record
         table.add_row(
@@ -125,8 +98,7 @@ def _print(tuned: Tuned, seconds: float) -> None:
             str(found.measured),
             str(found.failed),
         )
-    # Off a terminal, rich assumes 80 columns and would cut the decisions.
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print_tables([table])
     for file in tuned.files:
         print(f"wrote {file}")
     if tuned.interrupted:

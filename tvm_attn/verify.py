@@ -1,4 +1,4 @@
-"""`python -m tvm_attn.verify`: compare an artifact's compiled functions with PyTorch on this machine."""
+"""`tvm-attn verify`: compare an artifact's compiled functions with PyTorch on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from tvm_attn.cli import print_report, run, status
+from tvm_attn.cli import Parser, print_report, progress, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,21 +15,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tvm_attn.verify",
+    parser = Parser(
+        prog="tvm-attn verify",
         description="Compare an artifact's compiled functions with PyTorch in float32 on the artifact's weights.",
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that tvm_attn.build wrote")
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that tvm-attn build wrote")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
 
 def _verify(args: argparse.Namespace) -> int:
-    with status() as progress:
+    with progress(quiet=args.json) as show:
         from tvm_attn.compiler.verification import verify_artifact
 
-        report = verify_artifact(args.artifact, args.device, progress)
+        report = verify_artifact(args.artifact, args.device, show)
     if args.json:
         print(json.dumps(report.to_dict()))
     else:

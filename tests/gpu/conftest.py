@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tvm_attn.benchmark.gpu.parts import artifacts_of
+from benchmarks.gpu.parts import artifacts_of
 
 ROOT = Path(__file__).parents[2]
 ARTIFACTS = Path(os.environ.get("TVM_ATTN_GPU_ARTIFACTS", ROOT / "artifacts"))
@@ -70,7 +70,7 @@ def kernels(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return KERNELS
     if not _has_compiler():
         pytest.skip(f"no kernels in {KERNELS}, and no compiler; TVM_ATTN_GPU_KERNELS names a folder")
-    from tvm_attn.benchmark.gpu.kernel_library_build import write_kernel_library
+    from benchmarks.gpu.kernel_library_build import write_kernel_library
 
     folder = tmp_path_factory.mktemp("gpu") / "kernels"
     write_kernel_library("cuda", folder)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tvm_attn.benchmark.gpu import cases
-from tvm_attn.benchmark.gpu.kernel_library import KernelLibrary
+from benchmarks.gpu import cases
+from benchmarks.gpu.kernel_library import KernelLibrary
 
 from .conftest import DEVICE
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import tvm_attn
-from tvm_attn.benchmark.gpu.kernel_library import normalised_error
-from tvm_attn.benchmark.gpu.models import compare_graph
+from benchmarks.gpu.kernel_library import normalised_error
+from benchmarks.gpu.models import compare_graph
 from tvm_attn.compiler.verification import BOUNDS, verify_artifact
 from tvm_attn.errors import DeviceError
 from tvm_attn.model.params import effective_params

@@ -13,7 +13,7 @@ import numpy as np
 import tvm_attn
 from tvm_attn.benchmark.counts import Storage
 from tvm_attn.benchmark.kernels import KernelTime, SingleKernels
-from tvm_attn.benchmark.system import CachedSystem, Case, Float32Array, Int32Array, prompts
+from tvm_attn.benchmark.system import CachedSystem, Case, Float32Array, GreedySystem, Int32Array, prompts
 from tvm_attn.errors import ArtifactError
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.logits import DeviceLogits
@@ -46,7 +46,7 @@ class CompiledSystem(CachedSystem):
         self.name, self.version = "tvm_attn", tvm_attn.__version__
         quantization = self.artifact.quantization
         self.precision = self.artifact.dtype if quantization == "none" else quantization
-        self.vocabulary = self.config.vocab_size
+        self.vocabulary, self.positions = self.config.vocab_size, self.config.n_positions
         kernels = _manifest_kernels(self.artifact, self.library.file)
         self.storage = Storage(_weight_format(kernels, self.precision), self.artifact.dtype)
         self.max_batch = max_batch
@@ -109,6 +109,10 @@ class CompiledSystem(CachedSystem):
     @cached_property
     def _single_kernels(self) -> SingleKernels:
         return SingleKernels(self.artifact, self.library, self.storage)
+
+
+class CompiledGpuSystem(GreedySystem, CompiledSystem):
+    """An artifact's library on a GPU; arguments as `CompiledSystem`'s."""
 
 
 def _manifest_kernels(artifact: Artifact, file: str) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +12,12 @@ from tvm_attn.benchmark.limits import Limits
 from tvm_attn.benchmark.report import write_file
 from tvm_attn.benchmark.session import OURS, Benchmark
 from tvm_attn.benchmark.system import Case
-from tvm_attn.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; ours is the first.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#F0E442")
-
-
-def check_available() -> None:
-    """Raises BenchmarkError where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BenchmarkError("--plot needs matplotlib, which is not installed: pip install 'tvm-attn[plot]'")
 
 
 def write_plot(benchmark: Benchmark, path: Path) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.table import Table
 
-from tvm_attn.benchmark.gpu.limits import DeviceLimits
+from tvm_attn.benchmark.device import DeviceLimits
 from tvm_attn.benchmark.kernels import KernelTime
 from tvm_attn.benchmark.limits import Limits
 from tvm_attn.benchmark.session import OURS, Benchmark, Measurement
 from tvm_attn.benchmark.system import Case
-from tvm_attn.benchmark.table import new_table
+from tvm_attn.cli import new_table
 from tvm_attn.errors import BenchmarkError
 
 AnyLimits = Limits | DeviceLimits | None
@@ -28,19 +28,15 @@ FORMAT = 1
 
 
 def tables(benchmark: Benchmark) -> Iterator[Table]:
-    """The tables to print: limits, agreement of the peers, cases by phase, kernels."""
+    """The tables to print: limits, our cases by phase, kernels."""
     if isinstance(benchmark.limits, DeviceLimits):
         yield _device_limits_table(benchmark.limits)
     elif benchmark.limits:
         yield _limits_table(benchmark.machine, benchmark.limits)
-    if len(benchmark.systems) > 1:
-        yield _agreement_table(benchmark)
     for phase in ("prefill", "decode"):
         measurements = [entry for entry in benchmark.measurements if entry.case.phase == phase]
         if measurements:
             yield _case_table(benchmark, phase, measurements)
-            if len(benchmark.systems) > 1:
-                yield _peer_table(benchmark, phase, measurements)
     for case, times in benchmark.kernels:
         yield _kernel_table(case, times, benchmark.limits, benchmark.arithmetic)
 
@@ -64,25 +60,14 @@ def _device_limits_table(limits: DeviceLimits) -> Table:
     return table
 
 
-def _agreement_table(benchmark: Benchmark) -> Table:
-    table = new_table(
-        "Logits of the peers against ours, same weights", ("peer", "runtime", "precision"), ("NMSE", "top-1")
-    )
-    for system in benchmark.systems:
-        if system.agreement is not None:
-            figures = (f"{system.agreement.nmse:.1e}", "same" if system.agreement.top1 else "differs")
-            table.add_row(system.label, f"{system.name} {system.version}", system.precision, *figures)
-    return table
-
-
 def _case_table(benchmark: Benchmark, phase: str, measurements: list[Measurement]) -> Table:
     words = ("prompt tokens",) if phase == "prefill" else ("context", "batch")
     numbers = ("median ms", "best ms", "tokens/s", "GFLOP/s", "GB/s", "of limit", "binding")
-    table = new_table(f"{phase.capitalize()}{_what(benchmark)}", words, numbers)
+    table = new_table(f"{phase.capitalize()}{describe_artifact(benchmark)}", words, numbers)
     for entry in measurements:
         figures = case_figures(entry, OURS, benchmark)
         table.add_row(
-            *_case_cells(entry.case),
+            *case_cells(entry.case),
             _milliseconds(figures["median_seconds"]),
             _milliseconds(figures["best_seconds"]),
             f"{figures['tokens_per_second']:.1f}",
@@ -96,30 +81,13 @@ def _case_table(benchmark: Benchmark, phase: str, measurements: list[Measurement
     return table
 
 
-def _peer_table(benchmark: Benchmark, phase: str, measurements: list[Measurement]) -> Table:
-    words = ("prompt tokens",) if phase == "prefill" else ("context", "batch")
-    labels = [system.label for system in benchmark.systems]
-    table = new_table(f"{phase.capitalize()}{_what(benchmark)}: tokens/s, and peer's time / ours", words, tuple(labels))
-    for entry in measurements:
-        ours = entry.median(OURS)
-        cells = [f"{entry.case.tokens_per_call / ours:.1f}"]
-        for label in labels[1:]:
-            if label in entry.rounds:
-                median = entry.median(label)
-                cells.append(f"{entry.case.tokens_per_call / median:.1f}  {median / ours:.2f}x")
-            else:
-                cells.append("-")
-        table.add_row(*_case_cells(entry.case), *cells)
-    table.caption = "medians; above 1x ours is faster"
-    table.caption_justify = "left"
-    return table
-
-
-def _what(benchmark: Benchmark) -> str:
+def describe_artifact(benchmark: Benchmark) -> str:
+    """What was measured, for a title."""
     return f" of {benchmark.artifact['folder']}, {benchmark.artifact['weight_format']} weights, greedy"
 
 
-def _case_cells(case: Case) -> tuple[str, ...]:
+def case_cells(case: Case) -> tuple[str, ...]:
+    """A case's cells in a table of its phase."""
     return (str(case.tokens),) if case.phase == "prefill" else (str(case.tokens), str(case.batch))
 
 

@@ -18,6 +18,8 @@ Float32Array = npt.NDArray[np.float32]
 
 MIN_CALLS, MAX_CALLS = 2, 200
 """Timed calls of a round: as many as fit the round's time, within these."""
+_RUN = 24
+"""Tokens that `GreedySystem` decodes one after the other before the position goes back to the case's."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,37 @@ class CachedSystem(System):
         end = time.perf_counter() + seconds
         while len(times) < MIN_CALLS or (time.perf_counter() < end and len(times) < MAX_CALLS):
             times.append(self.call(case, inputs))
+        return times
+
+
+class GreedySystem(CachedSystem):
+    """Decode cases as they are in use: each step gets the token that the last one chose, at the next position.
+
+    Attributes:
+        positions: the longest context.
+    """
+
+    positions: int
+
+    def time(self, case: Case, seconds: float) -> list[float]:
+        """See `System.time`."""
+        if case.phase == "prefill":
+            return super().time(case, seconds)
+        ids = prompts(case, self.vocabulary)[:, 0]
+        self._run(case, ids)
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < MIN_CALLS or (time.perf_counter() < end and len(times) < 5 * MAX_CALLS):
+            times += self._run(case, ids)
+        return times
+
+    def _run(self, case: Case, ids: Int32Array) -> list[float]:
+        times = []
+        for position in range(case.tokens, min(case.tokens + _RUN, self.positions)):
+            start = time.perf_counter()
+            ids = self.argmax(self.decode(ids, position))
+            times.append(time.perf_counter() - start)
+        self.rewind(case.tokens)
         return times
 
 

@@ -1,4 +1,4 @@
-"""Other runtimes on the same weights, each in a process of its own; one file a runtime."""
+"""Other runtimes on the same weights; one file each, which runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -49,4 +49,37 @@ PEERS = {
         ),
     )
 }
-"""Every peer by name."""
+"""Every peer on the processor by name."""
+
+
+@dataclass(frozen=True)
+class TorchPeer:
+    """A way to run the model in PyTorch on a GPU, in our process.
+
+    Attributes:
+        name: as `--against` names it.
+        description: for people.
+        backend: of attention, see `TorchModel`.
+        captured: decode steps are CUDA graphs.
+        compiled: blocks go through torch.compile.
+    """
+
+    name: str
+    description: str
+    backend: str | None = None
+    captured: bool = False
+    compiled: bool = False
+
+
+GPU_PEERS = {
+    peer.name: peer
+    for peer in (
+        TorchPeer("torch", "PyTorch, eager"),
+        TorchPeer("torch-flash", "PyTorch, eager, SDPA's flash backend", backend="flash"),
+        TorchPeer("torch-cudnn", "PyTorch, eager, SDPA's cuDNN backend", backend="cudnn"),
+        TorchPeer("torch-graph", "PyTorch, decode as CUDA graphs", captured=True),
+        TorchPeer("torch-compile", "PyTorch, torch.compile and CUDA graphs", captured=True, compiled=True),
+        TorchPeer("transformers", "transformers, eager"),
+    )
+}
+"""Every peer on a GPU by name."""

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+import benchmarks
 import tvm_attn
-from tvm_attn.benchmark.peers import PeerInfo
+from benchmarks.peers import PeerInfo
 from tvm_attn.benchmark.system import Case, Float32Array, Int32Array
 
 _TIMEOUT_SECONDS = 1200.0
@@ -47,7 +48,7 @@ class PeerProcess:
         self._scratch = tempfile.TemporaryDirectory(prefix=f"tvm-attn-{peer.name}-")
         self._log = Path(self._scratch.name) / "log"
         ours, theirs = socket.socketpair()
-        command = [python, "-m", f"tvm_attn.benchmark.peers.{peer.name}", str(weights)]
+        command = [python, "-m", f"benchmarks.peers.{peer.name}", str(weights)]
         command += ["--socket", str(theirs.fileno()), "--precision", precision, "--threads", str(threads)]
         command += ["--scratch", self._scratch.name]
         try:
@@ -148,10 +149,13 @@ class PeerProcess:
 
 
 def _environment(scratch: Path, python: str, threads: int) -> dict[str, str]:
-    """The peer's environment: its number of threads, and a way to this package, whatever its Python has installed."""
+    """The peer's environment: its number of threads, and a way to our packages, whatever its Python has installed."""
     packages = scratch / "packages"
     packages.mkdir()
-    (packages / "tvm_attn").symlink_to(Path(tvm_attn.__file__).resolve().parent, target_is_directory=True)
+    for package in (tvm_attn, benchmarks):
+        assert package.__file__
+        folder = Path(package.__file__).resolve().parent
+        (packages / folder.name).symlink_to(folder, target_is_directory=True)
     # Our own path would bring this Python's packages to another one.
     inherited = [path for path in [os.environ.get("PYTHONPATH")] if path and python == sys.executable]
     return {

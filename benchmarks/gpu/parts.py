@@ -1,4 +1,4 @@
-"""The parts of `benchmarks/gpu.py`: what each does in its process, which come first, and how long each may take."""
+"""The parts of `python -m benchmarks.gpu`: what each does in its process, their order, how long each may take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tvm_attn.benchmark.gpu.processes import Entry, Outcome, emit, run_child
+from benchmarks.gpu.processes import Entry, Outcome, emit, run_child
 from tvm_attn.config import param_shapes
 from tvm_attn.errors import TvmAttnError
 from tvm_attn.runtime.artifact import Artifact
@@ -108,7 +108,7 @@ def run_parts(
 
     Args:
         parts: in order.
-        command: of a part that has so many seconds; it prints entries, see `tvm_attn.benchmark.gpu.processes`.
+        command: of a part that has so many seconds; it prints entries, see `benchmarks.gpu.processes`.
         seconds: of all parts; the last ones are left out where the others took them.
         progress: told what happens next.
 
@@ -155,8 +155,8 @@ def run_part(name: str, settings: Settings, seconds: float) -> Iterator[Entry]:
 
 
 def _run_kernels(kind: str, settings: Settings, seconds: float) -> Iterator[Entry]:
-    from tvm_attn.benchmark.gpu import cases
-    from tvm_attn.benchmark.gpu.kernel_library import KernelLibrary
+    from benchmarks.gpu import cases
+    from benchmarks.gpu.kernel_library import KernelLibrary
 
     folder, device = settings.kernels, settings.device
     if kind == "kernels":
@@ -177,8 +177,8 @@ def _run_kernels(kind: str, settings: Settings, seconds: float) -> Iterator[Entr
                 "passed": absent or verdict.startswith("0 errors"),
             }
         return
-    from tvm_attn.benchmark.gpu import timing
-    from tvm_attn.benchmark.gpu.devices import tvm_device
+    from benchmarks.gpu import timing
+    from benchmarks.gpu.devices import tvm_device
 
     tvm_device(device)  # loads TVM's runtime for it
     library = KernelLibrary(folder)
@@ -189,8 +189,8 @@ def _run_kernels(kind: str, settings: Settings, seconds: float) -> Iterator[Entr
 
 
 def _device(settings: Settings) -> Iterator[Entry]:
-    from tvm_attn.benchmark.gpu import limits
-    from tvm_attn.benchmark.gpu.devices import describe, tvm_device
+    from benchmarks.gpu.devices import describe, tvm_device
+    from tvm_attn.benchmark import device as limits
     from tvm_attn.benchmark.machine import describe_versions
 
     tvm_device(settings.device)
@@ -202,9 +202,9 @@ def _device(settings: Settings) -> Iterator[Entry]:
 
 
 def _run_model(kind: str, folder: Path, settings: Settings) -> Iterator[Entry]:
-    from tvm_attn.benchmark.gpu import models
-    from tvm_attn.benchmark.gpu.devices import tvm_device
-    from tvm_attn.benchmark.gpu.limits import DeviceLimits, measure_copy, measure_product
+    from benchmarks.gpu import models
+    from benchmarks.gpu.devices import tvm_device
+    from tvm_attn.benchmark.device import DeviceLimits, measure_copy, measure_product
 
     artifact, device = Artifact(folder), settings.device
     facts = {

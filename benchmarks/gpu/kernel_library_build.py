@@ -1,6 +1,6 @@
-"""Compiling single kernels with their test cases for `tvm_attn.benchmark.gpu.kernel_library`; needs TVM's compiler.
+"""Compiling single kernels with their test cases for `benchmarks.gpu.kernel_library`; needs TVM's compiler.
 
-python -m tvm_attn.benchmark.gpu.kernel_library_build cuda-sm90 dist/kernels
+python -m benchmarks.gpu.kernel_library_build cuda-sm90 dist/kernels
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import tvm
 
+from benchmarks.gpu.kernel_library import ARRAYS, INDEX, StoredCase
 from tvm_attn import kernels, targets
-from tvm_attn.benchmark.gpu.kernel_library import ARRAYS, INDEX, StoredCase
-from tvm_attn.cli import run, status
+from tvm_attn.cli import progress, run
 from tvm_attn.compiler import cuda_module
 from tvm_attn.compiler.cuda import compile_fatbin
 from tvm_attn.compiler.pipeline import tvm_target
@@ -63,7 +63,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def timed_kernels() -> list[Timed]:
-    """What `benchmarks/gpu.py` compares with PyTorch: a square product, the layers of 124M, and its attention."""
+    """What `python -m benchmarks.gpu` compares with PyTorch: a square product, the layers of 124M, its attention."""
     found = []
     for dtype in ("float16", "bfloat16"):
         found.append(Timed(f"matmul 8192 {dtype}", cuda.Linear(8192, 8192, 8, dtype, dtype, most_rows=8192)))
@@ -201,8 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", help="e.g. cuda or cuda-sm90")
     parser.add_argument("folder", type=Path, help="is made")
     args = parser.parse_args(argv)
-    with status() as progress:
-        write_kernel_library(args.target, args.folder, progress)
+    with progress() as show:
+        write_kernel_library(args.target, args.folder, show)
     return 0
 
 

@@ -1,55 +1,72 @@
-"""The device that is measured: TVM's and PyTorch's views of it, and its clock."""
+"""What a CUDA device can do at most, measured with PyTorch: copying memory, and cuBLAS on a large square product."""
 
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-from tvm_attn.errors import DeviceError
-from tvm_attn.runtime.device import obstacle, parse_device
-from tvm_attn.runtime.tvm_import import import_tvm
+from tvm_attn.benchmark.counts import Work
+
+_COPY_BYTES = 2 << 30
+_FEATURES = 8192
 
 
-def tvm_device(name: str) -> Any:
-    """TVM's device of a name such as "cuda:0".
+@dataclass(frozen=True)
+class DeviceLimits:
+    """Measured limits of a CUDA device.
 
-    Raises:
-        DeviceError: there is no such device.
+    Attributes:
+        device: its name.
+        dtype: of the matrix products.
+        product_gflops: cuBLAS on 8192 x 8192 x 8192, random numbers.
+        copy_gbytes: a copy within the device's memory, bytes read and written.
     """
-    import_tvm()
-    import tvm
 
-    kind, index = parse_device(name) or ("cpu", 0)
-    if reason := obstacle(kind, index):
-        raise DeviceError(f"device {name}: {reason}")
-    return tvm.runtime.device(kind, index)
+    device: str
+    dtype: str
+    product_gflops: float
+    copy_gbytes: float
+
+    def bound(self, work: Work, arithmetic: str = "") -> tuple[float, str]:
+        """The least seconds that a call can take, and what binds: "compute" or "memory"; see `Limits.bound`."""
+        return max((work.flops / self.product_gflops / 1e9, "compute"), (work.bytes / self.copy_gbytes / 1e9, "memory"))
 
 
-def describe(name: str) -> dict[str, Any]:
-    """What PyTorch and NVIDIA's tools say of a CUDA device."""
+def torch_device(device: str) -> str:
+    """PyTorch's name of a CUDA device: with its index."""
+    return device if ":" in device else f"{device}:0"
+
+
+def measure_copy(device: str, bytes_: int = _COPY_BYTES) -> float:
+    """GB/s of a copy within a device's memory, bytes read and written."""
     import torch
 
-    properties = torch.cuda.get_device_properties(name)
-    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,ecc.mode.current"
-    try:
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id=GPU-{properties.uuid}"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
-    except (OSError, AttributeError, subprocess.TimeoutExpired):
-        answer = ""
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "nvidia_smi": dict(zip(query.split(","), answer.split(", "), strict=False)),
-    }
+    source = torch.empty(bytes_ // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    clock = Clock(device)
+    return 2 * bytes_ / clock.seconds(clock.repeated(lambda: target.copy_(source))) / 1e9
+
+
+def measure_product(device: str, dtype: str, features: int = _FEATURES) -> float:
+    """GFLOP/s of cuBLAS on a square product of random numbers: zeros would run faster."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    left, right = (torch.randn(features, features, device=device).to(kind) for _ in range(2))
+    out = torch.empty_like(left)
+    clock = Clock(device)
+    return 2 * features**3 / clock.seconds(clock.repeated(lambda: torch.mm(left, right.t(), out=out))) / 1e9
+
+
+def measure_device_limits(device: str, dtype: str) -> DeviceLimits:
+    """Measures the limits of a CUDA device in about two seconds."""
+    import torch
+
+    name = torch.cuda.get_device_name(device)
+    return DeviceLimits(name, dtype, measure_product(device, dtype), measure_copy(device))
 
 
 class Clock:
@@ -118,15 +135,3 @@ class Clock:
 
 _CAPTURED = 10
 """Calls that are timed together."""
-
-
-def in_turns(
-    clock: Clock, calls: dict[str, Callable[[], object]], rounds: int = 3, budget: float = 0.2
-) -> dict[str, float]:
-    """Median seconds of several calls that take turns, so that all see the device in the same state."""
-    repeated = {name: clock.repeated(call) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in repeated.items():
-            times[name].append(clock.seconds(call, budget))
-    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,6 +1,5 @@
 """The bundle for machines without TVM: packed, unpacked, and run by a Python that has NumPy alone."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -9,32 +8,20 @@ import sys
 import tarfile
 import venv
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 import tvm_attn
+from benchmarks import pack, pack_run
+from benchmarks.restore import restore_params
 from tvm_attn.compiler.artifact import packed_first, write_manifest, write_params
-from tvm_attn.compiler.restore import restore_params
 from tvm_attn.errors import ArtifactError, BenchmarkError
 from tvm_attn.model.checkpoint import RANDOM_SOURCE, random_params
 from tvm_attn.runtime.artifact import Artifact
 
 PROMPT = "Return the"
-
-
-def _script(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pack, pack_run = _script("pack"), _script("pack_run")
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +91,9 @@ def test_checking_and_measuring_need_the_runtime_alone() -> None:
     code = """
 from tvm_attn import bench, verify
 from tvm_attn.benchmark import report, session
-from tvm_attn.benchmark.gpu import cases, models, parts, systems, timing
-from tvm_attn.compiler import restore, verification
+from benchmarks import restore
+from benchmarks.gpu import cases, models, parts, systems, timing
+from tvm_attn.compiler import verification
 with open("/proc/self/maps") as maps:
     assert "libtvm_runtime" in (text := maps.read()) and "libtvm_compiler" not in text
 """
@@ -169,7 +157,7 @@ def test_other_bits_change_the_manifest_and_nothing_else(
             yield name, array + np.float32(1e-3) if name == "wpe.weight" else array
 
     before = Artifact(folder).manifest
-    monkeypatch.setattr("tvm_attn.compiler.restore.random_params", altered)
+    monkeypatch.setattr("benchmarks.restore.random_params", altered)
     restored = restore_params(folder)
     assert restored.written and restored.different and all(name.startswith("params/") for name in restored.different)
     after = Artifact(folder)

@@ -1,20 +1,16 @@
-"""A peer of `python -m tvm_attn.bench` on the GPU that our model runs on."""
+"""A peer of `python -m benchmarks.compare` on the GPU that our model runs on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from tvm_attn.benchmark.gpu.systems import make_peer
+from benchmarks.gpu.systems import make_peer
+from benchmarks.peers.client import PeerUnavailable
+from tvm_attn.benchmark.device import torch_device
 from tvm_attn.benchmark.ours import CompiledSystem
-from tvm_attn.benchmark.peers.client import PeerUnavailable
 from tvm_attn.benchmark.system import Case, Float32Array, Int32Array, System
 from tvm_attn.model.params import effective_params
-
-
-def torch_device(device: str) -> str:
-    """PyTorch's name of a CUDA device: with its index."""
-    return device if ":" in device else f"{device}:0"
 
 
 class GpuPeer:

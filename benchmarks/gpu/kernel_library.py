@@ -96,7 +96,7 @@ class KernelLibrary:
             """Functions without cases, for measuring: name, file and kernel by what they are for."""
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BenchmarkError(
-                f"{folder} holds no kernels ({error}); benchmarks/pack.py --kernels TARGET makes them"
+                f"{folder} holds no kernels ({error}); python -m benchmarks.pack --kernels TARGET makes them"
             ) from error
         self._modules: dict[str, Any] = {}
 

@@ -1,6 +1,5 @@
-"""What `benchmarks/gpu.py` does that needs no GPU: processes, budgets, ratios, tables; its parts on the processor."""
+"""What `python -m benchmarks.gpu` does without a GPU: processes, budgets, ratios, tables; parts on the processor."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -16,18 +15,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from tvm_attn.benchmark import session
-from tvm_attn.benchmark.gpu import cases, figures, models, parts, systems, timing
-from tvm_attn.benchmark.gpu.kernel_library import INDEX, KernelLibrary, normalised_error
-from tvm_attn.benchmark.gpu.kernel_library_build import Timed, write_kernel_library
-from tvm_attn.benchmark.gpu.parts import Part, Settings
-from tvm_attn.benchmark.gpu.peer import GpuPeer
-from tvm_attn.benchmark.gpu.processes import run_child
-from tvm_attn.benchmark.gpu.systems import TorchGpuSystem
-from tvm_attn.benchmark.gpu.torch_model import TorchModel
+from benchmarks.compare import check_same_model, parse_peer
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import cases, figures, models, parts, systems, timing
+from benchmarks.gpu.kernel_library import INDEX, KernelLibrary, normalised_error
+from benchmarks.gpu.kernel_library_build import Timed, write_kernel_library
+from benchmarks.gpu.parts import Part, Settings
+from benchmarks.gpu.peer import GpuPeer
+from benchmarks.gpu.processes import run_child
+from benchmarks.gpu.systems import TorchGpuSystem
+from benchmarks.gpu.torch_model import TorchModel
+from benchmarks.peers.client import PeerUnavailable
+from tvm_attn.benchmark import system
 from tvm_attn.benchmark.ours import CompiledSystem
-from tvm_attn.benchmark.peers.client import PeerUnavailable
-from tvm_attn.benchmark.session import parse_peer
 from tvm_attn.benchmark.system import Case as Call
 from tvm_attn.benchmark.system import prompts
 from tvm_attn.config import GPT2Config
@@ -40,18 +40,6 @@ from tvm_attn.runtime.artifact import Artifact
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 SMALL = GPT2Config(vocab_size=101, n_positions=40, n_embd=48, n_layer=2, n_head=3, bos_token_id=None, eos_token_id=None)
-
-
-def _script() -> Any:
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu = _script()
 
 
 def python(code: str) -> list[str]:
@@ -173,9 +161,9 @@ import sys
 from pathlib import Path
 from unittest import mock
 from tests.cuda.emulation import device
-from tvm_attn.benchmark.gpu import kernel_library_build as build
-from tvm_attn.benchmark.gpu.devices import tvm_device
-from tvm_attn.benchmark.gpu.kernel_library import KernelLibrary
+from benchmarks.gpu import kernel_library_build as build
+from benchmarks.gpu.devices import tvm_device
+from benchmarks.gpu.kernel_library import KernelLibrary
 from tvm_attn.kernels import cuda
 
 cases = [next(cuda.LayerNorm.cases()), next(cuda.QKVLinear.cases())]  # the second one has a result among its inputs
@@ -279,7 +267,7 @@ def test_decode_is_timed_at_growing_positions(weights: dict[str, np.ndarray]) ->
 
 def test_models_are_compared_with_peers_in_turns(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(systems.GPU_PEERS, "wrong", None)  # type: ignore[arg-type]
-    monkeypatch.setattr(systems, "_RUN", 3)
+    monkeypatch.setattr(system, "_RUN", 3)
     calls = [Call("decode", 20, 2), Call("prefill", 30)]
     first, *entries = models.measure(demo_artifact, "cpu", calls, ["torch", "transformers", "wrong"], None, 0.0)
     assert list(first["failed"]) == ["wrong"]
@@ -442,7 +430,7 @@ def test_the_command_prints_and_writes_what_its_parts_found(
 
 
 def test_parts_run_in_the_command_itself(kernel_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, gpu.__file__, "--part", "kernels", "--seconds", "60", "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", "kernels", "--seconds", "60", "--device", "cpu"]
     outcome = run_child([*command, "--kernels", str(kernel_folder), "--artifacts", str(tmp_path)], 60)
     assert outcome.error is None
     assert [entry["passed"] for entry in outcome.entries] == [True] * 4
@@ -485,8 +473,7 @@ def test_peers_on_cuda_are_pytorch() -> None:
 def test_a_peer_on_the_same_device_is_the_same_model(demo_artifact: Path) -> None:
     ours = CompiledSystem(demo_artifact, 1, 2)
     peer = GpuPeer("torch", "float32", ours)
-    info = session._compare("torch", ours, peer)
-    assert info.agreement is not None and info.agreement.nmse < 1e-9
+    assert check_same_model("torch", ours, peer).agreement.nmse < 1e-9
     call = Call("decode", 250, 2)
     peer.fill(call)
     assert len(peer.time(call, 0.0)) >= 2

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tvm_attn.benchmark.peers.server import serve
-from tvm_attn.benchmark.peers.weights import Weights
+from benchmarks.peers.server import serve
+from benchmarks.peers.weights import Weights
 from tvm_attn.benchmark.system import CachedSystem, Float32Array, Int32Array
 
 if TYPE_CHECKING:

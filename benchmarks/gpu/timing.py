@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tvm_attn.benchmark.gpu.devices import Clock, in_turns
-from tvm_attn.benchmark.gpu.kernel_library import KernelLibrary
-from tvm_attn.benchmark.gpu.processes import Entry
-from tvm_attn.benchmark.gpu.torch_model import BACKENDS, attention_backend
+from benchmarks.gpu.devices import in_turns
+from benchmarks.gpu.kernel_library import KernelLibrary
+from benchmarks.gpu.processes import Entry
+from benchmarks.gpu.torch_model import BACKENDS, attention_backend
+from tvm_attn.benchmark.device import Clock
 
 ROWS = 1024
 """Rows of GPT-2's products."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from tvm_attn.benchmark.gpu.processes import Entry
-from tvm_attn.benchmark.table import new_table
+from benchmarks.gpu.processes import Entry
+from tvm_attn.cli import new_table
 
 _SMALL, _LARGE = 124e6, 1.5e9
 

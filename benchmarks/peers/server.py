@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tvm_attn.benchmark.peers import PEERS
-from tvm_attn.benchmark.peers.weights import Weights
+from benchmarks.peers import PEERS
+from benchmarks.peers.weights import Weights
 from tvm_attn.benchmark.system import Case, System
 
 Factory = Callable[[Weights, str, int, Path], System]
@@ -29,7 +29,7 @@ def serve(name: str, factory: Factory) -> None:
     """Runs a peer's process; `name` is its entry in `PEERS`. Returns when the other side is gone."""
     # A group of its own: Ctrl-C goes to the parent only, and when the parent dies the kernel ends stopped members.
     os.setpgid(0, 0)
-    parser = argparse.ArgumentParser(description=f"The {name} peer of tvm_attn.bench; not for use by hand.")
+    parser = argparse.ArgumentParser(description=f"The {name} peer of benchmarks.compare; not for use by hand.")
     parser.add_argument("weights", type=Path)
     parser.add_argument("--socket", type=int, required=True)
     parser.add_argument("--precision", required=True)

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tvm_attn.benchmark.gpu.torch_model import CapturedSteps, TorchModel, to_numpy, to_torch
-from tvm_attn.benchmark.ours import CompiledSystem
-from tvm_attn.benchmark.system import MAX_CALLS, MIN_CALLS, CachedSystem, Case, Float32Array, Int32Array, prompts
+from benchmarks.gpu.torch_model import CapturedSteps, TorchModel, to_numpy, to_torch
+from benchmarks.peers import GPU_PEERS
+from tvm_attn.benchmark.ours import CompiledGpuSystem
+from tvm_attn.benchmark.system import CachedSystem, Float32Array, GreedySystem, Int32Array
 from tvm_attn.config import GPT2Config
 
-_RUN = 24
-"""Tokens that are decoded one after the other before the position goes back to the case's."""
 
-
-class _Greedy(CachedSystem):
-    """Decode cases as they are in use: each step gets the token that the last one chose, at the next position."""
-
-    config: GPT2Config
-
-    def time(self, case: Case, seconds: float) -> list[float]:
-        """See `System.time`."""
-        if case.phase == "prefill":
-            return super().time(case, seconds)
-        ids = prompts(case, self.vocabulary)[:, 0]
-        self._run(case, ids)
-        times: list[float] = []
-        end = time.perf_counter() + seconds
-        while len(times) < MIN_CALLS or (time.perf_counter() < end and len(times) < 5 * MAX_CALLS):
-            times += self._run(case, ids)
-        return times
-
-    def _run(self, case: Case, ids: Int32Array) -> list[float]:
-        times = []
-        for position in range(case.tokens, min(case.tokens + _RUN, self.config.n_positions)):
-            start = time.perf_counter()
-            ids = self.argmax(self.decode(ids, position))
-            times.append(time.perf_counter() - start)
-        self.rewind(case.tokens)
-        return times
-
-
-class CompiledGpuSystem(_Greedy, CompiledSystem):
-    """An artifact's library on a GPU; arguments as `CompiledSystem`'s."""
-
-
-class TorchGpuSystem(_Greedy):
+class TorchGpuSystem(GreedySystem):
     """`TorchModel`, eager or with captured decode steps.
 
     Args:
@@ -64,7 +29,7 @@ class TorchGpuSystem(_Greedy):
         import torch
 
         self.name, self.version, self.precision = name, torch.__version__, precision
-        self.config, self.vocabulary = model.config, model.config.vocab_size
+        self.positions, self.vocabulary = model.config.n_positions, model.config.vocab_size
         self._model = model
         self._steps = CapturedSteps(model) if captured else None
         self._last: tuple[Any, int] | None = None
@@ -96,7 +61,7 @@ class TorchGpuSystem(_Greedy):
         return to_numpy(logits)
 
 
-class TransformersSystem(_Greedy):
+class TransformersSystem(GreedySystem):
     """transformers' GPT2LMHeadModel with its own cache, eager."""
 
     def __init__(self, config: GPT2Config, params: Iterable[tuple[str, np.ndarray]], dtype: str, device: str) -> None:
@@ -105,7 +70,7 @@ class TransformersSystem(_Greedy):
 
         self._torch, self._device, self._cache = torch, torch.device(device), None
         self.name, self.version, self.precision = "transformers", transformers.__version__, dtype
-        self.config, self.vocabulary = config, config.vocab_size
+        self.positions, self.vocabulary = config.n_positions, config.vocab_size
         settings = transformers.GPT2Config(**config.to_dict() | {"attn_implementation": "sdpa"})
         with torch.device("meta"):
             model = transformers.GPT2LMHeadModel(settings)
@@ -150,38 +115,6 @@ class TransformersSystem(_Greedy):
 def _hugging_face_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"transformer.{name}"
 
-
-@dataclass(frozen=True)
-class GpuPeer:
-    """A way to run the model in PyTorch.
-
-    Attributes:
-        name: as `--against` names it.
-        description: for people.
-        backend: of attention, see `TorchModel`.
-        captured: decode steps are CUDA graphs.
-        compiled: blocks go through torch.compile.
-    """
-
-    name: str
-    description: str
-    backend: str | None = None
-    captured: bool = False
-    compiled: bool = False
-
-
-GPU_PEERS = {
-    peer.name: peer
-    for peer in (
-        GpuPeer("torch", "PyTorch, eager"),
-        GpuPeer("torch-flash", "PyTorch, eager, SDPA's flash backend", backend="flash"),
-        GpuPeer("torch-cudnn", "PyTorch, eager, SDPA's cuDNN backend", backend="cudnn"),
-        GpuPeer("torch-graph", "PyTorch, decode as CUDA graphs", captured=True),
-        GpuPeer("torch-compile", "PyTorch, torch.compile and CUDA graphs", captured=True, compiled=True),
-        GpuPeer("transformers", "transformers, eager"),
-    )
-}
-"""Every peer on a GPU by name."""
 
 Params = Callable[[], Iterable[tuple[str, np.ndarray]]]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tvm_attn.benchmark.peers import PEERS
-from tvm_attn.benchmark.peers.client import PeerProcess, PeerUnavailable
-from tvm_attn.benchmark.peers.weights import Weights, write_weights
-from tvm_attn.benchmark.session import compare_logits
+from benchmarks.compare import compare_logits
+from benchmarks.peers import PEERS
+from benchmarks.peers.client import PeerProcess, PeerUnavailable
+from benchmarks.peers.weights import Weights, write_weights
 from tvm_attn.benchmark.system import Case
 from tvm_attn.config import param_shapes
 from tvm_attn.model.reference import Reference

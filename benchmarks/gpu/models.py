@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 import tvm_attn
+from benchmarks.gpu.kernel_library import normalised_error
+from benchmarks.gpu.processes import Entry
+from benchmarks.gpu.systems import make_peer, open_compiled
 from tvm_attn.benchmark.counts import decode_work, prefill_work
-from tvm_attn.benchmark.gpu.kernel_library import normalised_error
-from tvm_attn.benchmark.gpu.limits import DeviceLimits
-from tvm_attn.benchmark.gpu.processes import Entry
-from tvm_attn.benchmark.gpu.systems import CompiledGpuSystem, make_peer, open_compiled
+from tvm_attn.benchmark.device import DeviceLimits
+from tvm_attn.benchmark.ours import CompiledGpuSystem
 from tvm_attn.benchmark.system import CachedSystem, Case
 from tvm_attn.compiler.verification import verify_artifact
 from tvm_attn.model.params import effective_params

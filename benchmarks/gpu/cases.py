@@ -1,6 +1,6 @@
 """Running the cases of a kernel library on a device, each crash and hang in a process that is started anew after it.
 
-`python -m tvm_attn.benchmark.gpu.cases FOLDER` runs them in one process: what compute-sanitizer is put around.
+`python -m benchmarks.gpu.cases FOLDER` runs them in one process: what compute-sanitizer is put around.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tvm_attn.benchmark.gpu.kernel_library import CaseResult, KernelLibrary
-from tvm_attn.benchmark.gpu.processes import emit, run_child
+from benchmarks.gpu.kernel_library import CaseResult, KernelLibrary
+from benchmarks.gpu.processes import emit, run_child
 from tvm_attn.runtime.tvm_import import runtime_only
 
 MOST_CRASHES = 10
@@ -25,7 +25,7 @@ SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 def command(folder: Path, device: str, first: int, last: int) -> list[str]:
     """The command that runs the cases first .. last - 1."""
-    module = [sys.executable, "-m", "tvm_attn.benchmark.gpu.cases", str(folder), "--device", device]
+    module = [sys.executable, "-m", "benchmarks.gpu.cases", str(folder), "--device", device]
     return [*module, "--first", str(first), "--last", str(last)]
 
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--last", type=int)
     args = parser.parse_args(argv)
-    from tvm_attn.benchmark.gpu.devices import tvm_device
+    from benchmarks.gpu.devices import tvm_device
 
     with runtime_only():  # starts in a second
         library, device = KernelLibrary(args.folder), tvm_device(args.device)

@@ -1,6 +1,6 @@
 """Everything that is worth checking and measuring on an NVIDIA GPU, in one command of under 8 minutes.
 
-    python benchmarks/gpu.py --artifacts dist --kernels dist/kernels
+    python -m benchmarks.gpu --artifacts dist --kernels dist/kernels
 
 First what is right: single kernels against NumPy float64, artifacts against PyTorch, graphs against none. Then what is
 fast: matrix products against cuBLAS, attention against PyTorch's, whole models against PyTorch eager, with CUDA graphs
@@ -8,7 +8,8 @@ and compiled, and the time from nothing to the first token. Every part is a proc
 that crashes or hangs is recorded with its error, and the others go on. The result is a JSON file. The exit status is 1
 where something is not right.
 
-Needs TVM's runtime, PyTorch, artifacts and kernels that were compiled elsewhere; `benchmarks/pack.py` brings all.
+Needs TVM's runtime, PyTorch, artifacts and kernels that were compiled elsewhere; `python -m benchmarks.pack` packs
+them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from tvm_attn.benchmark.gpu import parts as gpu_parts
-from tvm_attn.benchmark.gpu.figures import FIGURES, tables
-from tvm_attn.benchmark.gpu.processes import emit
-from tvm_attn.cli import run
+from benchmarks.gpu import parts as gpu_parts
+from benchmarks.gpu.figures import FIGURES, tables
+from benchmarks.gpu.processes import emit
+from tvm_attn.cli import Parser, print_tables, run
 from tvm_attn.errors import BenchmarkError, DeviceError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECONDS = 450.0
 
 
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda:0", help="default: %(default)s")
     parser.add_argument(
         "--artifacts", type=Path, default=ROOT / "artifacts", metavar="FOLDER", help="default: %(default)s"
@@ -69,7 +68,7 @@ def _main(args: argparse.Namespace) -> int:
     if not any(part.name != "device" for part in planned):
         raise BenchmarkError(
             f"nothing to run: neither artifacts for CUDA in {settings.artifacts} nor kernels in {settings.kernels}; "
-            "benchmarks/pack.py brings both"
+            "python -m benchmarks.pack brings both"
         )
     begin = time.monotonic()
 
@@ -85,16 +84,14 @@ def _main(args: argparse.Namespace) -> int:
     result = summary(ran, args.quick, time.monotonic() - begin)
     path = args.json or ROOT / "benchmarks" / "results" / f"gpu-{_device_name(result)}.json"
     gpu_parts.write_json(result, path)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    for table in tables(result):
-        console.print(table)
+    print_tables(tables(result))
     print(f"{'FAILED' if result['failed'] else 'passed'} in {result['seconds']:.0f} s; written to {path}")
     return int(result["failed"])
 
 
 def _command(args: argparse.Namespace, part: str, limit: float) -> list[str]:
     # The runtime alone, which is what is measured, starts seconds sooner.
-    command = ["env", "TVM_USE_RUNTIME_LIB=1", sys.executable, str(Path(__file__).resolve())]
+    command = ["env", "TVM_USE_RUNTIME_LIB=1", sys.executable, "-m", "benchmarks.gpu"]
     command += ["--part", part, "--seconds", f"{limit:.1f}"]
     command += ["--device", args.device, "--artifacts", str(args.artifacts), "--kernels", str(args.kernels)]
     return [*command, "--quick"] if args.quick else command

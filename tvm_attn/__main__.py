@@ -1,0 +1,61 @@
+"""`tvm-attn COMMAND ...`, also `python -m tvm_attn COMMAND ...`: the commands under one name."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib import import_module
+
+from tvm_attn.cli import run
+from tvm_attn.errors import UsageError
+
+COMMANDS = {
+    "build": ("tvm_attn.build", "compile a checkpoint, check it against PyTorch, write an artifact"),
+    "generate": ("tvm_attn.generate", "continue prompts with an artifact, streamed to the terminal"),
+    "verify": ("tvm_attn.verify", "compare an artifact with PyTorch on this machine"),
+    "bench": ("tvm_attn.bench", "measure an artifact's speed against this machine's limits"),
+    "tune": ("tvm_attn.tune", "search schedules on this machine, write tuned records"),
+    "devices": ("tvm_attn.devices", "list this machine's devices, and what is missing for which target"),
+}
+"""Module and description of each command; the module's `main(argv)` runs it. No other module is imported."""
+
+_OPTIONS = {"-h, --help": "this page; tvm-attn COMMAND --help explains a command", "--version": "the version"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `tvm-attn` with `argv` (default: the process's arguments) and return its exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if len(words) > 1 and words[0] == "help":
+        words = [words[1], "--help"]
+    if words and words[0] in COMMANDS:
+        status: int = import_module(COMMANDS[words[0]][0]).main(words[1:])
+        return status
+    return run(lambda: _without_command(words))
+
+
+def _without_command(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_page())
+    elif words[0] == "--version":
+        from tvm_attn import __version__
+
+        print(f"tvm-attn {__version__}")
+    else:
+        what = "option" if words[0].startswith("-") else "command"
+        near = difflib.get_close_matches(words[0][:40], COMMANDS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise UsageError(f"unknown {what} {words[0]!r:.80}; {meant}")
+    return 0
+
+
+def help_page() -> str:
+    """The text of `tvm-attn --help`."""
+    groups = {"commands": {name: line for name, (_, line) in COMMANDS.items()}, "options": _OPTIONS}
+    lines = ["usage: tvm-attn COMMAND ...", "", "GPT-2 compiled with Apache TVM for CPU, CUDA and Vulkan."]
+    for heading, entries in groups.items():
+        lines += ["", f"{heading}:", *(f"  {name:<12}{line}" for name, line in entries.items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
