@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from tvm_attn.errors import ConfigError
+from tvm_attn.errors import ConfigError, shorten
 
 # transformers' names for the five supported activations; names on one line compute the same function.
 ACTIVATIONS = {
@@ -77,7 +77,7 @@ class GPT2Config:
             _check_size(name, getattr(self, name))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {_shown(getattr(self, name))}")
+                raise ConfigError(f"{name} must be true or false, not {shorten(getattr(self, name))}")
         _check_epsilon(self.layer_norm_epsilon)
         object.__setattr__(self, "layer_norm_epsilon", float(self.layer_norm_epsilon))
         object.__setattr__(self, "activation_function", _activation(self.activation_function))
@@ -120,10 +120,10 @@ class GPT2Config:
         Raises ConfigError for a model other than GPT-2, an unsupported feature, or a malformed value.
         """
         if not isinstance(config, Mapping):
-            raise ConfigError(f"the configuration must be a JSON object, not {_shown(config)}")
+            raise ConfigError(f"the configuration must be a JSON object, not {shorten(config)}")
         model_type = config.get("model_type", "gpt2")
         if model_type != "gpt2":
-            raise ConfigError(f"model_type is {_shown(model_type)}; only gpt2 is supported")
+            raise ConfigError(f"model_type is {shorten(model_type)}; only gpt2 is supported")
         for key, reason in _UNSUPPORTED.items():
             if config.get(key):
                 raise ConfigError(f"{key} is set: {reason}")
@@ -136,7 +136,7 @@ class GPT2Config:
         values: dict[str, Any] = {key: value for key, value in config.items() if key in known}
         for alias, name in _ALIASES.items():
             if alias in config and values.setdefault(name, config[alias]) != config[alias]:
-                raise ConfigError(f"{alias} ({_shown(config[alias])}) contradicts {name} ({_shown(values[name])})")
+                raise ConfigError(f"{alias} ({shorten(config[alias])}) contradicts {name} ({shorten(values[name])})")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,21 +179,21 @@ def param_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 def _check_size(name: str, value: Any) -> None:
     if not _is_int(value):
-        raise ConfigError(f"{name} must be a whole number, not {_shown(value)}")
+        raise ConfigError(f"{name} must be a whole number, not {shorten(value)}")
     if not 1 <= value < _INT32_ELEMENTS:
-        raise ConfigError(f"{name} must be at least 1 and fit in int32, not {_shown(value)}")
+        raise ConfigError(f"{name} must be at least 1 and fit in int32, not {shorten(value)}")
 
 
 def _check_epsilon(value: Any) -> None:
     if not (_is_int(value) or isinstance(value, float)):
-        raise ConfigError(f"layer_norm_epsilon must be a number, not {_shown(value)}")
+        raise ConfigError(f"layer_norm_epsilon must be a number, not {shorten(value)}")
     if not 0 < value < 1:  # also refuses NaN
-        raise ConfigError(f"layer_norm_epsilon must lie between 0 and 1, not {_shown(value)}")
+        raise ConfigError(f"layer_norm_epsilon must lie between 0 and 1, not {shorten(value)}")
 
 
 def _activation(value: Any) -> str:
     if not isinstance(value, str) or value not in _CANONICAL_ACTIVATION:
-        raise ConfigError(f"activation_function is {_shown(value)}; supported are {', '.join(ACTIVATIONS)}")
+        raise ConfigError(f"activation_function is {shorten(value)}; supported are {', '.join(ACTIVATIONS)}")
     return _CANONICAL_ACTIVATION[value]
 
 
@@ -206,21 +206,12 @@ def _token_id(name: str, value: Any, vocab_size: int) -> int | None:
     if value is None:
         return None
     if not _is_int(value) or value < 0:
-        raise ConfigError(f"{name} must be a token id or null, not {_shown(value)}")
+        raise ConfigError(f"{name} must be a token id or null, not {shorten(value)}")
     return int(value) if value < vocab_size else None
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    """A value from a file, short enough for one line of an error message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an int with more digits than Python prints, or very deep nesting
-        text = f"a huge {type(value).__name__}"
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 PRESETS = {

@@ -1,6 +1,7 @@
 """The exceptions of tvm_attn: one type per cause, all derived from `TvmAttnError`.
 
 Every message is one line that says what was wrong and what to do; the commands print it and exit with status 2.
+What it quotes of a file or an argument goes through `shorten` or `one_line`, so that it stays short.
 """
 
 
@@ -58,3 +59,20 @@ class BenchmarkError(TvmAttnError):
 
 class TuningError(TvmAttnError):
     """A search for tuned records cannot run with what it was given, or found nothing."""
+
+
+def shorten(value: object, limit: int = 40) -> str:
+    """`repr(value)` in at most `limit` characters, for a message that quotes a file or an argument."""
+    if isinstance(value, str | bytes):
+        value = value[: limit + 1]  # the repr of a text of megabytes would be made only to be cut
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int with more digits than Python prints, or very deep nesting
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an exception's message, shortened, or its type's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

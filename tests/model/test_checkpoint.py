@@ -210,7 +210,7 @@ def test_config_must_exist_and_be_sound(folder: Path) -> None:
         path.write_text(text, encoding="utf-8")
         assert f"{path} is not valid JSON: " in refusal(folder)
     path.write_bytes(b'{"model_type": "\xff"}')
-    assert f"{path} cannot be read: " in refusal(folder)
+    assert f"{path} is not UTF-8 text: " in refusal(folder)
     path.write_text("[]", encoding="utf-8")
     assert refusal(folder, ConfigError) == f"{path}: the configuration must be a JSON object, not []"
     write_config(folder, {**CONFIG.to_dict(), "model_type": "llama"})

@@ -209,7 +209,7 @@ def test_a_tokenizer_json_that_makes_the_library_panic_is_refused(
 def test_other_faults_of_a_tokenizer_json(new_layout: Path) -> None:
     path = new_layout / "tokenizer.json"
     path.write_bytes(b'{"\xff": 1}')
-    assert f"{path} cannot be read: " in refusal(new_layout)
+    assert f"{path} is not UTF-8 text: " in refusal(new_layout)
     path.write_text(spoiled(lambda t: t["model"]["vocab"].update(zz=5)), encoding="utf-8")
     assert "gives one id to several tokens" in refusal(new_layout)
     path.write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}))
@@ -237,7 +237,7 @@ def test_malformed_merges_are_refused(old_layout: Path) -> None:
         path.write_text(f"#version: 0.2\n{line}\n", encoding="utf-8")
         assert f"{path}, line 2: {line!r} does not merge two tokens of vocab.json" in refusal(old_layout)
     path.write_bytes(b"\xff\xfe")
-    assert f"{path} cannot be read: " in refusal(old_layout)
+    assert f"{path} is not UTF-8 text: " in refusal(old_layout)
     path.unlink()
     assert f"{path} is missing" in refusal(old_layout)
 

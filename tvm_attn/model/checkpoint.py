@@ -21,8 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tvm_attn.config import PRESETS, GPT2Config, param_shapes
-from tvm_attn.errors import CheckpointError, ConfigError
-from tvm_attn.model.files import one_line, read_json
+from tvm_attn.errors import CheckpointError, ConfigError, one_line
+from tvm_attn.jsonfile import CONFIG_BYTES, read_json
 from tvm_attn.model.hub import CheckpointUnavailable, hub_id, hub_snapshot
 from tvm_attn.model.tokenizer import tokenizer_json
 from tvm_attn.storage import numpy_dtype
@@ -128,7 +128,7 @@ def open_checkpoint(model: str | Path, on_download: Callable[[str], None] | None
         raise CheckpointError(f"{folder} has no config.json; a checkpoint needs it beside its safetensors files")
     files, index = _weight_files(folder)
     try:
-        config = GPT2Config.from_dict(read_json(folder / "config.json", CheckpointError))
+        config = GPT2Config.from_dict(read_json(folder / "config.json", CONFIG_BYTES, CheckpointError))
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from None
     stored = [tensor for file in files for tensor in _read_header(file)]
@@ -234,7 +234,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    index = read_json(path, CheckpointError)
+    index = read_json(path, CONFIG_BYTES, CheckpointError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; it should map each tensor to its file")

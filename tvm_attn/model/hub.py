@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tvm_attn.config import PRESETS
-from tvm_attn.errors import CheckpointError
-from tvm_attn.model.files import one_line
+from tvm_attn.errors import CheckpointError, one_line
 
 # Weights only as safetensors: a pickled file is never even downloaded.
 _FILES = [

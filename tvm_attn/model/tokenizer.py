@@ -9,8 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from tvm_attn.errors import TokenizerError
-from tvm_attn.model.files import one_line, read_json, read_text
+from tvm_attn.errors import TokenizerError, one_line
+from tvm_attn.jsonfile import TOKENIZER_BYTES, read_json, read_text
 
 _END_OF_TEXT = "<|endoftext|>"
 
@@ -24,7 +24,7 @@ def tokenizer_json(folder: Path, vocab_size: int | None = None) -> str | None:
     """
     if (folder / "tokenizer.json").is_file():
         source = folder / "tokenizer.json"
-        tokenizer = _parsed(source, read_text(source, TokenizerError))
+        tokenizer = _parsed(source, read_text(source, TOKENIZER_BYTES, TokenizerError))
         tokenizer.no_truncation()
         tokenizer.no_padding()
     elif (folder / "vocab.json").is_file() or (folder / "merges.txt").is_file():
@@ -69,7 +69,7 @@ def _from_vocab_and_merges(folder: Path) -> Tokenizer:
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
-    vocab = read_json(path, TokenizerError)
+    vocab = read_json(path, TOKENIZER_BYTES, TokenizerError)
     if not isinstance(vocab, dict) or not all(_is_id(value) for value in vocab.values()):
         raise TokenizerError(f"{path} does not map tokens to ids; get the checkpoint anew")
     return vocab
@@ -77,7 +77,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
 
 def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
     merges = []
-    for number, line in enumerate(read_text(path, TokenizerError).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, TOKENIZER_BYTES, TokenizerError).split("\n"), start=1):
         line = line.rstrip("\r")
         if not line or (number == 1 and line.startswith("#version")):
             continue
@@ -90,7 +90,7 @@ def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 def _special_tokens(path: Path) -> set[str]:
     """Tokens that `special_tokens_map.json` names: strings, objects with a `content`, or lists of those."""
-    entries = read_json(path, TokenizerError) if path.is_file() else {}
+    entries = read_json(path, TOKENIZER_BYTES, TokenizerError) if path.is_file() else {}
     if not isinstance(entries, dict):
         raise TokenizerError(f"{path} is not a JSON object; get the checkpoint anew")
     flat: list[Any] = []
@@ -102,7 +102,7 @@ def _special_tokens(path: Path) -> set[str]:
 
 def _add_tokens(tokenizer: Tokenizer, path: Path, special: set[str]) -> None:
     """Add the tokens of `added_tokens.json` (token -> id) behind the vocabulary, and mark the special ones."""
-    added = read_json(path, TokenizerError) if path.is_file() else {}
+    added = read_json(path, TOKENIZER_BYTES, TokenizerError) if path.is_file() else {}
     if not isinstance(added, dict) or not all(_is_id(value) for value in added.values()):
         raise TokenizerError(f"{path} does not map tokens to ids; get the checkpoint anew")
     special = special | {_END_OF_TEXT}
