@@ -41,7 +41,7 @@ def read_bytes(path: str | Path, limit: int, error: type[TvmAttnError]) -> bytes
     for.
     """
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             content = file.read(limit + 1) if size <= limit else b""
     except (OSError, ValueError) as failure:
@@ -101,11 +101,14 @@ def shorten_path(path: str | Path) -> str:
     return text if len(text) <= 200 else f"{text[:98]}...{text[-98:]}"
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens a regular file; opening a pipe would wait for a writer, and opening some devices acts on them."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+def open_regular(path: str, flags: int = os.O_RDONLY, dir_fd: int | None = None) -> int:
+    """Opens a regular file; opening a pipe would wait for a writer, and opening some devices acts on them.
+
+    Raises ValueError where it is something else, and OSError.
+    """
+    if not stat.S_ISREG(os.stat(path, dir_fd=dir_fd).st_mode):
         raise ValueError("it is not a regular file")
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # it may have become a pipe
+    descriptor = os.open(path, flags | os.O_NONBLOCK, dir_fd=dir_fd)  # it may have become a pipe
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError("it is not a regular file")

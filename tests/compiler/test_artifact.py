@@ -165,15 +165,78 @@ def test_missing_files_are_named(demo_artifact: Path, tmp_path: Path) -> None:
             tvm_attn.load(folder)
 
 
-@pytest.mark.parametrize("place", ["nothing", "a file", "an empty folder", "a checkpoint"])
-def test_no_artifact(place: str, tmp_path: Path, demo_model_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nothing", "there is no folder .*nothing; python -m tvm_attn.build makes"),
+        ("a file", "a file is not a folder"),
+        ("an empty folder", r"manifest\.json is missing, so this is no artifact; build it again"),
+        ("a checkpoint", r"demo is a checkpoint; build it first: python -m tvm_attn.build --model .*demo$"),
+        ("a name\0with zero", "cannot be opened: embedded null"),
+        ("n" * 300, "nnn cannot be opened: File name too long"),
+        ("long/" * 50_000, "cannot be opened: File name too long"),
+        ("a loop", "cannot be opened: Too many levels of symbolic links"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_no_artifact(place: str, message: str, tmp_path: Path, demo_model_dir: Path) -> None:
     folder = demo_model_dir if place == "a checkpoint" else tmp_path / place
     if place == "a file":
         folder.write_text("{}")
     elif place == "an empty folder":
         folder.mkdir()
-    with pytest.raises(ArtifactError, match=r"manifest.json .*build it again"):
+    elif place == "a loop":
+        folder.symlink_to(folder)
+    with pytest.raises(ArtifactError, match=message) as caught:
         tvm_attn.load(folder)
+    assert len(str(caught.value)) < 700
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_files_of_100_gib_are_not_read(altered: Path) -> None:
+    """Sparse ones, that the manifest describes rightly."""
+    for name in (SHARD, INDEX, library_of(altered), "tokenizer.json", "manifest.json"):
+        put(altered, name, b"")
+        os.truncate(altered / name, 100 << 30)
+        if name != "manifest.json":
+            entry = {"bytes": 100 << 30, "sha256": "0" * 64}
+            edit_manifest(altered, lambda manifest, name=name, entry=entry: manifest["files"].update({name: entry}))
+        with pytest.raises(ArtifactError, match=f"{name} has 107374182400 bytes, so it is not the file it should be"):
+            tvm_attn.load(altered)
+
+
+def test_folder_that_may_not_be_read(demo_artifact: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(shutil.copytree(demo_artifact, Path(place) / "artifact"))
+        for forbidden in (folder / "tokenizer.json", folder):
+            forbidden.chmod(0)
+            with as_nobody(place), pytest.raises(ArtifactError, match=r"(opened: |\()Permission denied"):
+                tvm_attn.load(folder)
+            forbidden.chmod(0o755)
+
+
+@contextmanager
+def as_nobody(place: str) -> Iterator[None]:
+    """For root, whom no permission stops: another user inside, who can reach the temporary folder `place`."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.chmod(place, 0o777)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_long_name_is_not_echoed(altered: Path) -> None:
+    long = "x" * 100_000
+    for change in ({"dtype": long}, {"quantization": long}, {"format": long}, {"libraries": [{"file": long}]}):
+        edit_manifest(altered, lambda manifest, change=change: manifest.update(change))
+        with pytest.raises(ArtifactError) as caught:
+            tvm_attn.load(altered)
+        assert len(str(caught.value)) < 800
+        edit_manifest(altered, lambda manifest: manifest.update(dtype="float32", quantization="none", format=4))
 
 
 @pytest.mark.parametrize(

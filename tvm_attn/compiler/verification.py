@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-import tvm_attn
 from tvm_attn.errors import VerificationError
 from tvm_attn.model.params import effective_params
 from tvm_attn.model.reference import Reference
-from tvm_attn.runtime.artifact import Artifact
+from tvm_attn.runtime.artifact import Artifact, open_artifact
+from tvm_attn.runtime.device import parse_device
 from tvm_attn.runtime.engine import CompiledEngine
+from tvm_attn.runtime.model import load_opened
 
 LENGTHS = (1, 7, 64)
 """Prompt lengths that are checked besides the full context and its neighbour."""
@@ -177,8 +178,13 @@ def verify_artifact(
         DeviceError: the device is unknown.
         VerificationError: PyTorch is not installed.
     """
-    loaded = tvm_attn.load(folder, device, max_batch=VERIFY_BATCH)
-    return verify(Artifact(folder), loaded.engine, progress, reference_device(loaded.device))
+    parse_device(device)
+
+    def check(artifact: Artifact) -> Report:
+        loaded = load_opened(artifact, device, max_batch=VERIFY_BATCH)
+        return verify(artifact, loaded.engine, progress, reference_device(loaded.device))
+
+    return open_artifact(folder, check)
 
 
 def reference_device(device: str) -> str:

@@ -2,6 +2,9 @@
 
 Every file is compared with the size and SHA-256 in the manifest, and the manifest with its own SHA-256. That finds
 damage and mix-ups; it is no signature, and a library is machine code: load artifacts from people you trust.
+
+A build may replace the folder at any time, so an artifact keeps the folder that it was opened from open, and reads all
+of its files from there; `open_artifact` starts again where that one is gone.
 """
 
 from __future__ import annotations
@@ -9,16 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import weakref
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tvm_attn.config import GPT2Config
-from tvm_attn.errors import ArtifactError, ConfigError
+from tvm_attn.errors import ArtifactError, ConfigError, one_line, shorten
+from tvm_attn.jsonfile import CONFIG_BYTES, TOKENIZER_BYTES, open_regular, parse_json, shorten_path
 from tvm_attn.runtime.cuda import Capability, code_rank
 from tvm_attn.runtime.machine import cpu_features, platform_name
 from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
@@ -27,6 +34,13 @@ MANIFEST = "manifest.json"
 PARAMS_INDEX = "params/tensor-cache.json"
 FORMAT = 4
 """Version of the artifact's format; a reader accepts its own version only. In 4, prefill has more arguments."""
+
+
+_LIBRARY_BYTES = 1 << 30
+"""Most bytes of a library; those of GPT-2 124M have 1.4 MB for a processor and 20 MB for all CUDA architectures."""
+_MESSAGE = 500  # most characters that an error quotes
+_TRIES = 10
+_T = TypeVar("_T")
 
 
 def digest(body: dict[str, Any]) -> str:
@@ -109,6 +123,8 @@ class Artifact:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._descriptor = self._open_folder()
+        weakref.finalize(self, os.close, self._descriptor)
         self.manifest = self._read_manifest()
         try:
             self.config = GPT2Config.from_dict(self.manifest["model"])
@@ -118,37 +134,88 @@ class Artifact:
             self._files = _files(_entry(self.manifest, "files", dict))
             self._versions: dict[str, str] = _entry(self.manifest, "versions", dict)
         except (KeyError, TypeError) as error:
-            raise self._error(f"{MANIFEST} lacks or garbles an entry ({error})") from error
+            raise self.error(f"{MANIFEST} lacks or garbles an entry ({one_line(error)})") from error
         except ConfigError as error:
-            raise self._error(f"its model configuration is invalid: {error}") from error
+            raise self.error(f"its model configuration is invalid: {error}") from error
         if self.dtype not in DTYPES or self.quantization not in QUANTIZATIONS:
-            raise self._error(f"dtype {self.dtype!r} with quantization {self.quantization!r} is not supported")
+            raise self.error(
+                f"dtype {shorten(self.dtype)} with quantization {shorten(self.quantization)} is not supported"
+            )
         try:
             stored = set(stored_types(self.config, self.dtype, self.quantization))
         except ConfigError as error:
-            raise self._error(f"its model configuration is invalid: {error}") from error
+            raise self.error(f"its model configuration is invalid: {error}") from error
         for library in self.libraries:
             if set(library.parameters) != stored:
-                raise self._error(f"{library.file} was compiled for another model")
+                raise self.error(f"{library.file} was compiled for another model")
 
-    def _error(self, what: str) -> ArtifactError:
-        # What a file says may hold line breaks.
-        what = " ".join(what.split())
-        return ArtifactError(f"artifact {self.folder}: {what}; build it again with python -m tvm_attn.build")
+    def error(self, what: str) -> ArtifactError:
+        """An error that names the artifact and says what to do; `what` is cut to one line of bounded length."""
+        what = " ".join(what[:_MESSAGE].split())
+        return ArtifactError(
+            f"artifact {shorten_path(self.folder)}: {what}; build it again with python -m tvm_attn.build"
+        )
+
+    def _open_folder(self) -> int:
+        place = shorten_path(self.folder)
+        try:
+            return os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            raise ArtifactError(f"there is no folder {place}; python -m tvm_attn.build makes artifacts") from None
+        except NotADirectoryError:
+            raise ArtifactError(f"{place} is not a folder; give the one that holds {MANIFEST}") from None
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"the folder {place} cannot be opened: {_reason(error)}") from None
 
     def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / MANIFEST
-        try:
-            if not path.is_file():
-                raise self._error(f"{MANIFEST} is missing, so this is no artifact")
-            manifest = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise self._error(f"{MANIFEST} cannot be read ({error})") from error
+        content = self._content(MANIFEST, CONFIG_BYTES).tobytes()
+        manifest = self._parsed(MANIFEST, content)
         if not isinstance(manifest, dict) or manifest.get("sha256") != digest(manifest):
-            raise self._error(f"{MANIFEST} was altered or truncated")
+            raise self.error(f"{MANIFEST} was altered or truncated")
         if manifest.get("format") != FORMAT:
-            raise self._error(f"format {manifest.get('format')!r} is not this version's format {FORMAT}")
+            raise self.error(f"format {shorten(manifest.get('format'))} is not this version's format {FORMAT}")
         return manifest
+
+    def _no_artifact(self) -> ArtifactError:
+        place = shorten_path(self.folder)
+        if (self.folder / "config.json").is_file():
+            return ArtifactError(f"{place} is a checkpoint; build it first: python -m tvm_attn.build --model {place}")
+        return self.error(f"{MANIFEST} is missing, so this is no artifact")
+
+    def _parsed(self, name: str, content: bytes) -> Any:
+        try:
+            return parse_json(content.decode(), name, ArtifactError)
+        except UnicodeDecodeError as error:
+            raise self.error(f"{name} is not UTF-8 ({one_line(error)})") from None
+        except ArtifactError as error:
+            raise self.error(str(error)) from None
+
+    def _content(self, name: str, limit: int, expected: int | None = None) -> np.ndarray:
+        """What a file of the folder holds, as uint8 values.
+
+        Raises:
+            ArtifactError: it is missing or unreadable, has more than `limit` bytes, or not the `expected` number.
+        """
+        try:
+            with open(open_regular(name, dir_fd=self._descriptor), "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if expected is not None and size != expected:
+                    raise self.error(f"{name} has {size} bytes instead of {expected}: truncated or altered")
+                if size > limit:
+                    raise self.error(f"{name} has {size} bytes, so it is not the file it should be")
+                # NumPy asks for huge pages and leaves them uncleared: 4 ms a shard, where a bytearray takes 19 ms.
+                content, done = np.empty(size, np.uint8), 0
+                while done < size and (count := file.readinto(content[done:].data)):
+                    done += count
+        except FileNotFoundError:
+            if name == MANIFEST:
+                raise self._no_artifact() from None
+            raise self.error(f"{name} is missing") from None
+        except MemoryError:
+            raise self.error(f"there is no memory for the {size} bytes of {name}") from None
+        except (OSError, ValueError) as error:
+            raise self.error(f"{name} cannot be read ({_reason(error)})") from None
+        return content[:done]
 
     def check_versions(self) -> None:
         """Compares the TVM versions that built the artifact with the installed ones.
@@ -162,7 +229,7 @@ class Artifact:
         installed = {"tvm": tvm.__version__, "tvm_ffi": tvm_ffi.__version__}
         for name, version in installed.items():
             if self._versions.get(name) != version:
-                raise self._error(f"it was built with {name} {self._versions.get(name)}, here {version} is installed")
+                raise self.error(f"it was built with {name} {self._versions.get(name)}, here {version} is installed")
 
     def library(self, device: str, capability: Capability | None = None) -> Library:
         """The library to run on a device class: of those that can run here, the one with most features.
@@ -178,11 +245,11 @@ class Artifact:
         of_device = [library for library in self.libraries if library.device == device]
         if not of_device:
             available = ", ".join(library.target for library in self.libraries)
-            raise self._error(f"it holds no library for {device!r} (it has: {available})")
+            raise self.error(f"it holds no library for {device!r} (it has: {available})")
         usable = [library for library in of_device if library.obstacle(capability) is None]
         if not usable:
             reasons = (f"{library.file} cannot run here: {library.obstacle(capability)}" for library in of_device)
-            raise self._error("; ".join(reasons))
+            raise self.error("; ".join(reasons))
         if capability is None:
             return max(usable, key=lambda library: len(library.features))
         return max(usable, key=lambda library: (library.rank(capability) or (), -len(library.architectures)))
@@ -199,40 +266,32 @@ class Artifact:
         try:
             wanted, found = json.loads(expected), json.loads(text)
             key = next(key for key in wanted if found[key] != wanted[key])
-            difference = f"{key} {found[key]!r:.40}, not {wanted[key]!r:.40} as {MANIFEST} says"
+            difference = f"{key} {shorten(found[key])}, not {shorten(wanted[key])} as {MANIFEST} says"
         except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
             difference = f"something else than {MANIFEST} says"
-        raise self._error(f"{library.file} was compiled for {difference}")
+        raise self.error(f"{library.file} was compiled for {difference}")
 
     def read(self, name: str) -> bytes:
         """The content of a file of the artifact, checked; errors as in `read_array`."""
         return self.read_array(name).tobytes()
 
-    def read_array(self, name: str) -> np.ndarray:
+    def read_array(self, name: str, limit: int = _LIBRARY_BYTES) -> np.ndarray:
         """The content of a file of the artifact as uint8 values, checked.
 
         Raises:
-            ArtifactError: it is missing, unlisted, or not what the manifest says.
+            ArtifactError: it is missing, unlisted, larger than `limit` bytes, or not what the manifest says.
         """
         if name not in self._files:
-            raise self._error(f"{name} is not listed in {MANIFEST}")
-        expected, path = self._files[name], self.folder / name
-        try:
-            if not path.is_file():
-                raise self._error(f"{name} is missing")
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                raise self._error(f"{name} has {size} bytes instead of {expected['bytes']}: truncated or altered")
-            # NumPy asks for huge pages and leaves them uncleared: 4 ms a shard, where a bytearray takes 19 ms.
-            content, done = np.empty(size, np.uint8), 0
-            with path.open("rb", buffering=0) as file:
-                while done < size and (count := file.readinto(content[done:].data)):
-                    done += count
-        except OSError as error:
-            raise self._error(f"{name} cannot be read ({error.strerror})") from error
+            raise self.error(f"{shorten(name)} is not listed in {MANIFEST}")
+        expected = self._files[name]
+        content = self._content(name, limit, expected["bytes"])
         if hashlib.sha256(content.data).hexdigest() != expected["sha256"]:
-            raise self._error(f"the content of {name} is not what was built (SHA-256 differs)")
+            raise self.error(f"the content of {name} is not what was built (SHA-256 differs)")
         return content
+
+    def read_json(self, name: str) -> Any:
+        """The parsed content of a JSON file of the artifact; errors as in `read_array`, and where it is not JSON."""
+        return self._parsed(name, self.read_array(name, CONFIG_BYTES).tobytes())
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer file's content, or None where the artifact has none.
@@ -243,14 +302,43 @@ class Artifact:
         if "tokenizer.json" not in self._files:
             return None
         try:
-            return self.read("tokenizer.json").decode()
+            return self.read_array("tokenizer.json", TOKENIZER_BYTES).tobytes().decode()
         except UnicodeDecodeError as error:
-            raise self._error(f"tokenizer.json is not UTF-8 ({error})") from error
+            raise self.error(f"tokenizer.json is not UTF-8 ({error})") from error
 
     @cached_property
     def parameters(self) -> Parameters:
         """The canonical parameters."""
         return Parameters(self)
+
+
+def open_artifact(folder: str | Path, use: Callable[[Artifact], _T]) -> _T:
+    """`use(Artifact(folder))`, again where a build has replaced the folder meanwhile.
+
+    Raises:
+        ArtifactError: as `Artifact` and `use` do.
+    """
+    for left in reversed(range(_TRIES)):
+        before = _version(folder)
+        try:
+            return use(Artifact(folder))
+        except ArtifactError:
+            if not left or _version(folder) == before:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _version(folder: str | Path) -> tuple[int, ...] | None:
+    """Differs between a folder and the one that replaced it; None where there is none."""
+    try:
+        status = os.stat(folder)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def _entry(table: Any, name: str | int, kind: type) -> Any:
@@ -261,7 +349,7 @@ def _entry(table: Any, name: str | int, kind: type) -> Any:
     """
     value = table[name]
     if type(value) is not kind:
-        raise TypeError(f"{name} is {value!r:.40}, not {kind.__name__}")
+        raise TypeError(f"{shorten(name)} is {shorten(value)}, not {kind.__name__}")
     return value
 
 
@@ -289,7 +377,7 @@ def _files(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The manifest's table of files, checked: names that lie in the folder, and a size and a SHA-256 of each."""
     for name, entry in table.items():
         if not re.fullmatch(r"(params/)?\w[\w.-]*", name, re.ASCII):
-            raise TypeError(f"{name!r:.40} is no file of an artifact")
+            raise TypeError(f"{shorten(name)} is no file of an artifact")
         _entry(entry, "bytes", int), _entry(entry, "sha256", str)
     return table
 
@@ -307,15 +395,17 @@ class Parameters:
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
         self._types = stored_types(artifact.config, artifact.dtype, artifact.quantization)
+        # All of them with the gaps between them: no shard is larger.
+        self._bytes = sum(64 + numpy_dtype(dtype).itemsize * math.prod(shape) for shape, dtype in self._types.values())
         self._shard: tuple[str, np.ndarray] | None = None
         self._records: dict[str, tuple[str, dict[str, Any]]] = {}
         try:
-            index = json.loads(artifact.read(PARAMS_INDEX))
+            index = artifact.read_json(PARAMS_INDEX)
             for shard in index["records"]:
                 for record in shard["records"]:
                     self._records[record["name"]] = (f"params/{shard['dataPath']}", record)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise artifact._error(f"{PARAMS_INDEX} is malformed ({error})") from error
+        except (KeyError, TypeError) as error:
+            raise artifact.error(f"{PARAMS_INDEX} is malformed ({one_line(error)})") from error
 
     def names(self) -> list[str]:
         """The names of all parameters, in the order in which they are stored."""
@@ -329,11 +419,11 @@ class Parameters:
             ArtifactError: it is missing, or its record does not fit the shard.
         """
         if name not in self._records or name not in self._types:
-            raise self._artifact._error(f"the parameter {name} is missing")
+            raise self._artifact.error(f"the parameter {name} is missing")
         path, record = self._records[name]
         if self._shard is None or self._shard[0] != path:
             self._shard = None
-            self._shard = (path, self._artifact.read_array(path))
+            self._shard = (path, self._artifact.read_array(path, self._bytes))
         content = self._shard[1]
         try:
             shape, stored = self._types[name]
@@ -345,7 +435,7 @@ class Parameters:
                 raise ValueError(f"{record['nbytes']} bytes at {offset}")
             return content[offset : offset + size].view(dtype).reshape(shape)
         except (KeyError, TypeError, ValueError) as error:
-            raise self._artifact._error(f"the record of parameter {name} is malformed ({error})") from error
+            raise self._artifact.error(f"the record of parameter {name} is malformed ({one_line(error)})") from error
 
     def close(self) -> None:
         """Drops the shard in memory."""

@@ -19,6 +19,7 @@ from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.runtime.artifact import Artifact, Library
 from tvm_attn.runtime.graph import Steps
 from tvm_attn.runtime.inputs import Inputs, Int32Array, in_groups
+from tvm_attn.runtime.library import load_library
 from tvm_attn.runtime.logits import DeviceLogits
 from tvm_attn.runtime.memory import free_memory, memory_needs
 from tvm_attn.runtime.stream import Stream
@@ -66,8 +67,6 @@ class CompiledEngine:
         self._logits_shape: tuple[int, ...] | None = None
         self._inputs = Inputs(device, self._stream.wait)
         self._wants_graph = graph
-        # The content is checked and then loaded by name: TVM loads libraries from files only.
-        artifact.read(library.file)
         self._bind(_virtual_machine(artifact, library, device, stream))
         self._require_memory(artifact)
         self._params = self._pack(artifact)
@@ -280,8 +279,9 @@ def _virtual_machine(
     # TVM's pool is one for all models of a device and knows no streams: it would give memory that one stream still
     # reads to a model on another. Freeing without a pool waits for the device.
     allocator = None if stream is None else "naive"
+    content = artifact.read_array(library.file)
     try:
-        module = tvm.runtime.load_module(str(artifact.folder / library.file))
+        module = load_library(content, library.file)
         if library.device == "vulkan":
             require_device(module, device.index)
         machine = VirtualMachine(module, device, allocator)
@@ -296,4 +296,4 @@ def _virtual_machine(
 
 def _misfit(artifact: Artifact, library: Library, error: Exception) -> ArtifactError:
     cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-    return ArtifactError(f"artifact {artifact.folder}: {library.file} cannot be run ({cause}); build it again")
+    return artifact.error(f"{library.file} cannot be run ({cause})")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import GenerationError
-from tvm_attn.runtime.artifact import Artifact
+from tvm_attn.runtime.artifact import Artifact, open_artifact
 from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats, Prompt
 from tvm_attn.runtime.device import parse_device
 from tvm_attn.runtime.dlpack import host_array
@@ -164,7 +164,24 @@ def load(
         TokenizerError: the artifact's tokenizer is malformed.
     """
     parse_device(device)  # refuses a wrong name before anything is read
-    artifact = Artifact(folder)
+    return open_artifact(
+        folder,
+        lambda artifact: load_opened(
+            artifact, device, threads=threads, max_batch=max_batch, graph=graph, stream=stream
+        ),
+    )
+
+
+def load_opened(
+    artifact: Artifact,
+    device: str,
+    *,
+    threads: int | None = None,
+    max_batch: int = 8,
+    graph: bool = True,
+    stream: int | None = None,
+) -> Model:
+    """As `load`, of an artifact that is open."""
     import_tvm()
     artifact.check_versions()
     set_threads(threads)
