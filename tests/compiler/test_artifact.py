@@ -609,62 +609,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files_of(folder)}
 
 
-@pytest.mark.parametrize("kind", ["a folder with files", "a file", "a folder under a file"])
-def test_a_build_deletes_nothing_but_artifacts(kind: str, tmp_path: Path, demo_model_dir: Path) -> None:
-    out = tmp_path / "out"
-    if kind == "a folder with files":
-        out.mkdir()
-        (out / "thesis.txt").write_text("years of work")
-    else:
-        out.write_text("years of work")
-    before = contents(tmp_path)
-    target = out / "artifact" if kind == "a folder under a file" else out
-    with pytest.raises(ArtifactError, match=r"choose another --out"):
-        tvm_attn.build(model=demo_model_dir, target="cpu", out=target, verify=False)
-    assert contents(tmp_path) == before
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_artifact_folder_takes_an_empty_folder_and_replaces_an_artifact(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    out.mkdir(parents=True)
-    for content in ("first", "second"):
-        with writing.artifact_folder(out) as temporary:
-            assert temporary.parent == out.parent  # so that a rename is all it takes
-            (temporary / content).write_text(content)
-            writing.write_manifest(temporary, {})
-        assert files_of(out) == [content, "manifest.json"] if content < "manifest" else ["manifest.json", content]
-        assert list(out.parent.iterdir()) == [out]
-    mask = os.umask(0)
-    os.umask(mask)
-    assert out.stat().st_mode & 0o777 == 0o777 & ~mask
-
-
-@pytest.mark.parametrize("moment", [0, 1])
-def test_interrupted_replacement(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C before or after one of the two renames: the old artifact stays."""
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "manifest.json").write_text("old")
-    rename, calls = Path.rename, []
-
-    def interrupted(self: Path, target: Path) -> Path:
-        calls.append(target)
-        if len(calls) == 2 and moment == 0:
-            raise KeyboardInterrupt
-        result = rename(self, target)
-        if len(calls) == 1 and moment == 1:
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), writing.artifact_folder(out) as temporary:
-        (temporary / "manifest.json").write_text("new")
-    assert calls[-1] == out
-    assert contents(tmp_path) == {"out/manifest.json": b"old"}
-    assert list(tmp_path.iterdir()) == [out]
-
-
 def test_manifest_lists_every_file(demo_artifact: Path) -> None:
     manifest = json.loads((demo_artifact / "manifest.json").read_bytes())
     assert sorted(manifest["files"]) == [name for name in files_of(demo_artifact) if name != "manifest.json"]
@@ -730,7 +674,6 @@ def test_successful_build_replaces_an_artifact(
 ) -> None:
     out = linked_copy(demo_artifact, tmp_path / "out")
     edit_manifest(out, lambda manifest: manifest.update(date="1970-01-01"))
-    (out / "left over").write_text("of an older version")
     assert build_demo(out) == 0
     assert files_of(out) == files_of(demo_artifact)
     artifact = Artifact(out)

@@ -1,73 +1,21 @@
-"""Writing an artifact: parameters, libraries, tokenizer and manifest into a folder that appears whole or not at all."""
+"""Writing an artifact: its parameters and its manifest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from tvm_attn.errors import ArtifactError
 from tvm_attn.runtime.artifact import MANIFEST, PARAMS_INDEX, digest
 
 # TVM's loaders read shards whole; parameters larger than half of this get a shard of their own.
 _SHARD_BYTES = 32 << 20
 # Parameters start at multiples of this, so that a shard in memory can be used in place.
 _ALIGNMENT = 64
-
-
-@contextmanager
-def artifact_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that replaces it when the block ends without an error.
-
-    Raises:
-        ArtifactError: `out` exists and is not an artifact (nothing else is ever deleted), or cannot be written.
-    """
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out} exists and is not an artifact; choose another --out, or remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
-    try:
-        yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        _replace(temporary, out)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _replace(new: Path, out: Path) -> None:
-    """A folder that is not empty cannot be renamed over: the old one steps aside first."""
-    if not out.exists():
-        new.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    try:
-        out.rename(old / "artifact")
-        new.rename(out)
-    except BaseException:  # Ctrl-C too must not end between the two
-        if not out.exists():
-            (old / "artifact").rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def packed_first(params: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

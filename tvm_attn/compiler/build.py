@@ -19,8 +19,9 @@ import tvm_attn
 from tvm_attn import targets
 from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.accuracy import measure_accuracy
-from tvm_attn.compiler.artifact import artifact_folder, packed_first, write_manifest, write_params
+from tvm_attn.compiler.artifact import packed_first, write_manifest, write_params
 from tvm_attn.compiler.pipeline import compile_program
+from tvm_attn.compiler.replacement import artifact_folder
 from tvm_attn.compiler.verification import VERIFY_BATCH, Report, verify
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import TargetError
@@ -95,7 +96,8 @@ def build(
         target: "cpu" for this machine, or names of targets, separated by commas.
         dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are float32 always.
         quant: "none", "int8" or "int4": matrices with a scale for every 32 weights, multiplied as integers.
-        out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced when all has gone well.
+        out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced when all has gone well;
+            anything else that is there is an error.
         verify: compare the compiled functions with PyTorch; where it is not installed, a note says so.
         progress: told what happens next.
 

@@ -39,7 +39,7 @@ FORMAT = 4
 _LIBRARY_BYTES = 1 << 30
 """Most bytes of a library; those of GPT-2 124M have 1.4 MB for a processor and 20 MB for all CUDA architectures."""
 _MESSAGE = 500  # most characters that an error quotes
-_TRIES = 10
+_TRIES = 100
 _T = TypeVar("_T")
 
 
