@@ -42,7 +42,7 @@ class Model:
         self.config: GPT2Config = artifact.config
         self.device = "cpu" if kind == "cpu" else f"{kind}:{index}"
         text = artifact.tokenizer_json()
-        self.tokenizer = None if text is None else Tokenizer(text)
+        self.tokenizer = None if text is None else Tokenizer(text, model_vocab_size=self.config.vocab_size)
         self.engine = CompiledEngine(
             artifact, library, tvm.runtime.device(kind, index), max_batch, graph=graph, stream=stream
         )

@@ -5,14 +5,19 @@ Special tokens such as `<|endoftext|>` are left out of text and kept in ids, as 
 """
 
 import codecs
+import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 
-from tvm_attn.errors import TokenizerError
+from tvm_attn.errors import TokenizerError, one_line, shorten
+from tvm_attn.jsonfile import TOKENIZER_BYTES, read_text
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -23,7 +28,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_of_character()
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_TOKEN = re.compile("<0x..>")
 
 
 @contextmanager
@@ -38,35 +43,40 @@ def _tokenizer_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        cause = " ".join(str(error).split())
-        raise TokenizerError(f"{what}: {cause}") from error
+        raise TokenizerError(f"{what}: {one_line(error)}") from error
 
 
 class Tokenizer:
     """A checkpoint's tokenizer.
 
     Truncation and padding that the file may ask for are switched off: a prompt is used as it is, or refused.
+
+    Args:
+        text: the contents of a `tokenizer.json`.
+        source: names them in messages.
+        model_vocab_size: ids from here on are refused by `encode`: the tokenizer may have tokens, such as a padding
+            token added later, that the model has no embedding for. None takes all.
+
+    Raises:
+        TokenizerError: `text` is malformed.
     """
 
-    def __init__(self, json: str, source: str = "tokenizer.json") -> None:
-        """Read the contents of a `tokenizer.json`; `source` names them in the TokenizerError where malformed."""
+    def __init__(self, text: str, source: str = "tokenizer.json", model_vocab_size: int | None = None) -> None:
         with _tokenizer_errors(f"{source} is malformed, get the checkpoint's file again"):
-            self._tokenizer = tokenizers.Tokenizer.from_str(json)
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+        self._model_vocab_size = model_vocab_size
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._is_byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self._bytes_of_token: dict[int, bytes] = {}
+        decoder = self._tokenizer.decoder
+        self._decoder_steps = [] if decoder is None else _decoder_steps(json.loads(decoder.__getstate__()))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Read a `tokenizer.json`. Raises TokenizerError where it cannot be read or is malformed."""
-        try:
-            json = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"cannot read the tokenizer {path}: {error}") from error
-        return cls(json, str(path))
+        return cls(read_text(path, TOKENIZER_BYTES, TokenizerError), str(path))
 
     @property
     def vocab_size(self) -> int:
@@ -74,17 +84,48 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that the tokenizer's post-processor adds (GPT-2's adds none).
+        """Token ids of a prompt: `text` behind the tokens that the tokenizer puts in front, such as `<s>` or `[CLS]`.
 
-        Special tokens written out in `text` become their ids. Raises TokenizerError where `text` is no Unicode text
-        (a lone surrogate) or holds something that the vocabulary has no token for.
+        Tokens that it puts behind a text (`</s>`, `[SEP]`) are left out: they would end what is to be continued.
+        GPT-2's tokenizer adds none. Special tokens written out in `text` become their ids.
+
+        Raises TokenizerError where `text` is no Unicode text (a lone surrogate), or holds something that the
+        vocabulary has no token for or the model no embedding.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text is not valid Unicode: {error}; decode it as UTF-8 first") from error
+            raise TokenizerError(
+                f"the text is not valid Unicode: {one_line(error)}; decode it as UTF-8 first"
+            ) from None
+        ids = self._encode(text) or self._opening
+        limit = self._model_vocab_size
+        if limit is not None and ids and max(ids) >= limit:
+            outside = next(token_id for token_id in ids if token_id >= limit)
+            token = shorten(self._tokenizer.id_to_token(outside))
+            raise TokenizerError(
+                f"the text holds {token}, whose id {outside} is beyond the model's vocab_size of {limit}; leave it out"
+            )
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of `text` and of what is put in front of it; [] for a text without tokens."""
         with _tokenizer_errors("the tokenizer cannot encode the text"):
-            return self._tokenizer.encode(text).ids
+            encoding = self._tokenizer.encode(text)
+        ids, is_wrapping = encoding.ids, encoding.special_tokens_mask
+        while ids and is_wrapping[len(ids) - 1]:
+            ids.pop()
+        return ids
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """The ids that are put in front of every text."""
+        with _tokenizer_errors("the tokenizer cannot encode an empty text"):
+            wrapped = self._tokenizer.encode("").ids
+        if not wrapped or self._anchor is None:
+            return []
+        same = zip(wrapped, self._encode(self.decode([self._anchor])), strict=False)
+        return [opening for opening, _ in takewhile(lambda pair: pair[0] == pair[1], same)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, without special tokens and without ids that the tokenizer does not know.
@@ -96,7 +137,21 @@ class Tokenizer:
 
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder for one stream of token ids, starting empty."""
-        return ByteStreamDecoder(self) if self._is_byte_level else WindowStreamDecoder(self)
+        if [step["type"] for step in self._decoder_steps] == ["ByteLevel"]:
+            return ByteStreamDecoder(self)
+        if _is_tokenwise(self._decoder_steps) and self._anchor is not None:
+            return RunStreamDecoder(self, self._anchor)
+        return HeldStreamDecoder(self)
+
+    @cached_property
+    def _anchor(self) -> int | None:
+        """Some token that has text of its own, to decode others behind; None where there is none."""
+        ids = sorted(self._tokenizer.get_vocab().values())
+        return next((i for i in ids if self.has_text(i) and not self.is_byte(i) and self.decode([i])), None)
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token is one byte in the notation of byte fallback, e.g. <0xF0>."""
+        return _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token_id) or "") is not None
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` looks at the id at all: it is known and not special."""
@@ -149,38 +204,73 @@ class ByteStreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-class WindowStreamDecoder:
-    """For every other kind of tokenizer, e.g. WordPiece in Chinese GPT-2: decodes the last few tokens in context.
+class RunStreamDecoder:
+    """For decoders that take one token after the other, as SentencePiece's and WordPiece's do.
 
-    A token's text may depend on the token before it (the first one loses its leading space), so each step decodes
-    the tokens since the last piece together with that piece's tokens, whose own text is then cut off. Text that ends
-    in U+FFFD is held back, as the next token may complete it.
+    A token's text depends on whether it is the first (which loses its leading space) and, with byte fallback, on the
+    run of byte tokens that it stands in: one byte that fits no character makes the whole run U+FFFD. So a run is held
+    back until it ends. What follows the first text is decoded behind a token whose own text is known, and cut off.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, anchor: int) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []
+        self._anchor = anchor
+        self._anchor_length = len(tokenizer.decode([anchor]))
         self._pending: list[int] = []
+        self._is_start = True
 
     def push(self, token_id: int) -> str:
         if not self._tokenizer.has_text(token_id):
             return ""
         self._pending.append(token_id)
-        piece = self._pending_text()
-        if piece.endswith(_REPLACEMENT):
-            return ""
-        self._advance()
-        return piece
+        return "" if self._tokenizer.is_byte(token_id) else self.flush()
 
     def flush(self) -> str:
-        piece = self._pending_text()
-        self._advance()
+        if self._is_start:
+            piece = self._tokenizer.decode(self._pending)
+            if not piece:
+                return ""  # the next token may still be the one that loses its space
+        else:
+            piece = self._tokenizer.decode([self._anchor, *self._pending])[self._anchor_length :]
+        self._is_start = False
+        self._pending = []
         return piece
 
-    def _pending_text(self) -> str:
-        context = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending)[len(context) :]
 
-    def _advance(self) -> None:
-        if self._pending:
-            self._context, self._pending = self._pending, []
+class HeldStreamDecoder:
+    """For decoders that may change any text until the last token is there: nothing comes before `flush`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        return ""
+
+    def flush(self) -> str:
+        piece, self._pending = self._tokenizer.decode(self._pending), []
+        return piece
+
+
+def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
+    """The steps of a `decoder` entry of tokenizer.json, in order; none where it is null."""
+    if not decoder:
+        return []
+    if decoder["type"] == "Sequence":
+        return [step for inner in decoder["decoders"] for step in _decoder_steps(inner)]
+    return [decoder]
+
+
+def _is_tokenwise(steps: list[dict[str, Any]]) -> bool:
+    """Whether the text of a token depends only on its being the first and on the run of byte tokens around it."""
+    kinds = [step["type"] for step in steps]
+    fuse = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)
+    before = {"Replace", "WordPiece", "ByteFallback", "Strip", "Metaspace"}
+    # Behind Fuse all text is one: only what looks at single characters, or at the very start, is still local.
+    return before.issuperset(kinds[:fuse]) and all(
+        step["type"] == "Fuse"
+        or (step["type"] == "Strip" and step["stop"] == 0)
+        or (step["type"] == "Replace" and len(step["pattern"].get("String", "")) == 1)
+        for step in steps[fuse:]
+    )
