@@ -160,6 +160,32 @@ def test_published_size_without_weights(
         tvm_attn.build("somebody/something", "cpu")
 
 
+def test_what_a_checkpoint_says_of_generation(ready_library: None, demo_model_dir: Path, tmp_path: Path) -> None:
+    """End tokens become the artifact's, sampling is recorded for whom asks, and what is left out is noted."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in demo_model_dir.iterdir():
+        if file.name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (folder / file.name).symlink_to(file)
+    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    settings = {"eos_token_id": [end, 55], "do_sample": True, "temperature": 0.5, "num_beams": 2}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": 2048}))
+    built = tvm_attn.build(folder, "cpu", out=tmp_path / "out", verify=False)
+    assert built.notes[0] == "generation_config.json also sets num_beams, which tvm_attn does not have"
+    assert "no embedding for ('[PAD]')" in built.notes[1]
+    artifact = Artifact(tmp_path / "out")
+    assert artifact.config.eos_token_ids == (end, 55)
+    assert artifact.generation == {"temperature": 0.5, "top_k": 50}
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "temperature": -1}))
+    built = tvm_attn.build(folder, "cpu", out=tmp_path / "out", verify=False)
+    assert "sampling settings of generation_config.json are left out: temperature is -1" in built.notes[2]
+    assert Artifact(tmp_path / "out").generation == {}
+    # Code is compiled for no particular tokens: the other model's library runs here.
+    model = tvm_attn.load(tmp_path / "out")
+    assert (model.config.eos_token_ids, model.generation_config) == ((end, 55), {})
+
+
 @pytest.mark.parametrize(("model", "name"), [(".", "checkpoint"), ("..", "deep"), ("../checkpoint/", "checkpoint")])
 def test_default_folder_has_the_checkpoints_name(
     model: str, name: str, ready_library: None, demo_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -30,6 +30,7 @@ FIELDS = (
     "tie_word_embeddings",
     "bos_token_id",
     "eos_token_id",
+    "pad_token_id",
 )
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -37,6 +38,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"activation_function": "relu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False},
     {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
     {"bos_token_id": 3, "eos_token_id": None, "vocab_size": 1021},
+    {"pad_token_id": 7},
 ]
 
 
@@ -113,9 +115,28 @@ def test_token_ids(key: str) -> None:
     assert read(None) is None
     assert read(1021) is None  # outside the vocabulary: no such token
     assert getattr(GPT2Config(vocab_size=1021), key) is None
-    for value in ([], [1, 2], -1, True, 1.0, "1", [None, 1], [[1]]):
+    assert read([]) is None
+    for value in (-1, True, 1.0, "1", [None], [True], [-1], [[1]], {"1": 1}):
         with pytest.raises(ConfigError, match=key):
             read(value)
+
+
+def test_several_end_tokens() -> None:
+    def read(value: object) -> GPT2Config:
+        return GPT2Config.from_dict({"vocab_size": 100, "eos_token_id": value})
+
+    assert read([1, 2]).eos_token_id == read([1, 2]).eos_token_ids == (1, 2)
+    assert read([1, 2, 1, 100]).eos_token_ids == (1, 2)
+    assert read([5, 5]).eos_token_id == 5 and read(5).eos_token_ids == (5,)
+    assert read([100, 7]).eos_token_id == 7
+    assert read([]).eos_token_ids == read(None).eos_token_ids == read([100]).eos_token_ids == ()
+    assert GPT2Config.from_dict(json.loads(json.dumps(read([1, 2]).to_dict()))) == read([1, 2])
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        read([1, None])
+    with pytest.raises(ConfigError, match="bos_token_id lists 2 tokens"):
+        GPT2Config.from_dict({"bos_token_id": [1, 2]})
+    assert GPT2Config.from_dict({"pad_token_id": -1}).pad_token_id is None
+    assert GPT2Config.from_dict({"pad_token_id": 3}).pad_token_id == 3
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,16 @@ def give_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 # --- the arguments ---
 
 
+def test_the_checkpoints_own_sampling_is_used_where_it_is_asked_for(model):
+    model.generation_config = {"temperature": 0.7, "top_k": 5, "max_new_tokens": 9}
+    assert generate.main(["dist/x", "--prompt", "Hello"]) == 0
+    assert (model.options["temperature"], model.options["top_k"], model.options["max_new_tokens"]) == (None, None, 128)
+    given = ["--use-generation-config", "--top-k", "3", "--max-new-tokens", "128", "--seed", "1"]
+    assert generate.main(["dist/x", "--prompt", "Hello", *given]) == 0
+    assert (model.options["temperature"], model.options["top_k"], model.options["max_new_tokens"]) == (0.7, 3, 128)
+    assert model.options["seed"] == 1
+
+
 def test_defaults(model):
     assert generate.main(["dist/x", "--prompt", "Hello"]) == 0
     assert model.loaded == [(("dist/x",), {"device": "auto", "threads": None})]

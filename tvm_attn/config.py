@@ -5,6 +5,7 @@ compute is refused here by name, so that nothing later has to ask. Only the stan
 reads an artifact's configuration with this file.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -30,7 +31,8 @@ _ALIASES = {
 }
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 _FLAGS = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings")
-_TOKEN_IDS = ("bos_token_id", "eos_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields that say what tokens mean; the compiled functions do not depend on them."""
 
 # Keys that change what the model computes in ways that tvm_attn does not implement; absent or falsy is fine.
 _UNSUPPORTED = {
@@ -48,8 +50,9 @@ class GPT2Config:
     """Hyperparameters of one GPT-2 model; the defaults are those of the smallest published size.
 
     Construction validates every field and resolves three of them: `n_inner=None` becomes `4 * n_embd`, an activation
-    gets its canonical name (a key of `ACTIVATIONS`), and a BOS or EOS id outside the vocabulary becomes None, since no
-    such token can occur (transformers' default, 50256, is kept in the configs of models with small vocabularies).
+    gets its canonical name (a key of `ACTIVATIONS`), and a token id outside the vocabulary is left out, since no such
+    token can occur (transformers' default, 50256, is kept in the configs of models with small vocabularies).
+    `eos_token_id` is one id, a tuple of several that each end a text, or None.
 
     Raises ConfigError for a wrong type, a size out of range, or an unsupported value.
     """
@@ -67,7 +70,8 @@ class GPT2Config:
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_inner is None:
@@ -81,8 +85,9 @@ class GPT2Config:
         _check_epsilon(self.layer_norm_epsilon)
         object.__setattr__(self, "layer_norm_epsilon", float(self.layer_norm_epsilon))
         object.__setattr__(self, "activation_function", _activation(self.activation_function))
-        for name in _TOKEN_IDS:
-            object.__setattr__(self, name, _token_id(name, getattr(self, name), self.vocab_size))
+        for name in TOKEN_IDS:
+            ids = _token_ids(name, getattr(self, name), self.vocab_size)
+            object.__setattr__(self, name, ids if len(ids) > 1 else ids[0] if ids else None)
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         self._check_limits()
@@ -101,6 +106,12 @@ class GPT2Config:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.n_embd // self.n_head
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text; none, one or several."""
+        ids = self.eos_token_id
+        return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
     def attention_scale(self, layer: int) -> float:
         """Factor on the attention scores of block `layer` (counted from 0) before the softmax.
@@ -197,17 +208,16 @@ def _activation(value: Any) -> str:
     return _CANONICAL_ACTIVATION[value]
 
 
-def _token_id(name: str, value: Any, vocab_size: int) -> int | None:
-    if isinstance(value, (list, tuple)):
-        # A list of several stop tokens cannot be kept as one id; losing all but the first would run past an end.
-        if len(value) != 1:
-            raise ConfigError(f"{name} lists {len(value)} tokens; only one is supported, so keep one in config.json")
-        value = value[0]
-    if value is None:
-        return None
-    if not _is_int(value) or value < 0:
-        raise ConfigError(f"{name} must be a token id or null, not {shorten(value)}")
-    return int(value) if value < vocab_size else None
+def _token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """The ids of a field that is one, a list or null: each once, without those outside the vocabulary."""
+    values = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    if name != "eos_token_id" and len(values) > 1:
+        raise ConfigError(f"{name} lists {len(values)} tokens; it must be one token id or null")
+    least = -math.inf if name == "pad_token_id" else 0  # -1 is usual where nothing pads
+    for token_id in values:
+        if not _is_int(token_id) or token_id < least:
+            raise ConfigError(f"{name} must be a token id or null, not {shorten(value)}")
+    return tuple(dict.fromkeys(token_id for token_id in values if 0 <= token_id < vocab_size))
 
 
 def _is_int(value: Any) -> bool:

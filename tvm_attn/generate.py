@@ -33,9 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument(
         "--prompt-ids", action="append", type=_token_ids, metavar="1,2,3", help="the same as token ids"
     )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=GenerationOptions.max_new_tokens, metavar="N", help="default: %(default)s"
-    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {GenerationOptions.max_new_tokens}")
     parser.add_argument("--temperature", type=float, metavar="F", help="divides the logits; 0 is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
     parser.add_argument(
@@ -44,11 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-p", type=float, metavar="P", help="sample from tokens P times as likely as the likeliest"
     )
+    parser.add_argument("--repetition-penalty", type=float, metavar="F", help="above 1 discourages tokens seen before")
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="F", help="above 1 discourages tokens seen before"
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
     )
     parser.add_argument(
         "--stop-token-id",
@@ -56,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="ID",
         help="end at this token instead of the model's end-of-text; may be given several times",
+    )
+    parser.add_argument(
+        "--use-generation-config",
+        action="store_true",
+        help="sample as the checkpoint's generation_config.json says, where no other option does",
     )
     parser.add_argument("--seed", type=int, metavar="S", help="repeat the same sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
@@ -74,7 +75,7 @@ def _token_ids(text: str) -> list[int]:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    options: dict[str, Any] = {
+    given: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "top_k": args.top_k,
@@ -85,6 +86,8 @@ def _generate(args: argparse.Namespace) -> int:
         "stop_token_ids": args.stop_token_id,
         "seed": args.seed,
     }
+    given = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = dataclasses.asdict(GenerationOptions(stop=[])) | given
     GenerationOptions(**options)  # refuse a wrong value before the model is loaded, which takes seconds
     prompts: list[Any] = args.prompt_ids or [_read_stdin() if text == "-" else text for text in args.prompt]
 
@@ -94,6 +97,8 @@ def _generate(args: argparse.Namespace) -> int:
     # Generating needs TVM's runtime only, and that library loads faster than the one with the compiler.
     with runtime_only():
         model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads)
+    if args.use_generation_config:
+        options |= model.generation_config | given
     options["stats"] = stats = GenerationStats()
     if args.json:
         print(json.dumps(_json_object(model.generate(prompts, **options), stats)))

@@ -9,8 +9,10 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tvm_attn.errors import TvmAttnError, one_line, shorten
 
@@ -34,20 +36,26 @@ def exists(path: str | Path, error: type[TvmAttnError]) -> bool:
     return True
 
 
-def read_bytes(path: str | Path, limit: int, error: type[TvmAttnError]) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+@contextmanager
+def opened(path: str | Path, error: type[TvmAttnError]) -> Iterator[BinaryIO]:
+    """A regular file, open for reading.
 
-    Raises `error` where it is missing, unreadable, too large, or a folder, a device or a pipe, which is never waited
-    for.
+    Raises `error` where it is missing, unreadable, or a folder, a device or a pipe, which is never waited for.
     """
     try:
         with open(path, "rb", opener=open_regular) as file:
-            size = os.fstat(file.fileno()).st_size
-            content = file.read(limit + 1) if size <= limit else b""
+            yield file
+    except FileNotFoundError:
+        raise error(f"{shorten_path(path)} is missing") from None
     except (OSError, ValueError) as failure:
-        if isinstance(failure, FileNotFoundError):
-            raise error(f"{shorten_path(path)} is missing") from None
         raise error(f"{shorten_path(path)} cannot be read: {_reason(failure)}") from None
+
+
+def read_bytes(path: str | Path, limit: int, error: type[TvmAttnError]) -> bytes:
+    """The content of a regular file; raises `error` as `opened` does, and beyond `limit` bytes."""
+    with opened(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
     if max(size, len(content)) > limit:
         raise error(f"{shorten_path(path)} is larger than {limit >> 20} MiB, so it is not the file it should be")
     return content

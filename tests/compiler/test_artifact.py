@@ -265,8 +265,15 @@ def test_edit_with_new_hash_of_something_harmless(altered: Path) -> None:
     assert Artifact(altered).manifest["date"] == "1970-01-01"
 
 
+def test_no_library_is_compiled_for_the_meaning_of_tokens(altered: Path) -> None:
+    """Two checkpoints that differ in their end tokens only have the same code."""
+    tokens = {"eos_token_id": [5, 7], "bos_token_id": 3, "pad_token_id": 4}
+    edit_manifest(altered, lambda manifest: manifest["model"].update(tokens))
+    assert tvm_attn.load(altered, "cpu").config.eos_token_ids == (5, 7)
+
+
 TOP_LEVEL: list[tuple[str, Any, str]] = [
-    ("format", 2, "format 2 is not this version's format 4"),
+    ("format", 2, "format 2 is not this version's format 5"),
     ("format", "3", "format '3'"),
     ("dtype", "float64", "dtype 'float64'"),
     ("dtype", [], r"dtype \[\]"),
@@ -276,6 +283,8 @@ TOP_LEVEL: list[tuple[str, Any, str]] = [
     ("versions", {"tvm": "0.1"}, r"built with tvm 0\.1, here .* is installed"),
     ("versions", {}, "built with tvm None"),
     *(("versions", value, "versions") for value in (None, [], "x")),
+    *(("generation", value, "lacks or garbles") for value in (None, [], "x", {"frobnicate": 1}, {"seed": 1, "": 2})),
+    ("generation", {"temperature": -1}, "its generation options are invalid: temperature is -1"),
     ("libraries", [], "holds no library for 'cpu'"),
     *(("libraries", value, "lacks or garbles") for value in (None, {}, "x", [5], [None], [{}], [[]])),
     *(("files", value, "lacks or garbles|not listed") for value in (None, [], 5, "tokenizer.json", {}, {"a": 5})),
@@ -293,7 +302,9 @@ def test_edited_manifest(altered: Path, key: str, value: Any, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["format", "model", "dtype", "quantization", "versions", "libraries", "files"])
+@pytest.mark.parametrize(
+    "key", ["format", "model", "generation", "dtype", "quantization", "versions", "libraries", "files"]
+)
 def test_manifest_without_an_entry(altered: Path, key: str) -> None:
     edit_manifest(altered, lambda manifest: manifest.pop(key))
     with pytest.raises(ArtifactError, match=key):

@@ -1,6 +1,7 @@
 """Checkpoints that transformers wrote are read back bit for bit; everything that can be wrong with one is refused."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_model
 
 from tvm_attn.config import GPT2Config, param_shapes
 from tvm_attn.errors import CheckpointError, ConfigError, TokenizerError
@@ -181,6 +183,91 @@ def test_other_dtypes_are_refused_by_name(folder: Path, dtype: Any, name: str) -
     assert f"{key} is {name}, not one of F64, F32, F16, BF16" in refusal(folder)
 
 
+def loaded_by_transformers(folder: Path) -> dict[str, np.ndarray]:
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    return {name.removeprefix("transformer."): p.detach().numpy() for name, p in model.named_parameters()}
+
+
+def test_only_the_tied_head_is_stored(folder: Path) -> None:
+    """safetensors' `save_model` stores one of several tensors that share memory: of GPT-2's, the head."""
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    assert "transformer.wte.weight" not in load_file(folder / "model.safetensors")
+    expected = loaded_by_transformers(folder)
+    params = dict(open_checkpoint(folder).params())
+    assert list(params) == list(param_shapes(CONFIG))
+    for name, array in params.items():
+        np.testing.assert_array_equal(array, expected[name])
+    write_config(folder, {**CONFIG.to_dict(), "tie_word_embeddings": False})
+    assert "wte.weight (67, 24) is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "head"),
+    [
+        (transformers.GPT2ForSequenceClassification, "score.weight"),
+        (transformers.GPT2ForTokenClassification, "classifier.weight"),
+        (transformers.GPT2ForQuestionAnswering, "qa_outputs.weight"),
+        (transformers.GPT2DoubleHeadsModel, "multiple_choice_head.summary.weight"),
+    ],
+)
+def test_other_heads_are_left_out_with_a_note(tmp_path: Path, model_class: Any, head: str) -> None:
+    torch.manual_seed(0)
+    model = model_class(transformers.GPT2Config(**SIZES))
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    (note,) = checkpoint.notes
+    assert note.startswith("the checkpoint's other heads are left out: ") and head in note
+    expected = loaded_by_transformers(tmp_path)
+    for name, array in checkpoint.params():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def test_a_value_head_is_left_out_and_unknown_parts_of_the_model_are_not(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"v_head.summary.weight": np.ones((1, 24), np.float32)}))
+    assert open_checkpoint(folder).notes == ("the checkpoint's other heads are left out: v_head.summary.weight",)
+    for name in ("transformer.extra.weight", "h.0.crossattention.bias", "lm_head.bias", "transformer.v_head.weight"):
+        rewrite(folder, lambda tensors, name=name: tensors.update({name: np.ones(24, np.float32)}))  # type: ignore[misc]
+        assert f"{name} is not a parameter of this GPT-2" in refusal(folder)
+        rewrite(folder, lambda tensors, name=name: tensors.pop(name))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("rename", "cause"),
+    [
+        (lambda key: f"_orig_mod.{key}", "torch.compile"),
+        (lambda key: f"module.{key}", "DataParallel"),
+        (lambda key: f"module._orig_mod.{key.removeprefix('transformer.')}", "torch.compile"),
+        (lambda key: key.replace("transformer.", "transformer._orig_mod."), "torch.compile"),
+        (lambda key: key.replace(".attn.", "._fsdp_wrapped_module.attn."), "FSDP"),
+    ],
+)
+def test_names_that_wrappers_of_pytorch_give(folder: Path, rename: Callable[[str], str], cause: str) -> None:
+    expected = dict(open_checkpoint(folder).params())
+
+    def wrap(tensors: Tensors) -> None:
+        renamed = {rename(key): array for key, array in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    rewrite(folder, wrap)
+    checkpoint = open_checkpoint(folder)
+    assert any(note.endswith(f"in the tensors' names is left out: {cause} added it") for note in checkpoint.notes)
+    for name, array in checkpoint.params():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def test_linear_layers_are_named_as_what_they_are(folder: Path) -> None:
+    def transpose(tensors: Tensors) -> None:
+        for key, array in tensors.items():
+            if array.ndim == 2 and ".h." in key:
+                tensors[key] = np.ascontiguousarray(array.T)
+
+    rewrite(folder, transpose)
+    assert "(24, 72) (stored as torch.nn.Linear stores it; GPT-2's Conv1D is the transpose)" in refusal(folder)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
 def test_values_that_are_not_finite_are_refused_by_name(folder: Path, value: float, dtype: Any) -> None:
@@ -289,6 +376,66 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
     assert f"{twin} is in {second.name} but not listed" in refusal(folder)
 
 
+READ_FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", READ_FILES)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_regular_file_is_refused_at_once(folder: Path, name: str, make: Callable[[Path], None]) -> None:
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    assert "it is not a regular file" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_a_file_of_100_gib_is_refused_unread(folder: Path, name: str) -> None:
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    with (folder / name).open("wb") as file:
+        file.truncate(100 << 30)
+    assert "is larger than 8 MiB" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"activation_function": "x" * 100_000}, {"n_layer": "\n" * 100_000}, {"eos_token_id": ["0"] * 100_000}],
+    ids=range(3),
+)
+def test_messages_quote_no_more_than_a_little(folder: Path, change: dict[str, Any]) -> None:
+    write_config(folder, {**CONFIG.to_dict(), **change})
+    assert len(refusal(folder, ConfigError)) < 400
+
+
+def test_messages_shorten_the_names_of_tensors(folder: Path) -> None:
+    name = "transformer." + "x" * 100_000 + "\n"
+    rewrite(folder, lambda tensors: tensors.update({name: np.ones(24, np.float32)}))
+    assert len(refusal(folder)) < 4 * 250
+    index = shard(folder)
+    index["weight_map"] |= {name: "model-00001-of-00002.safetensors"}
+    write_index(folder, index)
+    assert len(refusal(folder)) < 4 * 250  # at most four tensors are named
+
+
+def test_paths_that_cannot_be(folder: Path) -> None:
+    for path in ("x" * 300, "/".join(["folder"] * 1000), str(folder / ("x" * 300)), "a\0b", Path("x" * 300), None, 5):
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(path)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", [".", "config.json", "model.safetensors", "generation_config.json"])
+def test_no_permission(folder: Path, name: str) -> None:
+    (folder / "generation_config.json").write_text("{}")
+    (folder / name).chmod(0)
+    try:
+        assert "Permission denied" in refusal(folder)
+    finally:
+        (folder / name).chmod(0o700)
+
+
 def test_places_that_are_no_checkpoint(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors is a file; pass the folder"):
         open_checkpoint(str(folder / "model.safetensors"))
@@ -338,14 +485,14 @@ def test_a_folder_named_like_a_preset(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_tokenizer_must_fit_the_vocabulary(folder: Path) -> None:
-    assert open_checkpoint(folder).tokenizer_json() is None
+    assert open_checkpoint(folder).tokenizer.text is None
     vocab = {chr(65 + token): token for token in range(CONFIG.vocab_size)}
     (folder / "merges.txt").write_text("#version: 0.2\n")
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    assert open_checkpoint(folder).tokenizer_json() is not None
+    assert open_checkpoint(folder).tokenizer.text is not None
     (folder / "vocab.json").write_text(json.dumps({**vocab, "zz": CONFIG.vocab_size}), encoding="utf-8")
     with pytest.raises(TokenizerError, match="the id 67, but the model's vocab_size is 67"):
-        open_checkpoint(folder).tokenizer_json()
+        _ = open_checkpoint(folder).tokenizer
 
 
 def test_random_params_have_the_scale_of_gpt2() -> None:

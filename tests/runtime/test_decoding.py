@@ -170,6 +170,19 @@ def test_eos_stops_as_in_transformers(model, prompts):
     assert completions[0].finish_reason == "stop" and len(completions[0].token_ids) <= 4
 
 
+def test_each_of_several_end_tokens_stops_as_in_transformers(model, prompts):
+    free = [reference(model, prompt, max_new_tokens=8) for prompt in prompts]
+    ends = (free[0][3], free[1][2], free[2][5])
+    loop = DecodingLoop(TorchEngine(model, 3, eos_token_id=list(ends)))
+    completions = loop.generate(prompts, GenerationOptions(max_new_tokens=8))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        expected = reference(model, prompt, max_new_tokens=8, eos_token_id=list(ends))
+        assert completion.token_ids == expected
+        assert completion.finish_reason == ("stop" if set(ends) & set(expected) else "length")
+        assert list(loop.stream_ids(prompt, GenerationOptions(max_new_tokens=8))) == list(expected)
+    assert len({completion.token_ids[-1] for completion in completions[:3]} & set(ends)) > 1
+
+
 def test_sampling_draws_from_the_distribution_at_each_step(model, prompts):
     """Each token is the inverse of the cumulative distribution at the sequence's own random numbers."""
     options = GenerationOptions(max_new_tokens=6, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=3)
@@ -276,6 +289,8 @@ def test_the_default_stop_token_is_eos_and_can_be_switched_off(tokenizer):
     assert loop.generate([0]) == Completion("ab", (*tokenizer.encode("ab"), EOS), "stop")
     unstopped = loop.generate([0], GenerationOptions(stop_token_ids=(), max_new_tokens=5))
     assert unstopped == Completion("ab", (*tokenizer.encode("ab"), EOS, EOS, EOS), "length")
+    other_end = scripted(tokenizer, "ab", eos_token_id=[*tokenizer.encode("b"), EOS])
+    assert DecodingLoop(other_end, tokenizer).generate([0]) == Completion("a", tuple(tokenizer.encode("ab")), "stop")
     no_eos = DecodingLoop(scripted(tokenizer, "ab", eos_token_id=None), tokenizer)
     assert no_eos.generate([0], GenerationOptions(max_new_tokens=5)) == unstopped
 
@@ -422,7 +437,28 @@ def test_text_prompts_are_encoded(tokenizer):
     assert engine.cache[0] == tokenizer.encode("größe")
 
 
-@pytest.mark.parametrize("ids, start", [({"bos_token_id": 5}, 5), ({"bos_token_id": None}, EOS)])
+def test_stop_strings_over_byte_fallback():
+    """A run of byte tokens has no text before it ends; what was generated after a stop string in it is cut off."""
+    tokens = ["<unk>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", "a", "b"]
+    library = LibraryTokenizer(
+        models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(library.to_str())
+    script = [*(1 + byte for byte in "é🙂ü".encode()), tokens.index("a"), tokens.index("▁"), tokens.index("b")]
+    for stop, expected in [("🙂", "é"), ("üa", "é🙂"), ("a b", "é🙂ü"), ("x", "é🙂üa b"), (["ü", "b"], "é🙂")]:
+        engine = ScriptedEngine([script], vocab_size=300, eos_token_id=0)
+        engine.scripts[0] = [*script, 0]
+        options = GenerationOptions(stop=stop)
+        completion = DecodingLoop(engine, tokenizer).generate([0], options)
+        assert (completion.text, completion.finish_reason) == (expected, "stop")
+        assert "".join(DecodingLoop(engine, tokenizer).stream([0], options)) == expected
+
+
+@pytest.mark.parametrize(
+    "ids, start",
+    [({"bos_token_id": 5}, 5), ({"bos_token_id": None}, EOS), ({"bos_token_id": None, "eos_token_id": [7, EOS]}, 7)],
+)
 def test_the_empty_text_starts_with_bos_or_eos(tokenizer, ids, start):
     engine = ScriptedEngine([[]] * VOCAB, **ids)
     DecodingLoop(engine, tokenizer).generate(["", ""])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.compiler.replacement import artifact_folder
 from tvm_attn.compiler.verification import VERIFY_BATCH, Report, verify
 from tvm_attn.config import PRESETS, GPT2Config
-from tvm_attn.errors import TargetError
+from tvm_attn.errors import GenerationError, TargetError, one_line
 from tvm_attn.inventory import obstacle as gpu_obstacle
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.model.checkpoint import (
@@ -34,10 +34,12 @@ from tvm_attn.model.checkpoint import (
     open_checkpoint,
     random_params,
 )
+from tvm_attn.model.generation import GENERATION_CONFIG
 from tvm_attn.model.gpt2 import build_program
 from tvm_attn.model.module import Layout, Program, padded_vocabulary
 from tvm_attn.model.params import stored_params
 from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
+from tvm_attn.runtime.decoding import GenerationOptions
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.storage import QUANTIZATIONS, stored_types
@@ -71,12 +73,14 @@ class _Weights:
     config: GPT2Config
     source: str
     checkpoint: Checkpoint | None
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Options that the checkpoint's generation_config.json asks for."""
 
     def params(self) -> Iterator[tuple[str, np.ndarray]]:
         return random_params(self.config) if self.checkpoint is None else self.checkpoint.params()
 
     def tokenizer_json(self) -> str | None:
-        return None if self.checkpoint is None else self.checkpoint.tokenizer_json()
+        return None if self.checkpoint is None else self.checkpoint.tokenizer.text
 
 
 def build(
@@ -158,15 +162,21 @@ def _open_weights(model: str | Path, notes: list[str], progress: Callable[[str],
             raise
         notes.append(f"random weights: {' '.join(str(error).split())} (--model FOLDER)")
         return _Weights(config, RANDOM_SOURCE, None)
-    if checkpoint.tokenizer_json() is None:
-        notes.append("the checkpoint has no tokenizer: prompts and completions are token ids")
-    return _Weights(checkpoint.config, checkpoint.source, checkpoint)
+    notes += [*checkpoint.notes, *checkpoint.tokenizer.notes]
+    generation = dict(checkpoint.generation)
+    try:
+        GenerationOptions(**generation)
+    except GenerationError as error:
+        notes.append(f"the sampling settings of {GENERATION_CONFIG} are left out: {one_line(error)}")
+        generation = {}
+    return _Weights(checkpoint.config, checkpoint.source, checkpoint, generation)
 
 
 def _manifest(weights: _Weights, dtype: str, quant: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": weights.config.to_dict(),
+        "generation": weights.generation,
         "weights": weights.source,
         "dtype": dtype,
         "quantization": quant,

@@ -5,13 +5,14 @@ used: its configuration, the names, shapes and dtypes of its tensors (from the f
 their values (when they are read). Pickled weights are never read.
 """
 
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tvm_attn.config import PRESETS, GPT2Config, param_shapes
-from tvm_attn.errors import CheckpointError, ConfigError, one_line
-from tvm_attn.jsonfile import CONFIG_BYTES, read_json
+from tvm_attn.errors import CheckpointError, ConfigError, one_line, shorten
+from tvm_attn.jsonfile import CONFIG_BYTES, exists, opened, read_json, shorten_path
+from tvm_attn.model.generation import read_generation_config
 from tvm_attn.model.hub import CheckpointUnavailable, hub_id, hub_snapshot
-from tvm_attn.model.tokenizer import tokenizer_json
+from tvm_attn.model.tokenizer import CheckpointTokenizer, read_tokenizer
 from tvm_attn.storage import numpy_dtype
 
 __all__ = [
@@ -45,6 +47,15 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _CONVERT = "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)"
 # Causal masks that older versions of transformers stored beside the weights.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+# First parts of the names of GPT-2's own parameters; tensors outside belong to other heads.
+_BODY = ("transformer", "wte", "wpe", "h", "ln_f", "lm_head")
+# What PyTorch's wrappers of a module put into the names of its tensors.
+_WRAPPERS = {
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_fsdp_wrapped_module": "FSDP",
+    "_orig_mod": "torch.compile",
+    "module": "DataParallel",
+}
 _CHUNK = 2**20  # values that one task of random_params draws
 _NAMED_PROBLEMS = 4  # how many offending tensors a message lists
 
@@ -63,12 +74,19 @@ class _StoredTensor:
 class Checkpoint:
     """A GPT-2 checkpoint whose tensors have been checked against its configuration by name, shape and dtype.
 
-    `source` says where it came from: the folder as it was given, or `hub-id@revision`.
+    Attributes:
+        config: the hyperparameters, with the token ids of `generation_config.json`.
+        source: where it came from: the folder as it was given, or `hub-id@revision`.
+        folder: its folder.
+        generation: sampling options that it asks for, see `read_generation_config`.
+        notes: what was left out of its files, a line each.
     """
 
     config: GPT2Config
     source: str
     folder: Path
+    generation: Mapping[str, Any]
+    notes: tuple[str, ...]
     _tensors: Mapping[str, _StoredTensor]
 
     def params(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -91,7 +109,7 @@ class Checkpoint:
                     array: np.ndarray = handles[tensor.file].get_tensor(tensor.key)
                 if not np.isfinite(array).all():
                     raise CheckpointError(
-                        f"{tensor.key} in {tensor.file} has NaN or infinite values; get the file anew"
+                        f"{tensor.key} in {shorten_path(tensor.file)} has NaN or infinite values; get the file anew"
                     )
                 return array
 
@@ -105,12 +123,13 @@ class Checkpoint:
                     )
                 yield name, array
 
-    def tokenizer_json(self) -> str | None:
-        """The checkpoint's tokenizer as the text of a `tokenizer.json`, or None where it has none.
+    @cached_property
+    def tokenizer(self) -> CheckpointTokenizer:
+        """The checkpoint's tokenizer.
 
         Raises TokenizerError where its files are malformed or do not fit the vocabulary size.
         """
-        return tokenizer_json(self.folder, self.config.vocab_size)
+        return read_tokenizer(self.folder, self.config.vocab_size)
 
 
 def open_checkpoint(model: str | Path, on_download: Callable[[str], None] | None = None) -> Checkpoint:
@@ -118,23 +137,28 @@ def open_checkpoint(model: str | Path, on_download: Callable[[str], None] | None
 
     A model on the hub is taken from the local cache where it is there, and downloaded otherwise; `on_download` is
     called with its id before that. Weights are `model.safetensors`, or shards with `model.safetensors.index.json`,
-    their names with or without the prefix `transformer.`.
+    their names with or without the prefix `transformer.`. Other heads' weights are left out, with a note.
 
     Raises CheckpointUnavailable where the model is not on this machine and cannot be had from the hub, CheckpointError
     where its files are missing, unreadable or do not fit, and ConfigError where its `config.json` is unsupported.
     """
     folder, source = _locate(model, on_download)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; a checkpoint needs it beside its safetensors files")
+    path = folder / "config.json"
+    if not exists(path, CheckpointError):
+        raise CheckpointError(
+            f"{shorten_path(folder)} has no config.json; a checkpoint needs it beside its safetensors files"
+        )
     files, index = _weight_files(folder)
     try:
-        config = GPT2Config.from_dict(read_json(folder / "config.json", CONFIG_BYTES, CheckpointError))
+        config = GPT2Config.from_dict(read_json(path, CONFIG_BYTES, CheckpointError))
     except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
+        raise ConfigError(f"{shorten_path(path)}: {error}") from None
+    config, generation, notes = read_generation_config(folder, config)
     stored = [tensor for file in files for tensor in _read_header(file)]
     if index is not None:
         _check_index(folder, index, stored)
-    return Checkpoint(config, source, folder, _match(config, source, stored))
+    tensors, left_out = _match(config, source, stored)
+    return Checkpoint(config, source, folder, generation, (*notes, *left_out), tensors)
 
 
 def random_params(config: GPT2Config, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
@@ -191,15 +215,21 @@ def cast_params(params: Iterable[tuple[str, np.ndarray]], dtype: str) -> Iterato
 
 def _locate(model: str | Path, on_download: Callable[[str], None] | None) -> tuple[Path, str]:
     """The checkpoint's folder, and the text that names its source."""
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"the model must be a folder or a name, not {shorten(model)}")
     folder = Path(model)
     # A preset's name means the preset, unless a folder of that name really is a checkpoint.
-    if folder.is_dir() and (model not in PRESETS or (folder / "config.json").is_file()):
+    if exists(folder, CheckpointError) and (model not in PRESETS or exists(folder / "config.json", CheckpointError)):
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{shorten_path(model)} is a file; pass the folder that holds it together with its config.json"
+            )
         return folder, str(model)
-    if folder.is_file():
-        raise CheckpointError(f"{model} is a file; pass the folder that holds it together with its config.json")
     repo_id = hub_id(model) if isinstance(model, str) else None
     if repo_id is None:
-        raise CheckpointError(f"{model} is neither a folder here nor a model's id on the Hugging Face hub")
+        raise CheckpointError(
+            f"{shorten_path(model)} is neither a folder here nor a model's id on the Hugging Face hub"
+        )
     snapshot = hub_snapshot(repo_id, _is_usable, on_download)
     return snapshot, f"{repo_id}@{snapshot.name}"
 
@@ -208,41 +238,46 @@ def _is_usable(folder: Path) -> bool:
     """Whether a folder has all the files that `open_checkpoint` needs, whatever is in them."""
     try:
         _weight_files(folder)
+        return exists(folder / "config.json", CheckpointError)
     except CheckpointError:
         return False
-    return (folder / "config.json").is_file()
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The safetensors files of a checkpoint, and its index (tensor -> file name) where it is sharded."""
-    if (folder / _WEIGHTS).is_file():
+    if exists(folder / _WEIGHTS, CheckpointError):
         return [folder / _WEIGHTS], None
-    if (folder / _INDEX).is_file():
+    if exists(folder / _INDEX, CheckpointError):
         index = _read_index(folder / _INDEX)
         files = [folder / name for name in sorted(set(index.values()))]
         for file in files:
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing although {_INDEX} lists it; get the checkpoint anew")
+            if not exists(file, CheckpointError):
+                raise CheckpointError(
+                    f"{shorten_path(file)} is missing although {_INDEX} lists it; get the checkpoint anew"
+                )
         return files, index
     for pattern in _PICKLES:
         for file in sorted(folder.glob(pattern)):
             raise CheckpointError(
-                f"{folder} has its weights only as a pickle ({file.name}), which is never read; convert it where you "
-                f"trust it: {_CONVERT}"
+                f"{shorten_path(folder)} has its weights only as a pickle ({shorten_path(file.name)}), which is never "
+                f"read; convert it where you trust it: {_CONVERT}"
             )
-    raise CheckpointError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}; save the weights in that form: {_CONVERT}")
+    raise CheckpointError(
+        f"{shorten_path(folder)} has neither {_WEIGHTS} nor {_INDEX}; save the weights in that form: {_CONVERT}"
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
     index = read_json(path, CONFIG_BYTES, CheckpointError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map; it should map each tensor to its file")
+        raise CheckpointError(f"{shorten_path(path)} has no weight_map; it should map each tensor to its file")
     for name, file in weight_map.items():
         # Plain names only: a path could lead out of the folder.
         if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file, re.ASCII):
             raise CheckpointError(
-                f"{path} maps {name} to {file!r}, which is not the name of a safetensors file beside it"
+                f"{shorten_path(path)} maps {shorten_path(name)} to {shorten(file)}, which is not the name of a "
+                "safetensors file beside it"
             )
     return weight_map
 
@@ -251,12 +286,15 @@ def _read_index(path: Path) -> dict[str, str]:
 def _safetensors_errors(file: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file ({one_line(error)}); get it anew") from None
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{shorten_path(file)} is not a readable safetensors file ({one_line(error)}); get it anew"
+        ) from None
 
 
 def _opened(file: Path) -> Any:
-    with _safetensors_errors(file):
+    # safetensors would wait for the writer of a pipe, and calls a file without permission missing.
+    with opened(file, CheckpointError), _safetensors_errors(file):
         return safe_open(file, framework="numpy")
 
 
@@ -269,36 +307,60 @@ def _read_header(file: Path) -> list[_StoredTensor]:
 
 def _check_index(folder: Path, index: dict[str, str], stored: list[_StoredTensor]) -> None:
     found = {(tensor.key, tensor.file.name) for tensor in stored}
-    problems = [f"{key} is not in {file}" for key, file in index.items() if (key, file) not in found]
-    problems += [f"{key} is in {file} but not listed" for key, file in sorted(found) if index.get(key) != file]
+    problems = [f"{shorten_path(key)} is not in {file}" for key, file in index.items() if (key, file) not in found]
+    problems += [
+        f"{shorten_path(key)} is in {file} but not listed" for key, file in sorted(found) if index.get(key) != file
+    ]
     if problems:
-        raise CheckpointError(f"{folder / _INDEX} does not fit its shards: {_listed(problems)}")
+        raise CheckpointError(f"{shorten_path(folder / _INDEX)} does not fit its shards: {_listed(problems)}")
 
 
-def _match(config: GPT2Config, source: str, stored: list[_StoredTensor]) -> dict[str, _StoredTensor]:
-    """Canonical name -> stored tensor, for the parameters that `config` asks for and a stored copy of a tied head."""
+def _match(config: GPT2Config, source: str, stored: list[_StoredTensor]) -> tuple[dict[str, _StoredTensor], list[str]]:
+    """Canonical name -> stored tensor, and notes on what was left out.
+
+    Those are the parameters that `config` asks for and a stored copy of a tied head. Tensors of other heads, which
+    stand outside the transformer, are left out; unknown ones inside it would change what it computes.
+    """
     shapes = param_shapes(config)
     optional = {"lm_head.weight": shapes["wte.weight"]} if config.tie_word_embeddings else {}
     tensors: dict[str, _StoredTensor] = {}
-    problems = []
+    problems, heads, wrappers = [], [], set()
     for tensor in stored:
-        name = tensor.key.removeprefix("transformer.")
+        shown, parts = shorten_path(tensor.key), tensor.key.split(".")
+        wrappers |= _WRAPPERS.keys() & set(parts)
+        key = ".".join(part for part in parts if part not in _WRAPPERS)
+        name = key.removeprefix("transformer.")
         expected = shapes.get(name) or optional.get(name)
         if _MASK_BUFFER.fullmatch(name):
             continue
         if expected is None:
-            problems.append(f"{tensor.key} is not a parameter of this GPT-2")
+            if key == name and name.partition(".")[0] not in _BODY:
+                heads.append(shown)
+            else:
+                problems.append(f"{shown} is not a parameter of this GPT-2")
         elif name in tensors:
-            problems.append(f"{name} is there twice, as {tensors[name].key} and {tensor.key}")
+            problems.append(f"{name} is there twice, as {shorten_path(tensors[name].key)} and {shown}")
         elif tensor.dtype not in _STORED_DTYPES:
-            problems.append(f"{tensor.key} is {tensor.dtype}, not one of {', '.join(_STORED_DTYPES)}")
+            problems.append(f"{shown} is {tensor.dtype}, not one of {', '.join(_STORED_DTYPES)}")
         elif tensor.shape != expected:
-            problems.append(f"{tensor.key} is {tensor.shape}, expected {expected}")
+            problems.append(f"{shown} is {tensor.shape}, expected {expected}{_transposed(tensor.shape, expected)}")
         tensors.setdefault(name, tensor)
-    problems += [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in tensors]
-    if problems:
-        raise CheckpointError(f"{source} does not fit its config.json: {_listed(problems)}")
-    return tensors
+    if config.tie_word_embeddings and "wte.weight" not in tensors and "lm_head.weight" in tensors:
+        # Of tensors that share memory, safetensors' save_model stores one.
+        tensors["wte.weight"] = tensors.pop("lm_head.weight")
+    missing = [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in tensors]
+    if missing:  # then these are not heads, but parameters by another name
+        problems += [f"{head} is not a parameter of this GPT-2" for head in heads]
+    if problems or missing:
+        raise CheckpointError(f"{shorten_path(source)} does not fit its config.json: {_listed(problems + missing)}")
+    notes = [f"the checkpoint's other heads are left out: {_listed(heads)}"] if heads else []
+    notes += [f"{part!r} in the tensors' names is left out: {_WRAPPERS[part]} added it" for part in sorted(wrappers)]
+    return {name: tensors[name] for name in (*shapes, *optional) if name in tensors}, notes
+
+
+def _transposed(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    is_transposed = len(shape) == 2 and shape == expected[::-1]
+    return " (stored as torch.nn.Linear stores it; GPT-2's Conv1D is the transpose)" if is_transposed else ""
 
 
 def _listed(problems: list[str]) -> str:

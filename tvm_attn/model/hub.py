@@ -14,12 +14,15 @@ from tvm_attn.errors import CheckpointError, one_line
 # Weights only as safetensors: a pickled file is never even downloaded.
 _FILES = [
     "config.json",
+    "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
     "tokenizer.json",
+    "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "added_tokens.json",
     "special_tokens_map.json",
 ]
@@ -89,7 +92,7 @@ def _unavailable(repo_id: str, reason: str) -> CheckpointUnavailable:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
 
 
 def _within(seconds: float, call: Callable[[], object]) -> None:

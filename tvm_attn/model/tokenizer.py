@@ -1,49 +1,118 @@
 """A checkpoint's tokenizer as the text of one `tokenizer.json`, the format of the `tokenizers` library.
 
-Newer checkpoints have that file; older ones have GPT-2's original pair, `vocab.json` and `merges.txt` (byte-level BPE,
-Sennrich et al. 2016, as in the GPT-2 paper, section 2.2), from which the same tokenizer is built here.
+| files of the checkpoint | what is read of them |
+|---|---|
+| `tokenizer.json` | everything |
+| else `vocab.json`, `merges.txt` | GPT-2's byte-level BPE (Sennrich et al. 2016, as in the GPT-2 paper, section 2.2) |
+| else `vocab.txt` | BERT's WordPiece, as Chinese GPT-2s use it |
+| `tokenizer_config.json` | `tokenizer_class` and its settings, `added_tokens_decoder`, special tokens by name |
+| `special_tokens_map.json`, `added_tokens.json` | the same in the older layout, without `added_tokens_decoder` |
+
+Two classes have settings that hold also where there is a `tokenizer.json`: `GPT2Tokenizer`, the default, takes
+`add_prefix_space` (and without a `tokenizer.json` `add_bos_token`), `BertTokenizer` takes `do_lower_case`,
+`strip_accents` and `tokenize_chinese_chars`.
+
+Token ids are those of transformers' `AutoTokenizer`, with two exceptions. Nothing is put after a prompt, which is to be
+continued: no `[SEP]` and no `add_eos_token`. And `GPT2Tokenizer` keeps the normalizer and the pre-tokenizer of a
+`tokenizer.json`. `clean_up_tokenization_spaces` is left out: text is what the tokenizer's decoder gives.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from tvm_attn.errors import TokenizerError, one_line
-from tvm_attn.jsonfile import TOKENIZER_BYTES, read_json, read_text
+from tvm_attn.errors import TokenizerError, one_line, shorten
+from tvm_attn.jsonfile import CONFIG_BYTES, TOKENIZER_BYTES, exists, read_json, read_text, shorten_path
 
 _END_OF_TEXT = "<|endoftext|>"
+# The special tokens that have names, in the order in which transformers adds them.
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What transformers' two classes call them where no file does.
+_DEFAULT_TOKENS = {
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT),
+    "BertTokenizer": {name: f"[{name[:-6].upper()}]" for name in _NAMES[2:]},
+}
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 
 
-def tokenizer_json(folder: Path, vocab_size: int | None = None) -> str | None:
-    """The tokenizer of the checkpoint in `folder`, as JSON text for `tokenizers.Tokenizer.from_str`; None without one.
+@dataclass(frozen=True)
+class CheckpointTokenizer:
+    """A checkpoint's tokenizer: JSON text for `tokenizers.Tokenizer.from_str`, or None, and notes for the user."""
+
+    text: str | None
+    notes: tuple[str, ...] = ()
+
+
+def read_tokenizer(folder: Path, vocab_size: int | None = None) -> CheckpointTokenizer:
+    """The tokenizer of the checkpoint in `folder`.
 
     Truncation and padding that a `tokenizer.json` may switch on are left out: a prompt must reach the model whole.
 
-    Raises TokenizerError where the files are malformed, or where a token's id is not below `vocab_size`.
+    Raises TokenizerError where the files are malformed, or where a token that was not added later has an id of
+    `vocab_size` or more.
     """
-    if (folder / "tokenizer.json").is_file():
+    settings = _settings(folder)
+    chosen = settings.get("tokenizer_class")
+    kind = chosen.removesuffix("Fast") if isinstance(chosen, str) else "GPT2Tokenizer"
+    if _exists(folder / "tokenizer.json"):
         source = folder / "tokenizer.json"
         tokenizer = _parsed(source, read_text(source, TOKENIZER_BYTES, TokenizerError))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    elif (folder / "vocab.json").is_file() or (folder / "merges.txt").is_file():
-        source = folder / "vocab.json"
-        tokenizer = _from_vocab_and_merges(folder)
+        if kind == "BertTokenizer" and isinstance(tokenizer.model, models.WordPiece):
+            added = sorted(tokenizer.get_added_tokens_decoder().items())
+            tokenizer = _word_piece(tokenizer.get_vocab(with_added_tokens=False), settings)
+            tokenizer.add_tokens([token for _, token in added])
+        elif kind == "GPT2Tokenizer" and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
+            tokenizer.pre_tokenizer.add_prefix_space = _flag(settings, "add_prefix_space")
+        else:
+            kind = ""  # no class of the two above: the file names its own tokens
+    elif _exists(folder / "vocab.json") or _exists(folder / "merges.txt"):
+        source, kind = folder / "vocab.json", "GPT2Tokenizer"
+        tokenizer = _byte_level(folder, _flag(settings, "add_prefix_space"))
+    elif _exists(folder / "vocab.txt"):
+        source, kind = folder / "vocab.txt", "BertTokenizer"
+        tokenizer = _word_piece(_read_lines(source), settings)
     else:
-        return None
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    if not ids:
-        raise TokenizerError(f"{source} has no tokens; get the checkpoint anew")
-    if len(set(ids.values())) < len(ids):
-        raise TokenizerError(f"{source} gives one id to several tokens; get the checkpoint anew")
-    last = max(ids, key=ids.__getitem__)
-    if vocab_size is not None and ids[last] >= vocab_size:
-        raise TokenizerError(
-            f"{source} gives {last!r} the id {ids[last]}, but the model's vocab_size is {vocab_size}; "
-            "the tokenizer belongs to another model"
-        )
-    return tokenizer.to_str()
+        found = [name for name in _SENTENCEPIECE if _exists(folder / name)]
+        cause = f"has its tokenizer only as {found[0]}; convert it: {_CONVERT}" if found else "has no tokenizer"
+        return CheckpointTokenizer(None, (f"the checkpoint {cause}: prompts and completions are token ids",))
+    defaults = _DEFAULT_TOKENS.get(kind, {})
+    _add_tokens(tokenizer, folder, defaults | settings, set(defaults.values()), vocab_size)
+    _wrap(tokenizer, kind, defaults | settings, has_template=source.name == "tokenizer.json")
+    return CheckpointTokenizer(tokenizer.to_str(), tuple(_check_ids(tokenizer, source, vocab_size)))
+
+
+def _exists(path: Path) -> bool:
+    return exists(path, TokenizerError)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json` with what older checkpoints have in `special_tokens_map.json` and `config.json`."""
+    settings = _read_object(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= _read_object(folder / "special_tokens_map.json")
+    if settings.get("tokenizer_class") is None:
+        settings["tokenizer_class"] = _read_object(folder / "config.json").get("tokenizer_class")
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    entries = read_json(path, CONFIG_BYTES, TokenizerError) if _exists(path) else {}
+    if not isinstance(entries, dict):
+        raise TokenizerError(f"{shorten_path(path)} is not a JSON object; get the checkpoint anew")
+    return entries
+
+
+def _flag(settings: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = settings.get(name, default)
+    if not isinstance(value, bool):
+        raise TokenizerError(f"{name} in tokenizer_config.json must be true or false, not {shorten(value)}")
+    return value
 
 
 def _parsed(path: Path, text: str) -> Tokenizer:
@@ -52,27 +121,47 @@ def _parsed(path: Path, text: str) -> Tokenizer:
     except BaseException as error:
         # The library raises a bare Exception for most mistakes, and a panic, which is none, for a few.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise TokenizerError(f"{path} is not a valid tokenizer: {one_line(error)}") from None
+            raise TokenizerError(f"{shorten_path(path)} is not a valid tokenizer: {one_line(error)}") from None
         raise
 
 
-def _from_vocab_and_merges(folder: Path) -> Tokenizer:
-    """GPT-2's tokenizer from its original files: byte-level BPE, no space put in front, `<|endoftext|>` special."""
+def _byte_level(folder: Path, add_prefix_space: bool) -> Tokenizer:
+    """GPT-2's tokenizer from its original files."""
     vocab = _read_vocab(folder / "vocab.json")
     merges = _read_merges(folder / "merges.txt", vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix=""))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, folder / "added_tokens.json", _special_tokens(folder / "special_tokens_map.json"))
+    return tokenizer
+
+
+def _word_piece(vocab: dict[str, int], settings: dict[str, Any]) -> Tokenizer:
+    """BERT's tokenizer (Devlin et al. 2019), as transformers' BertTokenizer makes it."""
+    unknown = _content(settings.get("unk_token", _DEFAULT_TOKENS["BertTokenizer"]["unk_token"]))
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=_flag(settings, "tokenize_chinese_chars", True),
+        strip_accents=_flag(settings, "strip_accents") if "strip_accents" in settings else None,
+        lowercase=_flag(settings, "do_lower_case", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
     vocab = read_json(path, TOKENIZER_BYTES, TokenizerError)
     if not isinstance(vocab, dict) or not all(_is_id(value) for value in vocab.values()):
-        raise TokenizerError(f"{path} does not map tokens to ids; get the checkpoint anew")
+        raise TokenizerError(f"{shorten_path(path)} does not map tokens to ids; get the checkpoint anew")
     return vocab
+
+
+def _read_lines(path: Path) -> dict[str, int]:
+    """A vocabulary with one token a line; of equal ones the last counts, as in transformers."""
+    lines = read_text(path, TOKENIZER_BYTES, TokenizerError).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    return {token: token_id for token_id, token in enumerate(lines)}
 
 
 def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
@@ -83,35 +172,131 @@ def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
             continue
         left, space, right = line.partition(" ")
         if not space or not {left, right, left + right} <= vocab.keys():
-            raise TokenizerError(f"{path}, line {number}: {line[:40]!r} does not merge two tokens of vocab.json")
+            raise TokenizerError(
+                f"{shorten_path(path)}, line {number}: {shorten(line)} does not merge two tokens of vocab.json"
+            )
         merges.append((left, right))
     return merges
 
 
-def _special_tokens(path: Path) -> set[str]:
-    """Tokens that `special_tokens_map.json` names: strings, objects with a `content`, or lists of those."""
-    entries = read_json(path, TOKENIZER_BYTES, TokenizerError) if path.is_file() else {}
-    if not isinstance(entries, dict):
-        raise TokenizerError(f"{path} is not a JSON object; get the checkpoint anew")
-    flat: list[Any] = []
-    for entry in entries.values():
-        flat += entry if isinstance(entry, list) else [entry]
-    contents = [entry.get("content") if isinstance(entry, dict) else entry for entry in flat]
-    return {content for content in contents if isinstance(content, str) and content}
+def _add_tokens(
+    tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], assumed: set[str], vocab_size: int | None
+) -> None:
+    """Adds what the files name beside the vocabulary, in transformers' order, which decides about new ids.
+
+    Names that no file has (`assumed`) mark a token that is there or that the model has room for, and are left out
+    otherwise.
+    """
+    named = [_added(token) for token in _named_tokens(settings)]
+    special = {token.content for token in named}
+    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    path, numbered = _numbered_tokens(folder, settings, special)
+    for token_id, token in numbered:
+        token.special = token.special or token.content in special
+        tokenizer.add_tokens([token])
+        present.add(token.content)
+        if (given := tokenizer.token_to_id(token.content)) != token_id:
+            raise TokenizerError(
+                f"{shorten_path(path)} gives {shorten(token.content)} the id {token_id}, but after the vocabulary it "
+                f"would be {given}; get the checkpoint anew"
+            )
+    for token in named:
+        is_new = tokenizer.token_to_id(token.content) is None
+        has_room = vocab_size is None or tokenizer.get_vocab_size() < vocab_size
+        if token.content not in present and not (is_new and token.content in assumed and not has_room):
+            tokenizer.add_tokens([token])
+            present.add(token.content)
 
 
-def _add_tokens(tokenizer: Tokenizer, path: Path, special: set[str]) -> None:
-    """Add the tokens of `added_tokens.json` (token -> id) behind the vocabulary, and mark the special ones."""
-    added = read_json(path, TOKENIZER_BYTES, TokenizerError) if path.is_file() else {}
-    if not isinstance(added, dict) or not all(_is_id(value) for value in added.values()):
-        raise TokenizerError(f"{path} does not map tokens to ids; get the checkpoint anew")
-    special = special | {_END_OF_TEXT}
-    for token in sorted(added, key=added.__getitem__):
-        tokenizer.add_tokens([AddedToken(token, special=token in special, normalized=token not in special)])
-        if tokenizer.token_to_id(token) != added[token]:
-            raise TokenizerError(f"{path} gives {token!r} the id {added[token]}, which does not follow vocab.json")
-    known = tokenizer.get_vocab()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in sorted(special & known.keys())])
+def _named_tokens(settings: dict[str, Any]) -> Iterator[Any]:
+    """Special tokens as the files have them: strings or objects with a `content`."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if not isinstance(extra, list | dict):
+        raise TokenizerError(f"the tokenizer's additional special tokens are {shorten(extra)}, not a list")
+    own = [name for name, value in settings.items() if name.endswith("_token") and isinstance(value, str | dict)]
+    yield from (settings[name] for name in dict.fromkeys((*_NAMES, *own)) if name in settings)
+    yield from extra.values() if isinstance(extra, dict) else extra
+
+
+def _numbered_tokens(
+    folder: Path, settings: dict[str, Any], special: set[str]
+) -> tuple[Path, list[tuple[int, AddedToken]]]:
+    """The file that gives ids to added tokens, and the tokens in the order of their ids."""
+    entries: dict[str, Any] = settings.get("added_tokens_decoder", {})
+    path = folder / "added_tokens.json"
+    if "added_tokens_decoder" in settings:
+        path = folder / "tokenizer_config.json"
+    elif _exists(path):
+        added = _read_vocab(path)
+        entries = {
+            str(i): {"content": t, "special": t in special, "normalized": t not in special} for t, i in added.items()
+        }
+        if len(entries) < len(added):
+            raise TokenizerError(f"{shorten_path(path)} gives one id to several tokens; get the checkpoint anew")
+    if not isinstance(entries, dict) or not all(key.isascii() and key.isdigit() and len(key) < 10 for key in entries):
+        raise TokenizerError(f"{shorten_path(path)} does not map tokens to ids; get the checkpoint anew")
+    tokens = [(int(token_id), _added(entry, False)) for token_id, entry in entries.items()]
+    return path, sorted(tokens, key=lambda pair: pair[0])
+
+
+def _content(token: Any) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str) or not content:
+        raise TokenizerError(f"the tokenizer's files have {shorten(token)} where a token should be")
+    return content
+
+
+def _added(token: Any, special: bool = True) -> AddedToken:
+    """A token as the files write it, for the library; `special` is for those that do not say."""
+    flags = {"special": special} | {
+        name: token[name]
+        for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
+        if isinstance(token, dict) and name in token
+    }
+    if not all(isinstance(flag, bool) for flag in flags.values()):
+        raise TokenizerError(f"the flags of the token {shorten(_content(token))} must be true or false")
+    return AddedToken(_content(token), **flags)
+
+
+def _wrap(tokenizer: Tokenizer, kind: str, settings: dict[str, Any], has_template: bool) -> None:
+    """Puts in front of a text what the class puts there; the runtime leaves out what would come behind it."""
+    if kind == "BertTokenizer":
+        first = settings["cls_token"]
+    elif kind == "GPT2Tokenizer" and not has_template and _flag(settings, "add_bos_token"):
+        first = settings["bos_token"]
+    else:
+        return
+    token = _content(first)
+    if (token_id := tokenizer.token_to_id(token)) is not None:
+        try:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[token, "$A"], pair=[token, "$A", "$B"], special_tokens=[(token, token_id)]
+            )
+        except ValueError:  # a colon or a dollar sign means something in a template
+            raise TokenizerError(f"{shorten(token)} cannot be put in front of every text; rename the token") from None
+
+
+def _check_ids(tokenizer: Tokenizer, source: Path, vocab_size: int | None) -> Iterator[str]:
+    """Notes on tokens that the model has no embedding for; raises TokenizerError where ids make no sense."""
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    if not ids:
+        raise TokenizerError(f"{shorten_path(source)} has no tokens; get the checkpoint anew")
+    if len(set(ids.values())) < len(ids):
+        raise TokenizerError(f"{shorten_path(source)} gives one id to several tokens; get the checkpoint anew")
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    beyond = [token for token, token_id in ids.items() if vocab_size is not None and token_id >= vocab_size]
+    for token in beyond:
+        if token not in added:
+            raise TokenizerError(
+                f"{shorten_path(source)} gives {shorten(token)} the id {ids[token]}, but the model's vocab_size is "
+                f"{vocab_size}; the tokenizer belongs to another model"
+            )
+    if beyond:
+        names = ", ".join(shorten(token) for token in sorted(beyond, key=ids.__getitem__)[:4])
+        yield (
+            f"the tokenizer adds {len(beyond)} token{'s' * (len(beyond) > 1)} that the model has no embedding for "
+            f"({names}{', ...' * (len(beyond) > 4)}): a prompt that holds one is refused"
+        )
 
 
 def _is_id(value: Any) -> bool:

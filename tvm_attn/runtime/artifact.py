@@ -23,17 +23,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tvm_attn.config import GPT2Config
-from tvm_attn.errors import ArtifactError, ConfigError, one_line, shorten
+from tvm_attn.config import TOKEN_IDS, GPT2Config
+from tvm_attn.errors import ArtifactError, ConfigError, GenerationError, one_line, shorten
 from tvm_attn.jsonfile import CONFIG_BYTES, TOKENIZER_BYTES, open_regular, parse_json, shorten_path
 from tvm_attn.runtime.cuda import Capability, code_rank
+from tvm_attn.runtime.decoding import GenerationOptions
 from tvm_attn.runtime.machine import cpu_features, platform_name
 from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 
 MANIFEST = "manifest.json"
 PARAMS_INDEX = "params/tensor-cache.json"
-FORMAT = 4
-"""Version of the artifact's format; a reader accepts its own version only. In 4, prefill has more arguments."""
+FORMAT = 5
+"""Version of the artifact's format; a reader accepts its own version only. In 5, a model has several end tokens, and no
+library is compiled for them; the checkpoint's sampling options are recorded."""
 
 
 _LIBRARY_BYTES = 1 << 30
@@ -107,7 +109,8 @@ def identity(config: GPT2Config, dtype: str, quantization: str, library: Library
     would otherwise call functions with tensors of the wrong shapes.
     """
     facts = config.to_dict() | {"dtype": dtype, "quantization": quantization} | asdict(library)
-    del facts["file"]
+    for name in ("file", *TOKEN_IDS):
+        del facts[name]
     return json.dumps(facts, sort_keys=True)
 
 
@@ -130,6 +133,8 @@ class Artifact:
             self.config = GPT2Config.from_dict(self.manifest["model"])
             self.dtype: str = self.manifest["dtype"]
             self.quantization: str = self.manifest["quantization"]
+            self.generation: dict[str, Any] = _entry(self.manifest, "generation", dict)
+            GenerationOptions(**self.generation)
             self.libraries = [_library(entry) for entry in _entry(self.manifest, "libraries", list)]
             self._files = _files(_entry(self.manifest, "files", dict))
             self._versions: dict[str, str] = _entry(self.manifest, "versions", dict)
@@ -137,6 +142,8 @@ class Artifact:
             raise self.error(f"{MANIFEST} lacks or garbles an entry ({one_line(error)})") from error
         except ConfigError as error:
             raise self.error(f"its model configuration is invalid: {error}") from error
+        except GenerationError as error:
+            raise self.error(f"its generation options are invalid: {one_line(error)}") from error
         if self.dtype not in DTYPES or self.quantization not in QUANTIZATIONS:
             raise self.error(
                 f"dtype {shorten(self.dtype)} with quantization {shorten(self.quantization)} is not supported"

@@ -62,7 +62,7 @@ class GenerationOptions(SamplingOptions):
     max_new_tokens: most tokens to generate, >= 1. The context ends a sequence too: of n_positions P, a prompt of T
         tokens leaves P - T + 1, as the last token is never fed back.
     stop: strings that end a sequence as soon as the generated text holds one; the text is cut before it.
-    stop_token_ids: ids that end a sequence and are no part of its text; None means the model's `eos_token_id`.
+    stop_token_ids: ids that end a sequence and are no part of its text; None means all of the model's `eos_token_ids`.
     seed: makes sampling repeatable, >= 0. Each sequence draws from a stream of its own, given by the seed and the
         prompt's place in the request. None takes fresh entropy.
 
@@ -82,7 +82,7 @@ class GenerationOptions(SamplingOptions):
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise GenerationError(f"stop holds {stop!r}; a stop string must be text of at least one character")
-        for token_id in self.stop_ids(None):
+        for token_id in self.stop_ids(()):
             require_integer("a stop token id", token_id, 0)
 
     @property
@@ -92,11 +92,9 @@ class GenerationOptions(SamplingOptions):
             tuple(self.stop) if isinstance(self.stop, Collection) and not isinstance(self.stop, str) else (self.stop,)
         )
 
-    def stop_ids(self, eos_token_id: int | None) -> frozenset[int]:
-        """`stop_token_ids` as a set, with the model's `eos_token_id` as the default."""
-        ids = eos_token_id if self.stop_token_ids is None else self.stop_token_ids
-        if ids is None:
-            return frozenset()
+    def stop_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """`stop_token_ids` as a set, with the model's `eos_token_ids` as the default."""
+        ids = eos_token_ids if self.stop_token_ids is None else self.stop_token_ids
         return frozenset(ids) if isinstance(ids, Collection) else frozenset([ids])
 
 
@@ -279,8 +277,8 @@ class DecodingLoop:
         """Complete one prompt, or a list of them as one batch; more prompts than slots wait for a slot.
 
         A prompt is text or token ids (a list or a 1-D integer array; a 2-D array is a list of them). The empty text
-        stands for the model's `bos_token_id`, else `eos_token_id`. Completions come in the order of the prompts.
-        `stats` is filled in.
+        stands for the model's `bos_token_id`, else the first of its `eos_token_ids`. Completions come in the order of
+        the prompts. `stats` is filled in.
 
         Raises TokenizerError for text where there is no tokenizer, and GenerationError for a prompt that is empty,
         longer than the context or holds ids outside the vocabulary, and for logits that are not numbers.
@@ -380,7 +378,7 @@ class DecodingLoop:
         if options.stop_strings and self.tokenizer is None:
             raise TokenizerError("stop strings need a tokenizer, which the artifact lacks; use stop_token_ids")
         config = self.engine.config
-        stop_token_ids = options.stop_ids(config.eos_token_id)
+        stop_token_ids = options.stop_ids(config.eos_token_ids)
         sequences = []
         for index, prompt in enumerate(prompts):
             name = "the prompt" if len(prompts) == 1 else f"prompt {index + 1} of {len(prompts)}"
@@ -396,8 +394,8 @@ class DecodingLoop:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise TokenizerError("the artifact has no tokenizer; pass token ids instead of text")
-            start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
-            prompt = self.tokenizer.encode(prompt) or ([] if start is None else [start])
+            start = config.eos_token_ids[:1] if config.bos_token_id is None else (config.bos_token_id,)
+            prompt = self.tokenizer.encode(prompt) or start
         try:
             ids = host_array(prompt)
         except ValueError:  # lists of different lengths inside

@@ -26,6 +26,8 @@ class Model:
     Attributes:
         config: the model's hyperparameters.
         tokenizer: the tokenizer, or None where the artifact has none; token ids work all the same.
+        generation_config: options of `GenerationOptions` that the checkpoint's generation_config.json asks for, to pass
+            on where they are wanted: `model.generate(prompt, **model.generation_config)`.
         device: where it runs, e.g. "cpu" or "cuda:0".
         engine: the compiled functions; its calls leave logits on the device, where others take them through DLPack.
     """
@@ -40,6 +42,7 @@ class Model:
 
         library, kind, index = choose_device(artifact, device)
         self.config: GPT2Config = artifact.config
+        self.generation_config = dict(artifact.generation)
         self.device = "cpu" if kind == "cpu" else f"{kind}:{index}"
         text = artifact.tokenizer_json()
         self.tokenizer = None if text is None else Tokenizer(text, model_vocab_size=self.config.vocab_size)
