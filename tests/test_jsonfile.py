@@ -116,3 +116,4 @@ def test_one_line():
     assert one_line(ValueError(" first\nsecond")) == "first"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("x" * 10**6))) == 200
+    assert one_line(ValueError("\x1b[2J é")) == r"\x1b[2J é"

@@ -75,4 +75,6 @@ def shorten(value: object, limit: int = 40) -> str:
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an exception's message, shortened, or its type's name where it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
+    line = lines[0][:limit] if lines else type(error).__name__
+    # What a library quotes of a file could move a terminal's cursor.
+    return line if line.isprintable() else repr(line)[1:-1]

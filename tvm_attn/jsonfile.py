@@ -18,7 +18,7 @@ from tvm_attn.errors import TvmAttnError, one_line, shorten
 
 CONFIG_BYTES = 8 << 20
 """Most bytes of a configuration, an index or a manifest; real ones have less than 2 MB."""
-TOKENIZER_BYTES = 128 << 20
+TOKENIZER_BYTES = 64 << 20
 """Most bytes of a tokenizer's vocabulary; the largest in use have about 40 MB."""
 
 _MAX_DIGITS = 400  # more than any float has before its point; int() of a longer text takes quadratic time

@@ -325,6 +325,7 @@ def bert_file(folder: Path) -> None:
 
 PREFIXING = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 TEMPLATE = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+TYPED_END = {"__type": "AddedToken", **flags(END, lstrip=True, rstrip=True)}
 TYPED_START = {"__type": "AddedToken", **flags(START)}
 ADDED = {
     "0": flags(END, special=True),
@@ -358,6 +359,14 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], Files]] = {
         old_files,
         {"added_tokens": {"<x>": 400, "<y>": 401}, "special_tokens_map": {"pad_token": "<y>"}},
     ),
+    "old, one token by two names": (
+        old_files,
+        {
+            "tokenizer_config": {
+                "bos_token": TYPED_START, "sep_token": {**TYPED_START, "rstrip": True}, "eos_token": TYPED_END,
+            }
+        },
+    ),
     "old, a token of the vocabulary is special": (old_files, {"tokenizer_config": {"pad_token": "the"}}),
     "new": (new_file(), {}),
     "new, prefix space in the file": (new_file(pre_tokenizer=PREFIXING), {}),
@@ -370,6 +379,9 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], Files]] = {
     "new, add_bos_token": (new_file(), {"tokenizer_config": {"add_bos_token": True}}),
     "new, added tokens": (new_file(), {"tokenizer_config": {"added_tokens_decoder": ADDED, "bos_token": START}}),
     "new, added tokens, as it is": (new_file(), {"tokenizer_config": {**FAST, "added_tokens_decoder": ADDED}}),
+    "new, other flags, as it is": (
+        new_file(), {"tokenizer_config": {**FAST, "added_tokens_decoder": {"0": flags(END, lstrip=True)}}},
+    ),
     "new, names only": (new_file(), {"tokenizer_config": {"eos_token": FINISH, "pad_token": PAD, "bos_token": START}}),
     "new, names only, as it is": (
         new_file(), {"tokenizer_config": {**FAST, "eos_token": FINISH, "unk_token": UNKNOWN}},

@@ -187,35 +187,40 @@ def _add_tokens(
     Names that no file has (`assumed`) mark a token that is there or that the model has room for, and are left out
     otherwise.
     """
-    named = [_added(token) for token in _named_tokens(settings)]
-    special = {token.content for token in named}
-    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    path, numbered = _numbered_tokens(folder, settings, special)
+    named, extra = _named_tokens(settings)
+    path, numbered = _numbered_tokens(folder, settings, {token.content for token in named + extra})
+    present = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+    special = {token.content for token in named} | {content for content, flag in present.items() if flag}
     for token_id, token in numbered:
         token.special = token.special or token.content in special
         tokenizer.add_tokens([token])
-        present.add(token.content)
+        present[token.content] = token.special
         if (given := tokenizer.token_to_id(token.content)) != token_id:
             raise TokenizerError(
                 f"{shorten_path(path)} gives {shorten(token.content)} the id {token_id}, but after the vocabulary it "
                 f"would be {given}; get the checkpoint anew"
             )
-    for token in named:
+    for token in named + extra:
         is_new = tokenizer.token_to_id(token.content) is None
         has_room = vocab_size is None or tokenizer.get_vocab_size() < vocab_size
         if token.content not in present and not (is_new and token.content in assumed and not has_room):
             tokenizer.add_tokens([token])
-            present.add(token.content)
 
 
-def _named_tokens(settings: dict[str, Any]) -> Iterator[Any]:
-    """Special tokens as the files have them: strings or objects with a `content`."""
+def _named_tokens(settings: dict[str, Any]) -> tuple[list[AddedToken], list[AddedToken]]:
+    """Special tokens that have a name, and further ones."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if not isinstance(extra, list | dict):
         raise TokenizerError(f"the tokenizer's additional special tokens are {shorten(extra)}, not a list")
     own = [name for name, value in settings.items() if name.endswith("_token") and isinstance(value, str | dict)]
-    yield from (settings[name] for name in dict.fromkeys((*_NAMES, *own)) if name in settings)
-    yield from extra.values() if isinstance(extra, dict) else extra
+    named = [settings[name] for name in dict.fromkeys((*_NAMES, *own)) if name in settings]
+    if isinstance(extra, dict):
+        named, extra = [*named, *extra.values()], []
+    # Of equal entries the first counts, of different ones for the same token the last.
+    tokens = [_added(token) for i, token in enumerate(named) if token not in named[:i]]
+    for token in tokens:
+        token.special = True
+    return tokens, [_added(token) for token in extra]
 
 
 def _numbered_tokens(
