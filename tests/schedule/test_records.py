@@ -190,6 +190,63 @@ def test_malformed_line_is_named(book_folder: Path, line: str) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
+WRONG: list[tuple[str, Any, str]] = [
+    *(("time_us", value, "give a positive number") for value in ("fast", None, 0, -1.0, True, [], 10**310)),
+    *(("version", value, "version is .*; give an integer from 0") for value in (None, "2", 2.0, True, -1, 10**9, {})),
+    *(("template", value, "template is") for value in (None, "", "../x", 5, ["cpu.matmul"], "x" * 10_000, "a\nb")),
+    *(("decisions", value, "give integers by name") for value in (None, [], {"x": True}, {"x": "2"}, {"x": 1.0})),
+    *(("shape", value, "give the kernel's sizes") for value in (None, [], "x", {"x": []}, {"x": {"y": 1}})),
+    *(("fraction_of_peak", value, "give a positive number or null") for value in ("half", True, -0.1, 0, [])),
+    *((field, value, f"{field} is .*; give text") for field in ("tvm", "date") for value in (None, 5, [], "", "a\nb")),
+    ("author", "me", "the key 'author' is unknown"),
+    ("x" * 10_000, "me", "the key 'xxx.* is unknown"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), WRONG, ids=lambda item: repr(item)[:30])
+def test_a_wrong_value_is_named(field: str, value: Any, message: str) -> None:
+    line = json.dumps(json.loads(RECORD.to_line()) | {field: value})
+    with pytest.raises(ScheduleError, match=f"^x:7 is not a tuned record: .*{message}") as caught:
+        Record.from_line(line, "x:7")
+    assert len(str(caught.value)) < 400
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", sorted(json.loads(RECORD.to_line())))
+def test_a_missing_value_is_named(field: str) -> None:
+    record = json.loads(RECORD.to_line())
+    del record[field]
+    with pytest.raises(ScheduleError, match=f"^x:7 is not a tuned record: it lacks the key '{field}'"):
+        Record.from_line(json.dumps(record), "x:7")
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "[]", "5", '"x"', "NaN", "[" * 100_000, "9" * 10_000, '{"time_us": 1e400}', '{"a": 1, "a": 2}']
+)
+def test_lines_that_are_no_table(line: str) -> None:
+    with pytest.raises(ScheduleError, match=r"^x:7 is not a tuned record: it is") as caught:
+        Record.from_line(line, "x:7")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "no text", "100 GiB", "a dangling link"])
+def test_files_that_are_no_records(kind: str, book_folder: Path) -> None:
+    path = book_folder / "cpu-x" / "cpu.matmul.jsonl"
+    path.parent.mkdir()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a dangling link":
+        path.symlink_to("nowhere")
+    else:
+        path.write_bytes(b"\xff\xfe")
+        if kind == "100 GiB":
+            os.truncate(path, 100 << 30)
+    with pytest.raises(ScheduleError, match=r"cpu\.matmul\.jsonl (cannot be read|is not UTF-8|is larger|is missing)"):
+        RecordBook.load("cpu-x")
+
+
 @pytest.mark.parametrize("field", ["shape", "decisions"])
 def test_objects_must_be_objects(field: str) -> None:
     line = json.dumps(json.loads(RECORD.to_line()) | {field: [1]})

@@ -1,6 +1,8 @@
 """Record files: what a search writes, the compiler reads; the faster of two stays."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tvm_attn.kernels import Linear
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.schedule import Record, RecordBook, records, template_for
 from tvm_attn.targets import Peak
+from tvm_attn.tuning import tuner
 from tvm_attn.tuning.records import merge, records_folder, to_record
 from tvm_attn.tuning.search import Measurement, note
 from tvm_attn.tuning.space import Space
@@ -28,7 +31,7 @@ def test_a_written_record_is_found_by_the_compiler(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(records, "resource_dir", lambda name: tmp_path)
     assert RecordBook.load(TARGET.name).find(template_for(KERNEL, TARGET), KERNEL) == RECORD
     assert RecordBook.load("another").find(template_for(KERNEL, TARGET), KERNEL) is None
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert sorted(path.name for path in file.parent.iterdir()) == [".lock", file.name]
 
 
 def test_the_faster_record_stays_and_others_are_kept(tmp_path: Path) -> None:
@@ -46,8 +49,53 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match=r"cpu\.matmul\.jsonl:1"):
         merge(tmp_path, [RECORD])
     (tmp_path / "file").write_text("")
-    with pytest.raises(TuningError, match="cannot write"):
+    with pytest.raises(TuningError, match=r"cannot write"):
         merge(tmp_path / "file", [RECORD])
+
+
+WRITER = """
+import json, sys
+from pathlib import Path
+from tvm_attn.schedule import Record
+from tvm_attn.tuning.records import merge
+for number in range(40):
+    shape = {"family": sys.argv[2], "size": number}
+    merge(Path(sys.argv[1]), [Record("cpu.matmul", 2, shape, {"k_unroll": 2}, 1.0, None, "0", "2026-01-01")])
+"""
+
+
+def test_two_searches_lose_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    searches = [subprocess.Popen([*command, name]) for name in ("first", "second")]
+    assert [search.wait() for search in searches] == [0, 0]
+    kept = [json.loads(line)["shape"] for line in (tmp_path / "cpu.matmul.jsonl").read_text().splitlines()]
+    assert len(kept) == 80
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "cpu.matmul.jsonl"]
+
+
+def test_a_search_finds_out_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpu.pack.jsonl").write_text(RECORD.to_line() + "\n{")
+    monkeypatch.setattr(tuner, "Session", None)
+    with pytest.raises(ScheduleError, match=r"cpu\.pack\.jsonl:2 is not a tuned record"):
+        tuner.search([KERNEL], TARGET, 1, tmp_path, tmp_path / "work")
+    with pytest.raises(TuningError, match=r"cannot write .*Not a directory; choose another --out"):
+        tuner.search([KERNEL], TARGET, 1, tmp_path / "cpu.pack.jsonl" / "x", tmp_path / "work")
+    with pytest.raises(TuningError, match=r"cannot write .*File name too long"):
+        tuner.search([KERNEL], TARGET, 1, tmp_path / ("n" * 300), tmp_path / "work")
+
+
+def test_a_failed_write_keeps_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge(tmp_path, [RECORD])
+    before = (tmp_path / "cpu.matmul.jsonl").read_text()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(TuningError, match="No space left on device; choose another --out"):
+        merge(tmp_path, [replace(RECORD, time_us=1.0)])
+    assert (tmp_path / "cpu.matmul.jsonl").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "cpu.matmul.jsonl"]
 
 
 def test_an_installed_package_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

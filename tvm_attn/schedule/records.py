@@ -7,13 +7,15 @@ A record survives a TVM upgrade and shows in a diff. It is keyed by template, it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tvm_attn._resources import resource_dir
+from tvm_attn.checks import POSITIVE, Rule, integer, problem, text
 from tvm_attn.errors import ScheduleError
+from tvm_attn.jsonfile import CONFIG_BYTES, parse_json, read_text, shorten_path
 from tvm_attn.kernels import Kernel
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.schedule.base import Template
@@ -61,12 +63,29 @@ class Record:
             ScheduleError: the line is not a record.
         """
         try:
-            record = Record(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise ScheduleError(f"{where} is not a tuned record: {error}") from error
-        if not isinstance(record.shape, dict) or not isinstance(record.decisions, dict):
-            raise ScheduleError(f"{where} is not a tuned record: shape and decisions must be objects")
-        return record
+            table = parse_json(line, "it", ScheduleError)
+            fault = problem(table, _RULES)
+        except ScheduleError as error:
+            fault = str(error)
+        if fault is not None:
+            raise ScheduleError(f"{where} is not a tuned record: {fault}")
+        return Record(**table)
+
+
+def _by_name(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is dict and all(type(entry) in kinds for entry in value.values())
+
+
+_RULES = {
+    "template": text(r"[\w.-]+", "a template's name"),
+    "version": integer(0, 10**6),
+    "shape": Rule("the kernel's sizes by name", _by_name(str, int, float, bool, type(None))),
+    "decisions": Rule("integers by name", _by_name(int)),
+    "time_us": POSITIVE,
+    "fraction_of_peak": Rule("a positive number or null", lambda value: value is None or POSITIVE.holds(value)),
+    "tvm": text(),
+    "date": text(),
+}
 
 
 class RecordBook:
@@ -101,8 +120,5 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ScheduleError: a line is not a record, or the file cannot be read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{path} cannot be read: {error}") from error
-    return [Record.from_line(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    lines = read_text(path, CONFIG_BYTES, ScheduleError).split("\n")
+    return [Record.from_line(line, f"{shorten_path(path)}:{i}") for i, line in enumerate(lines, 1) if line.strip()]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 
 import tvm
 
 from tvm_attn._resources import resource_dir
-from tvm_attn.errors import TuningError
+from tvm_attn.errors import TuningError, one_line
+from tvm_attn.jsonfile import shorten_path
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.schedule import Record
 from tvm_attn.schedule.records import read_records
@@ -72,6 +75,41 @@ def merge(folder: Path, records: Iterable[Record]) -> list[Path]:
         ScheduleError: a file that is there is malformed.
         TuningError: a file cannot be written.
     """
+    with _locked(folder):
+        return _merge(folder, records)
+
+
+def require_mergeable(folder: Path) -> None:
+    """Makes a target's folder and reads the records that are there: a search should not find out when it is done.
+
+    Raises:
+        ScheduleError: a file that is there is malformed.
+        TuningError: the folder cannot be written.
+    """
+    with _locked(folder):
+        for path in folder.glob("*.jsonl"):
+            read_records(path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other searches from writing records to a folder: reading, merging and writing is one step."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        yield
+
+
+def _cannot_write(path: Path, error: OSError) -> TuningError:
+    return TuningError(f"cannot write {shorten_path(path)}: {error.strerror or one_line(error)}; choose another --out")
+
+
+def _merge(folder: Path, records: Iterable[Record]) -> list[Path]:
     by_file: dict[Path, list[Record]] = {}
     for record in records:
         by_file.setdefault(folder / f"{record.template}.jsonl", []).append(record)
@@ -84,17 +122,18 @@ def merge(folder: Path, records: Iterable[Record]) -> list[Path]:
     return sorted(by_file)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise TuningError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+        raise _cannot_write(path, error) from error

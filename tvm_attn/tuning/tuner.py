@@ -24,7 +24,7 @@ from tvm_attn.runtime.machine import usable_cores
 from tvm_attn.schedule import Record
 from tvm_attn.targets import Target
 from tvm_attn.tuning.calls import label
-from tvm_attn.tuning.records import mean_seconds, merge, records_folder, to_record
+from tvm_attn.tuning.records import mean_seconds, merge, records_folder, require_mergeable, to_record
 from tvm_attn.tuning.search import Measurement, Session, note, worker_environment
 from tvm_attn.tuning.space import Candidate, Space
 
@@ -176,6 +176,7 @@ def search(
         ScheduleError: a kernel has no template, or a record file is malformed.
     """
     spaces = [space for space in (Space.of(kernel, target) for kernel in kernels) if space.size > 1]
+    require_mergeable(folder)
     state = _State(trials, folder, progress, spaces)
     threads, interrupted = usable_cores(), False
     with _locked(work), _logging_to(work / "search.log"), worker_environment(threads), _interrupts() as noticed:
