@@ -17,10 +17,11 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from tvm_attn.errors import TvmAttnError, UsageError
 
@@ -54,13 +55,19 @@ def run(command: Callable[[], int]) -> int:
 
 def _run(command: Callable[[], int]) -> int:
     try:
-        return command()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return command()
     except TvmAttnError as error:
         print("error:", _shortened(" ".join(str(error).split()), _LONGEST_ERROR), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)  # so that the shell's prompt starts a line of its own
         return 130
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print("warning:", _shortened(" ".join(str(message).split()), _LONGEST_ERROR), file=sys.stderr)
 
 
 def _shortened(text: str, length: int) -> str:

@@ -106,7 +106,7 @@ def _processor() -> Device:
         name = f"{platform.machine()} ({llvm_get_system_cpu()})"
     except ImportError:  # TVM's runtime alone
         pass
-    asked = {feature for target in map(targets.read, targets.names()) for feature in target.features}
+    asked = {feature for target in targets.read_all() for feature in target.features}
     return Device("cpu", name, None, tuple(sorted(cpu_features() & asked)), {"cores": usable_cores()})
 
 
@@ -161,7 +161,7 @@ def obstacle(target: targets.GpuTarget) -> str | None:
 
 
 def _fits(devices: list[Device], absent: dict[str, str]) -> Iterator[Fit]:
-    for target in map(targets.read, targets.names()):
+    for target in targets.read_all():
         usable = [device for device in devices if device.kind == target.device and not device.missing]
         for device in usable:
             yield Fit(target.name, device.device, tuple(_lacking(target, device)))

@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tvm_attn._resources import resource_dir
-from tvm_attn.errors import TargetError
+from tvm_attn.checks import POSITIVE, TABLE, integer, list_of, one_of, power_of_two, problem, text
+from tvm_attn.errors import TargetError, one_line, shorten
+from tvm_attn.jsonfile import CONFIG_BYTES, read_text, shorten_path
 from tvm_attn.runtime.machine import cpu_features
+from tvm_attn.storage import DTYPES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -149,75 +152,122 @@ def read(name: str) -> Target:
     """
     if name not in names():
         known = ", ".join(sorted({"cpu", "vulkan", *names()}))
-        raise TargetError(f"unknown target {name!r}; known targets: {known}")
+        raise TargetError(f"unknown target {shorten(name)}; known targets: {known}")
     return _read_file(resource_dir("targets") / f"{name}.toml")
+
+
+def read_all() -> list[Target]:
+    """All targets, sorted by name. Warns of a file that is malformed and leaves it out."""
+    found = []
+    for name in names():
+        try:
+            found.append(read(name))
+        except TargetError as error:
+            warnings.warn(f"a target is left out: {error}", stacklevel=1)
+    return found
+
+
+_RULES: dict[str, Any] = {
+    "device": one_of("cpu", "cuda", "vulkan"),
+    "description": text(),
+    "dtypes": list_of(one_of(*DTYPES), f"a list of {', '.join(DTYPES)}", least=1, most=3),
+    "tvm": TABLE,
+    "tile": {"rows": integer(1, 64), "columns": power_of_two(1, 1024)},
+    "peak?": {"float32_gflops": POSITIVE, "memory_gbytes": POSITIVE, "measured?": text()},
+}
+_GPU_RULES = _RULES | {
+    "gpu": {
+        "max_threads": power_of_two(32, 1024),
+        "shared_bytes": integer(1, 1 << 20),
+        "subgroup?": power_of_two(1, 128),
+        "vector_bytes": power_of_two(4, 16),
+        "matrix?": list_of(power_of_two(1, 64), "three sizes such as [16, 16, 16]", least=3, most=3),
+    }
+}
+_DEVICE_RULES: dict[str, Any] = {
+    "cpu": _RULES
+    | {
+        "features": list_of(text(r"[\w.-]+"), "a list of instruction sets"),
+        "detect": {"architecture": text(r"\w+"), "processor?": text(r"[\w.-]+"), "rank?": integer(0, 1000)},
+        "vector": {"lanes": power_of_two(1, 64)},
+        "cache": {"l2_bytes": integer(1, 1 << 40)},
+    },
+    "vulkan": _GPU_RULES,
+    "cuda": _GPU_RULES
+    | {
+        "cuda": {
+            "architectures": list_of(text(r"sm_\d+[af]?"), "a list such as ['sm_80', 'sm_90a']", least=1),
+            "ptx?": text(r"compute_\d+", "a virtual architecture such as 'compute_80', or leave it out"),
+        }
+    },
+}
+_TVM_KINDS = {"cpu": "llvm", "cuda": "cuda", "vulkan": "vulkan"}
 
 
 def _read_file(path: Path) -> Target:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        peak = table.get("peak")
-        common = {
-            "name": path.stem,
-            "device": table["device"],
-            "description": table["description"],
-            "tvm": table["tvm"],
-            "tile_rows": table["tile"]["rows"],
-            "tile_columns": table["tile"]["columns"],
-            "dtypes": tuple(table["dtypes"]),
-            "peak": Peak(peak["float32_gflops"], peak["memory_gbytes"]) if peak else None,
-        }
-        if table["device"] == "cpu":
-            return _cpu_target(common, table)
-        common |= _gpu_limits(table["gpu"])
-        return _cuda_target(common, table["cuda"]) if table["device"] == "cuda" else GpuTarget(**common)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TargetError(f"{path} is not valid TOML: {error}") from error
-    except KeyError as error:
-        raise TargetError(f"{path} lacks the key {error}; targets/README.md lists what a target file holds") from error
+        table = tomllib.loads(read_text(path, CONFIG_BYTES, TargetError))
+    except (ValueError, RecursionError) as error:
+        raise TargetError(f"{shorten_path(path)} is not valid TOML: {one_line(error)}") from None
+    device = table.get("device")
+    rules = _DEVICE_RULES.get(device, _RULES) if isinstance(device, str) else _RULES
+    if fault := problem(table, rules) or _misfit(table):
+        raise TargetError(f"{shorten_path(path)}: {fault}; targets/README.md lists what a target file holds")
+    return _target(path.stem, table)
 
 
-def _cpu_target(common: dict[str, Any], table: dict[str, Any]) -> CpuTarget:
-    detect = table["detect"]
-    return CpuTarget(
-        **common,
-        architecture=detect["architecture"],
-        features=tuple(table["features"]),
-        processor=detect.get("processor"),
-        rank=detect.get("rank", 0),
-        lanes=table["vector"]["lanes"],
-        l2_bytes=table["cache"]["l2_bytes"],
-    )
+def _misfit(table: dict[str, Any]) -> str | None:
+    """What does not go together in a table whose values are right one by one."""
+    device, tile, gpu = table["device"], table["tile"], table.get("gpu", {})
+    if table["tvm"].get("kind") != _TVM_KINDS[device]:
+        return f"tvm.kind is {shorten(table['tvm'].get('kind'))}; give {_TVM_KINDS[device]!r}"
+    if device == "cpu" and tile["columns"] % table["vector"]["lanes"]:
+        return f"tile.columns is {tile['columns']}; give a multiple of vector.lanes, {table['vector']['lanes']}"
+    if "matrix" in gpu and "subgroup" not in gpu:
+        return "gpu.matrix needs gpu.subgroup"
+    if "subgroup" in gpu and table["tvm"].get("thread_warp_size") != gpu["subgroup"]:
+        return f"tvm.thread_warp_size is {shorten(table['tvm'].get('thread_warp_size'))}; give that of gpu.subgroup"
+    return None
 
 
-def _gpu_limits(gpu: dict[str, Any]) -> dict[str, Any]:
-    return {
+def _target(name: str, table: dict[str, Any]) -> Target:
+    peak, tile = table.get("peak"), table["tile"]
+    common = {
+        "name": name,
+        "device": table["device"],
+        "description": table["description"],
+        "tvm": table["tvm"],
+        "tile_rows": tile["rows"],
+        "tile_columns": tile["columns"],
+        "dtypes": tuple(table["dtypes"]),
+        "peak": Peak(peak["float32_gflops"], peak["memory_gbytes"]) if peak else None,
+    }
+    if table["device"] == "cpu":
+        detect = table["detect"]
+        return CpuTarget(
+            **common,
+            architecture=detect["architecture"],
+            features=tuple(table["features"]),
+            processor=detect.get("processor"),
+            rank=detect.get("rank", 0),
+            lanes=table["vector"]["lanes"],
+            l2_bytes=table["cache"]["l2_bytes"],
+        )
+    gpu = table["gpu"]
+    matrix = gpu.get("matrix")
+    common |= {
         "architecture": platform.machine(),
         "features": (),
         "max_threads": gpu["max_threads"],
         "shared_bytes": gpu["shared_bytes"],
         "subgroup": gpu.get("subgroup"),
         "vector_bytes": gpu["vector_bytes"],
-        "matrix": _matrix(gpu),
+        "matrix": None if matrix is None else tuple(matrix),
     }
-
-
-def _cuda_target(common: dict[str, Any], cuda: dict[str, Any]) -> CudaTarget:
-    architectures, ptx = tuple(cuda["architectures"]), cuda.get("ptx")
-    if not architectures or not all(re.fullmatch(r"sm_\d+[af]?", name) for name in architectures):
-        raise TargetError(f"cuda.architectures is {list(architectures)}; give a list such as ['sm_80', 'sm_90a']")
-    if ptx is not None and not re.fullmatch(r"compute_\d+", ptx):
-        raise TargetError(f"cuda.ptx is {ptx!r}; give a virtual architecture such as 'compute_80', or leave it out")
-    return CudaTarget(**common, architectures=architectures, ptx=ptx)
-
-
-def _matrix(gpu: dict[str, Any]) -> tuple[int, int, int] | None:
-    if "matrix" not in gpu:
-        return None
-    if len(gpu["matrix"]) != 3:
-        raise TargetError(f"gpu.matrix is {gpu['matrix']}; give three sizes, e.g. [16, 16, 16]")
-    m, n, k = gpu["matrix"]
-    return m, n, k
+    if table["device"] == "vulkan":
+        return GpuTarget(**common)
+    cuda = table["cuda"]
+    return CudaTarget(**common, architectures=tuple(cuda["architectures"]), ptx=cuda.get("ptx"))
 
 
 def resolve(name: str) -> Target:
@@ -241,7 +291,7 @@ def detect_cpu() -> CpuTarget:
     from tvm.target.codegen import llvm_get_system_cpu
 
     processor = llvm_get_system_cpu()
-    fitting = [target for target in map(read, names()) if isinstance(target, CpuTarget) and target.fits_this_machine()]
+    fitting = [target for target in read_all() if isinstance(target, CpuTarget) and target.fits_this_machine()]
     exact = [target for target in fitting if target.processor == processor]
     generic = sorted((target for target in fitting if target.processor is None), key=lambda target: target.rank)
     candidates = exact or generic[-1:]

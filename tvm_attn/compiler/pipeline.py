@@ -17,7 +17,7 @@ from tvm_attn.compiler.cuda import compile_fatbin, find_compiler
 from tvm_attn.compiler.cuda_graph import capture_graphs, plan_results
 from tvm_attn.compiler.fusion import fuse_primitive_functions
 from tvm_attn.compiler.workspaces import plan_workspaces
-from tvm_attn.errors import CompileError
+from tvm_attn.errors import CompileError, TargetError, one_line
 from tvm_attn.model.module import Program
 from tvm_attn.schedule import Record, RecordBook, schedule, template_for
 from tvm_attn.targets import CudaTarget, GpuTarget, Target
@@ -91,10 +91,16 @@ def _lower() -> tvm.transform.Pass:
 
 
 def tvm_target(target: Target) -> tvm.target.Target:
-    """The TVM target, with the processor that starts the kernels of a GPU."""
-    if target.device == "cpu":
-        return tvm.target.Target(target.tvm)
-    return tvm.target.Target(target.tvm, {"kind": "llvm", "mtriple": f"{target.architecture}-linux-gnu"})
+    """The TVM target, with the processor that starts the kernels of a GPU.
+
+    Raises:
+        TargetError: TVM does not know what the target's file says.
+    """
+    host = [] if target.device == "cpu" else [{"kind": "llvm", "mtriple": f"{target.architecture}-linux-gnu"}]
+    try:
+        return tvm.target.Target(target.tvm, *host)
+    except Exception as error:
+        raise TargetError(f"targets/{target.name}.toml: TVM refuses the table tvm: {one_line(error)}") from error
 
 
 def tir_pipeline(target: Target) -> str:

@@ -47,7 +47,7 @@ def artifact_folder(out: Path) -> Iterator[Path]:
     """
     made: list[Path] = []
     try:
-        place = _place(out)
+        place = check_out(out)
         made += [folder for folder in place.parents if not folder.exists()]
         place.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
@@ -70,8 +70,12 @@ def artifact_folder(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _place(out: Path) -> Path:
-    """Where an artifact for `out` goes, after all checks that need not wait for the build."""
+def check_out(out: Path) -> Path:
+    """Where an artifact for `out` goes, after all checks that need not wait for the build.
+
+    Raises:
+        ArtifactError, OSError: nothing can go there.
+    """
     try:
         place = Path(os.path.realpath(out))
     except ValueError as error:  # a zero byte
