@@ -10,16 +10,19 @@ import numpy as np
 
 from tvm_attn.storage import GROUP
 
+_ROWS = 1024  # that an error is summed up over at a time
 
-def quantize(weight: np.ndarray, weights: str) -> tuple[np.ndarray, np.ndarray]:
+
+def quantize(weight: np.ndarray, weights: str, scale_dtype: str = "float16") -> tuple[np.ndarray, np.ndarray]:
     """Canonical quantized form of a float32 weight (K, N): values int8 (K, N), and float16 scales (K/G, N).
 
-    The scale is rounded to float16 first, so that the values are the best for the scale that is stored.
+    The scale is rounded first, so that the values are the best for the scale that is stored. Another dtype than float16
+    is for comparison.
     """
     k, n = weight.shape
     largest = 127 if weights == "int8" else 7
     groups = weight.astype(np.float32).reshape(k // GROUP, GROUP, n)
-    scales = (np.abs(groups).max(1) / largest).astype(np.float16)
+    scales = (np.abs(groups).max(1) / largest).astype(scale_dtype)
     divisor = np.where(scales == 0, np.float32(1), scales.astype(np.float32))
     values = np.clip(np.rint(groups / divisor[:, None]), -largest, largest)
     return values.astype(np.int8).reshape(k, n), scales
@@ -28,6 +31,24 @@ def quantize(weight: np.ndarray, weights: str) -> tuple[np.ndarray, np.ndarray]:
 def dequantize(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """float32 (K, N) of int8 values (K, N) and float16 scales (K/G, N)."""
     return values.astype(np.float32) * np.repeat(scales.astype(np.float32), GROUP, axis=0)
+
+
+def relative_error(stored: np.ndarray, exact: np.ndarray) -> float:
+    """Normalised mean squared error, ``sum((stored - exact)**2) / sum(exact**2)``; 0 where all is zero.
+
+    Args:
+        stored, exact: float arrays of one shape; finite.
+    """
+    peak = float(np.abs(exact).max(initial=0))
+    if peak == 0:
+        return float(np.any(stored))
+    error = power = 0.0
+    for start in range(0, len(exact), _ROWS):
+        # float64, and scaled: the squares of float32's smallest and largest numbers are none of its numbers.
+        block = exact[start : start + _ROWS].astype(np.float64) / peak
+        power += float(np.square(block).sum())
+        error += float(np.square(stored[start : start + _ROWS].astype(np.float64) / peak - block).sum())
+    return error / power
 
 
 def to_nibbles(values: np.ndarray) -> np.ndarray:

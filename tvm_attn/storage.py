@@ -9,6 +9,8 @@ every `GROUP` inputs of an output. The position table is never quantized.
 | int8 | (K, N) int8, scales (K/G, N) | (V, E) int8, scales (V, E/G) |
 | int4 | (K/2, N) uint8, scales (K/G, N) | (V, E/2) uint8, scales (V, E/G) |
 
+float16 scales bound the values that can be quantized, see `tvm_attn.model.params`.
+
 A byte of int4 holds inputs 2 i (low half) and 2 i + 1, each plus 8.
 """
 

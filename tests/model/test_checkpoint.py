@@ -553,8 +553,29 @@ def test_cast_params_against_pytorch(source: str, target: str) -> None:
 def test_cast_params_refuses_overflow_by_name(value: float, source: Any, target: str) -> None:
     matrix = np.zeros((3, 2), source)
     matrix[1, 1] = value
-    with pytest.raises(CheckpointError, match=f"^wpe.weight holds .*, too large for {target}; choose another --dtype$"):
+    with pytest.raises(CheckpointError, match=rf"^wpe.weight holds \S+, too large for {target}, .*; choose"):
         list(cast_params([("wpe.weight", matrix)], target))
+
+
+@pytest.mark.parametrize(("source", "target"), [(np.float32, "float16"), (np.float32, "bfloat16"), (float, "float32")])
+def test_cast_params_keeps_small_values_or_refuses(source: type, target: str) -> None:
+    """Over all magnitudes: nothing is stored with an error beyond that of bfloat16 for values in its range."""
+    matrix, refused = np.random.default_rng(0).standard_normal((64, 48)), []
+    for exponent in range(10, -300 if source is float else -140, -1):
+        exact = np.ldexp(matrix, exponent).astype(source).astype(np.float64)
+        try:
+            ((_, cast),) = cast_params([("wpe.weight", exact.astype(source))], target)
+            error = np.square(cast.astype(np.float64) / exact.std() - exact / exact.std()).mean()
+            assert error < 2.0**-18, exponent
+        except CheckpointError as failure:
+            message = "choose --dtype bfloat16 or float32" if target == "float16" else "choose another --dtype"
+            assert f"too small for {target}" in str(failure) and message in str(failure)
+            refused.append(exponent)
+    assert refused and refused == list(range(refused[0], refused[-1] - 1, -1))
+    zeros = np.zeros((2, 3), source)
+    assert not dict(cast_params([("wpe.weight", zeros)], target))["wpe.weight"].any()
+    mixed = np.array([[1.0, 1e-300]], source)  # one of them may vanish
+    assert dict(cast_params([("wpe.weight", mixed)], target))["wpe.weight"][0, 0] == 1
 
 
 def test_cast_params_keeps_the_largest_values_and_vectors() -> None:

@@ -55,8 +55,56 @@ def one_large_value(name: str, value: float) -> Iterator[tuple[str, np.ndarray]]
 @pytest.mark.parametrize("name", ["h.1.mlp.c_fc.weight", "wte.weight"])
 def test_scale_that_float16_cannot_hold(name: str, quant: str, value: float) -> None:
     assert dict(stored_params(one_large_value(name, value / 10), "float32", quant))
-    with pytest.raises(CheckpointError, match=f"^{name} holds values too large for {quant} .*--quant none"):
+    with pytest.raises(CheckpointError, match=rf"^{name} holds values up to \S+, too large for {quant} .*--quant none"):
         dict(stored_params(one_large_value(name, value), "float32", quant))
+
+
+def stored_error(matrix: np.ndarray, quant: str) -> float:
+    """Normalised squared error of what is stored of a matrix (K, N), in float64."""
+    name = "h.0.mlp.c_fc.weight"
+    stored = dict(stored_params([(name, matrix)], "float32", quant))
+    values, scales = stored[name].astype(np.int64), stored[f"{name}_scales"].astype(np.float64)
+    if quant == "int4":
+        values = np.stack([values & 15, values >> 4], axis=1).reshape(matrix.shape) - 8
+    found = values * scales.repeat(GROUP, axis=0)
+    exact = matrix.astype(np.float64)
+    return float(np.square(found / 2.0**-120 - exact / 2.0**-120).sum() / np.square(exact / 2.0**-120).sum())
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("source", [np.float32, np.float64])
+def test_small_matrices_are_stored_well_or_refused(quant: str, source: type) -> None:
+    """Over all magnitudes: nothing is stored whose error is more than about twice what it is for large values."""
+    matrix = np.random.default_rng(0).standard_normal((64, 48))
+    usual, refused = stored_error(matrix, quant), []
+    for exponent in range(10, -150, -1):
+        scaled = np.ldexp(matrix, exponent).astype(source)
+        try:
+            assert stored_error(scaled, quant) <= 2 * usual + 1e-6, exponent
+        except CheckpointError as error:
+            assert f"too small for {quant} with float16 scales" in str(error)
+            assert "choose --quant none" in str(error)
+            refused.append(exponent)
+    assert refused == list(range(refused[0], -150, -1))  # once it is too small, it stays so
+    assert -30 < refused[0] < -10
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_small_groups_beside_others_may_vanish(quant: str) -> None:
+    matrix = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32) * np.float32(0.02)
+    usual = stored_error(matrix, quant)
+    matrix[:32, 7] *= 1e-9
+    matrix[32:, 9] = 0
+    assert stored_error(matrix, quant) == pytest.approx(usual, rel=0.1)
+    zeros = dict(stored_params([("h.0.mlp.c_fc.weight", np.zeros((64, 48), np.float32))], "float32", quant))
+    assert not zeros["h.0.mlp.c_fc.weight_scales"].any()
+
+
+def test_values_that_scales_round_badly_are_no_reason() -> None:
+    """Exact with exact scales: the rounding of the scales is then the whole error, and small."""
+    signs = np.where(np.arange(64 * 48).reshape(64, 48) % 3, 1.0, -1.0)
+    assert stored_error(signs * 1.001e-3, "int8") < 1e-5
+    assert stored_error(signs * 1.001e-3, "int4") < 1e-5
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])

@@ -17,7 +17,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - teaches numpy, and through it safetensors, the name "bfloat16"
+import ml_dtypes  # also teaches numpy, and through it safetensors, the name "bfloat16"
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -27,6 +27,7 @@ from tvm_attn.jsonfile import CONFIG_BYTES, exists, opened, read_json, shorten_p
 from tvm_attn.model.generation import read_generation_config
 from tvm_attn.model.hub import CheckpointUnavailable, hub_id, hub_snapshot
 from tvm_attn.model.tokenizer import CheckpointTokenizer, read_tokenizer
+from tvm_attn.quantization import relative_error
 from tvm_attn.storage import numpy_dtype
 
 __all__ = [
@@ -196,7 +197,8 @@ def cast_params(params: Iterable[tuple[str, np.ndarray]], dtype: str) -> Iterato
 
     `dtype` is "float32", "float16" or "bfloat16" (ml_dtypes). Values round to nearest even.
 
-    Raises CheckpointError, naming the tensor, where a finite value would become infinite.
+    Raises CheckpointError, naming the tensor, where a finite value would become infinite, or most of a tensor would be
+    lost, as its values are smaller than the dtype's smallest.
     """
     for name, array in params:
         target = numpy_dtype(dtype if array.ndim > 1 else "float32")
@@ -205,12 +207,34 @@ def cast_params(params: Iterable[tuple[str, np.ndarray]], dtype: str) -> Iterato
             continue
         with np.errstate(over="ignore"):  # reported below, by name
             cast = array.astype(target)
-        if not np.isfinite(cast).all():
-            overflows = ~np.isfinite(cast) & np.isfinite(array)
-            if overflows.any():
-                value = float(array[overflows][0])
-                raise CheckpointError(f"{name} holds {value:g}, too large for {target.name}; choose another --dtype")
+        _require_fitting(name, array, cast)
         yield name, cast
+
+
+# Square of the rounding of bfloat16: a tensor that loses more has run out of exponents.
+_COARSEST = 2.0**-18
+
+
+def _require_fitting(name: str, array: np.ndarray, cast: np.ndarray) -> None:
+    """Refuses values that become infinite, and a tensor most of which is too small for its dtype."""
+    largest = float(np.abs(array).max(initial=0))
+    if np.isfinite(largest) and not np.isfinite(cast).all():
+        raise CheckpointError(
+            f"{name} holds {largest:g}, too large for {cast.dtype.name}, whose largest number is "
+            f"{float(ml_dtypes.finfo(cast.dtype).max):g}; {_other_dtype(cast.dtype)}"
+        )
+    smallest = float(ml_dtypes.finfo(cast.dtype).smallest_normal)
+    if not 0 < float(np.abs(array).mean(dtype=np.float64)) < smallest:
+        return
+    if (error := relative_error(cast, array)) > _COARSEST:
+        raise CheckpointError(
+            f"{name} holds values up to {largest:.2g}, too small for {cast.dtype.name} (normalised squared error "
+            f"{error:.1e}); {_other_dtype(cast.dtype)}"
+        )
+
+
+def _other_dtype(dtype: np.dtype) -> str:
+    return "choose --dtype bfloat16 or float32" if dtype == np.float16 else "choose another --dtype"
 
 
 def _locate(model: str | Path, on_download: Callable[[str], None] | None) -> tuple[Path, str]:

@@ -9,7 +9,7 @@ import numpy as np
 from tvm_attn.config import GPT2Config, param_shapes
 from tvm_attn.errors import CheckpointError
 from tvm_attn.model.checkpoint import cast_params
-from tvm_attn.quantization import dequantize, from_nibbles, quantize, to_nibbles
+from tvm_attn.quantization import dequantize, from_nibbles, quantize, relative_error, to_nibbles
 from tvm_attn.storage import TABLES, is_quantizable, scales_name
 
 
@@ -22,7 +22,7 @@ def stored_params(params: Iterable[tuple[str, np.ndarray]], dtype: str, quant: s
         quant: "none", "int8" or "int4"; `tvm_attn.storage` says what is stored.
 
     Raises:
-        CheckpointError: a value, or the scale of quantized ones, does not fit its dtype.
+        CheckpointError: a value, or the scale of quantized ones, is too large or too small for its dtype.
     """
     if quant == "none":
         yield from cast_params(params, dtype)
@@ -35,11 +35,37 @@ def stored_params(params: Iterable[tuple[str, np.ndarray]], dtype: str, quant: s
         matrix = array.T if table else array
         with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
             values, scales = quantize(np.asarray(matrix, np.float32), quant)
-        if not np.isfinite(scales).all():
-            raise CheckpointError(f"{name} holds values too large for {quant} with float16 scales; choose --quant none")
+        _require_fitting_scales(name, matrix, values, scales, quant)
         stored = to_nibbles(values) if quant == "int4" else values
         yield name, np.ascontiguousarray(stored.T if table else stored)
         yield scales_name(name), np.ascontiguousarray(scales.T if table else scales)
+
+
+# Normalised squared error of quantizing normally distributed weights.
+_USUAL_ERROR = {"int8": 2e-5, "int4": 7e-3}
+
+
+def _require_fitting_scales(name: str, matrix: np.ndarray, values: np.ndarray, scales: np.ndarray, quant: str) -> None:
+    """Refuses a matrix (K, N) whose scales float16 does not hold.
+
+    Small scales have fewer bits, and the smallest become 0. That is fine for some groups among larger ones; it is not
+    where the error of the whole matrix is more than twice that of exact scales, and of what normal weights have.
+    """
+    peak = float(np.abs(matrix).max())
+    holds = f"{name} holds values up to {peak:.2g}"
+    if not np.isfinite(scales).all():
+        raise CheckpointError(f"{holds}, too large for {quant} with float16 scales; choose --quant none")
+    small = scales < np.finfo(np.float16).smallest_normal
+    if not np.abs(matrix).reshape(len(scales), -1, scales.shape[1]).max(1)[small].any():  # none, or groups of zeros
+        return
+    normalized = np.ldexp(matrix.astype(np.float64), -int(np.frexp(peak)[1]))
+    best = relative_error(dequantize(*quantize(normalized, quant, "float32")), normalized)
+    error = relative_error(dequantize(values, scales), matrix)
+    if error > 2 * max(best, _USUAL_ERROR[quant]):
+        raise CheckpointError(
+            f"{holds}, too small for {quant} with float16 scales (normalised squared error {error:.1e}, with exact "
+            f"scales {best:.1e}); choose --quant none"
+        )
 
 
 def effective_params(
