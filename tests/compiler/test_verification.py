@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import GPT2Config as HuggingFaceConfig
 from transformers import GPT2LMHeadModel
 
 import tvm_attn
 from tvm_attn.compiler.verification import BOUNDS, VERIFY_BATCH, Bounds, Check, Report, prompt_lengths, verify
 from tvm_attn.config import PRESETS, GPT2Config
-from tvm_attn.errors import VerificationError
+from tvm_attn.errors import GenerationError, VerificationError
 from tvm_attn.model.checkpoint import cast_params, open_checkpoint, random_params
-from tvm_attn.model.reference import Reference
+from tvm_attn.model.reference import Reference, RoundedReference
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.engine import CompiledEngine
 
@@ -178,7 +179,7 @@ class Altered:
 
     def __init__(self, engine: CompiledEngine) -> None:
         self.engine = engine
-        self.config, self.max_batch = engine.config, engine.max_batch
+        self.config, self.max_batch, self.library = engine.config, engine.max_batch, engine.library
 
     def prefill(self, prompts: Any, slots: Any) -> Any:
         return self.engine.prefill(prompts, slots)
@@ -308,6 +309,93 @@ def test_one_slot_is_enough(demo_artifact: Path) -> None:
     report = run(demo_artifact, tvm_attn.load(demo_artifact, max_batch=1).engine)
     assert not failed(report)
     assert {check.function for check in report.checks} == {"logits", "prefill", "decode_one"}
+
+
+# --- what is no fault of the library ---
+
+SMALL = GPT2Config(vocab_size=300, n_positions=40, n_embd=64, n_layer=2, n_head=2, eos_token_id=None)
+
+
+def build_with(changes: dict[str, float], folder: Path, **options: Any) -> None:
+    """Builds a random model in which some biases have one value, or some weights are multiplied."""
+    params = dict(random_params(SMALL))
+    for name, value in changes.items():
+        if name.endswith(".weight"):
+            params[name] = params[name] * np.float32(value)
+        else:
+            params["h.1.attn.c_attn.bias"][{"q": 0, "k": 64, "v": 128}[name] :][:64] = value
+    (folder / "model").mkdir()
+    save_file(params, folder / "model" / "model.safetensors")
+    (folder / "model" / "config.json").write_text(json.dumps(SMALL.to_dict()))
+    tvm_attn.build(folder / "model", target="cpu", out=folder / "out", **options)
+
+
+ENDS = "and float16 ends at 65504: build it with --dtype"
+OVERFLOWS = [
+    ({"k": 1e5}, "float16", rf"the keys of h\.1 reach 1e\+05, {ENDS} bfloat16"),
+    ({"h.1.attn.c_attn.weight": 5e5}, "float16", rf"the (keys|values) of h\.1 reach .*, {ENDS} \w+"),
+    ({"h.1.attn.c_attn.weight": 300.0}, "bfloat16", r"bfloat16 is too coarse for this model: .* --dtype float32"),
+]
+
+
+@pytest.mark.parametrize(("changes", "dtype", "message"), OVERFLOWS)
+def test_a_format_that_does_not_hold_the_model(
+    changes: dict[str, float], dtype: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(VerificationError, match=rf"disagrees with PyTorch in .*; {message}$") as error:
+        build_with(changes, tmp_path, dtype=dtype)
+    assert "bug" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
+    build_with({"v": 1e5}, tmp_path, dtype="float16", verify=False)
+    model = tvm_attn.load(tmp_path / "out")
+    for call in (
+        lambda: model.logits([[1, 2, 3]]),
+        lambda: model.generate([1, 2, 3]),
+        lambda: model.generate([[1, 2, 3], [4]], temperature=1.0, seed=0),
+        lambda: list(model.stream_ids([1, 2, 3], top_k=5)),
+    ):
+        with pytest.raises(GenerationError, match=r"not numbers.*--dtype bfloat16 or float32"):
+            call()
+
+
+def test_weights_that_overflow_float32(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=r"PyTorch's float32 logits are not finite either"):
+        build_with({"wte.weight": 1e30, "h.0.mlp.c_fc.weight": 1e38, "h.0.mlp.c_proj.weight": 1e38}, tmp_path)
+
+
+def test_a_fault_of_the_library_is_called_that(demo_artifact: Path, engine: CompiledEngine) -> None:
+    class Off(Altered):
+        def logits(self, prompts: Any, slots: Any) -> Any:
+            return [row * np.float32(1.01) for row in self.engine.logits(prompts, slots)]
+
+    report = run(demo_artifact, Off(engine))
+    assert report.cause is None
+    with pytest.raises(VerificationError, match="this is a bug in tvm_attn or TVM, please report it"):
+        report.raise_if_failed("lib.so")
+
+
+@pytest.mark.parametrize("inputs", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("cache", ["float32", "float16", "bfloat16"])
+def test_the_rounded_reference(cache: str, inputs: str, model: tuple[GPT2Config, dict[str, np.ndarray]]) -> None:
+    """Against transformers' model with the same roundings, both in float64."""
+    config, params = model
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 64)
+    rounding: dict[str, Rounding | None] = {
+        "float32": lambda values: values.float().double(),
+        "float16": to_float16,
+        "bfloat16": to_bfloat16,
+        "int8": to_int8,
+    }
+    exact = Float64Model(config, params)
+    expected = exact.logits(ids, rounding[cache], rounding[inputs])
+    reference = RoundedReference(config, params, "float64", cache=cache, inputs=inputs)
+    found, distance = reference.logits(ids[None])[0], expected - exact.logits(ids)
+    assert reference.overflow is None
+    # Sums in another order may round to the neighbour here and there.
+    assert np.square(found - expected).sum() < 0.05 * np.square(distance).sum() + 1e-20 * np.square(expected).sum()
 
 
 @pytest.mark.parametrize(

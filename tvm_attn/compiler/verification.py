@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tvm_attn.errors import VerificationError
 from tvm_attn.model.params import effective_params
-from tvm_attn.model.reference import Reference
+from tvm_attn.model.reference import Reference, RoundedReference
 from tvm_attn.runtime.artifact import Artifact, open_artifact
 from tvm_attn.runtime.device import parse_device
 from tvm_attn.runtime.engine import CompiledEngine
@@ -93,11 +94,13 @@ class Report:
         checks: in the order they ran.
         bounds: what they had to meet.
         reference_nmse: error of the float32 reference itself against its float64 run, on the first tokens.
+        cause: why a check failed, where that is the model or the storage format and not the library; else None.
     """
 
     checks: tuple[Check, ...]
     bounds: Bounds
     reference_nmse: float
+    cause: str | None = None
 
     def raise_if_failed(self, what: str) -> None:
         """Raises VerificationError naming the worst failed check; `what` names the library."""
@@ -107,7 +110,8 @@ class Report:
             figures = f"NMSE {worst.nmse:.1e} (bound {self.bounds.nmse:.0e}), max abs {worst.max_abs:.1e}"
             raise VerificationError(
                 f"{what} disagrees with PyTorch in {len(failed)} of {len(self.checks)} checks; worst: "
-                f"{worst.function}, {worst.case}: {figures}; this is a bug in tvm_attn or TVM, please report it"
+                f"{worst.function}, {worst.case}: {figures}; "
+                f"{self.cause or 'this is a bug in tvm_attn or TVM, please report it'}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,10 +146,7 @@ def verify(
     """
     config = artifact.config
     bounds = BOUNDS[artifact.dtype if artifact.quantization == "none" else artifact.quantization]
-    # In stored order: in any other, shards would be read again, and each copy stay in memory with what it was read for.
-    stored = {name: artifact.parameters.read(name) for name in artifact.parameters.names()}
-    params = dict(effective_params(config, stored.__getitem__, artifact.quantization))
-    del stored
+    params = _effective_params(artifact)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, (2, config.n_positions), dtype=np.int32)
     progress("PyTorch reference, float32")
@@ -165,7 +166,53 @@ def verify(
         for actual, wanted in pairs():
             result.add(actual, wanted)
         checks.append(result.check(function, case, bounds))
-    return Report(tuple(checks), bounds, reference_nmse)
+    failed = not all(check.passed for check in checks)
+    cause = _cause(artifact, ids, expected, engine.library.device == "cpu", device) if failed else None
+    return Report(tuple(checks), bounds, reference_nmse, cause)
+
+
+def _effective_params(artifact: Artifact) -> dict[str, np.ndarray]:
+    # In stored order: in any other, shards would be read again, and each copy stay in memory with what it was read for.
+    stored = {name: artifact.parameters.read(name) for name in artifact.parameters.names()}
+    artifact.parameters.close()
+    return dict(effective_params(artifact.config, stored.__getitem__, artifact.quantization))
+
+
+def _cause(
+    artifact: Artifact, ids: np.ndarray, expected: list[np.ndarray], on_processor: bool, device: str
+) -> str | None:
+    """Whether the model or the storage format is the reason for a failed check, in words.
+
+    It is the format where the reference, with nothing but the roundings that the format means, is out of bounds too.
+    """
+    if not all(np.isfinite(rows).all() for rows in expected):
+        return "PyTorch's float32 logits are not finite either: the weights are too large"
+    params = _effective_params(artifact)
+
+    def fits(cache: str, inputs: str, name: str) -> tuple[bool, RoundedReference]:
+        reference = RoundedReference(artifact.config, params, device=device, cache=cache, inputs=inputs)
+        pairs = zip(reference.logits(ids[:1])[0], expected[0], strict=True)
+        rows = (_Accumulator().add(row[None], wanted[None]).check("", "", BOUNDS[name]) for row, wanted in pairs)
+        return all(row.passed for row in rows), reference
+
+    dtype, quant = artifact.dtype, artifact.quantization
+    stored, reference = fits(dtype, "float32", dtype)
+    if stored:
+        inputs = "int8" if quant != "none" else dtype
+        # On a processor, float16 is a storage format only.
+        if inputs == "float32" or (on_processor and inputs == "float16"):
+            return None
+        computed, reference = fits(dtype, inputs, dtype if quant == "none" else quant)
+        if computed:
+            return None
+        if quant != "none":
+            return f"{quant} is too coarse for this model's activations: build it without --quant"
+    better = "bfloat16" if dtype == "float16" and fits("bfloat16", "bfloat16", "bfloat16")[0] else "float32"
+    if reference.overflow is None:
+        return f"{dtype} is too coarse for this model: build it with --dtype {better}"
+    what, largest = reference.overflow
+    end = float(ml_dtypes.finfo(dtype).max)
+    return f"{what} reach {largest:.3g}, and {dtype} ends at {end:g}: build it with --dtype {better}"
 
 
 def verify_artifact(

@@ -127,6 +127,56 @@ class Reference:
             products.allow_tf32 = before
 
 
+class RoundedReference(Reference):
+    """The reference with what a storage format rounds, to tell what the format costs from what a library does wrong.
+
+    Args:
+        config, params, dtype, device: as for `Reference`.
+        cache: what keys and values are rounded to: "float32", "float16" or "bfloat16".
+        inputs: the same of the inputs of linear layers and of the head; "int8" is symmetric with a scale for every 32.
+
+    Attributes:
+        overflow: what became infinite first, and its largest value, after `logits`; None where nothing did.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        params: Mapping[str, np.ndarray],
+        dtype: Literal["float32", "float64"] = "float32",
+        device: str = "cpu",
+        *,
+        cache: str = "float32",
+        inputs: str = "float32",
+    ) -> None:
+        super().__init__(config, params, dtype, device)
+        self._cache, self._inputs = cache, inputs
+        self.overflow: tuple[str, float] | None = None
+
+    def _linear(self, x: "Tensor", name: str) -> "Tensor":
+        result = super()._linear(self._rounded(x, self._inputs, f"the inputs of {name}"), name)
+        layer = name.removesuffix(".attn.c_attn")
+        if layer == name:
+            return result
+        q, k, v = result.chunk(3, dim=-1)
+        k = self._rounded(k, self._cache, f"the keys of {layer}")
+        return self._torch.cat([q, k, self._rounded(v, self._cache, f"the values of {layer}")], dim=-1)
+
+    def _layer_norm(self, x: "Tensor", name: str) -> "Tensor":
+        normed = super()._layer_norm(x, name)
+        return self._rounded(normed, self._inputs, "the inputs of the head") if name == "ln_f" else normed
+
+    def _rounded(self, x: "Tensor", to: str, what: str) -> "Tensor":
+        if to == "int8":
+            groups = x.unflatten(-1, (-1, 32))
+            scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+            return ((groups / scales).round() * scales).flatten(-2)
+        rounded: Tensor = x.to(getattr(self._torch, to)).to(self._dtype)
+        if self.overflow is None and x.isfinite().all() and not rounded.isfinite().all():
+            self.overflow = what, float(x.abs().max())
+        return rounded
+
+
 def _import_torch() -> Any:
     try:
         import torch

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tvm_attn.errors import GenerationError, TokenizerError
 from tvm_attn.runtime.dlpack import host_array
-from tvm_attn.runtime.sampling import SamplingOptions, require_integer, sample, sequence_rng
+from tvm_attn.runtime.sampling import NOT_NUMBERS, SamplingOptions, require_integer, sample, sequence_rng
 
 if TYPE_CHECKING:
     from tvm_attn.config import GPT2Config
@@ -371,7 +371,7 @@ class DecodingLoop:
             ]
         for token_id, sequence in zip(token_ids, sequences, strict=True):
             if not 0 <= token_id < self.engine.config.vocab_size:
-                raise GenerationError("the next-token logits hold NaN: verify the artifact, or build a wider dtype")
+                raise GenerationError(f"the next-token logits hold NaN, {NOT_NUMBERS}")
             sequence.push(token_id)
 
     def _sequences(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[_Sequence]:

@@ -16,6 +16,7 @@ from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOption
 from tvm_attn.runtime.device import parse_device
 from tvm_attn.runtime.dlpack import host_array
 from tvm_attn.runtime.machine import set_threads
+from tvm_attn.runtime.sampling import NOT_NUMBERS
 from tvm_attn.runtime.tokenizer import Tokenizer
 from tvm_attn.runtime.tvm_import import import_tvm
 
@@ -62,7 +63,8 @@ class Model:
             float32 (B, T, vocab_size).
 
         Raises:
-            GenerationError: the shape, the dtype or an id is wrong, or unfinished streams hold every KV-cache slot.
+            GenerationError: the shape, the dtype or an id is wrong, unfinished streams hold every KV-cache slot, or the
+                logits are not numbers.
         """
         array = host_array(ids)
         if array.ndim != 2 or array.dtype.kind not in "iu" or 0 in array.shape:
@@ -81,6 +83,8 @@ class Model:
                 prompts = [row.astype(np.int32) for row in array[start : start + len(slots)]]
                 for index, row in enumerate(self.engine.logits(prompts, slots[: len(prompts)])):
                     result[start + index] = row
+        if not np.isfinite(result[..., 0]).all():  # a NaN or infinity inside the model reaches every logit of a row
+            raise GenerationError(f"the logits hold NaN, {NOT_NUMBERS}")
         return result
 
     # Every str is a Sequence[str] too; the first signature that fits is the one that holds.

@@ -150,14 +150,18 @@ def _penalized(logits: FloatArray, previous_ids: Sequence[int] | IdArray, penalt
     return scores
 
 
+NOT_NUMBERS = (
+    "so they are not numbers: the artifact's dtype does not hold this model; verify the artifact, or build it with "
+    "--dtype bfloat16 or float32"
+)
+"""What a message says of logits that hold NaN or infinity."""
+
+
 def _finite_peak(scores: FloatArray) -> float:
     """The largest score. NaN anywhere makes it NaN."""
     peak = float(scores.max())
     if not np.isfinite(peak):
-        raise GenerationError(
-            f"the largest of the next-token logits is {peak}; the weights or their dtype overflow: "
-            "verify the artifact, or build it with a wider dtype"
-        )
+        raise GenerationError(f"the largest of the next-token logits is {peak}, {NOT_NUMBERS}")
     return peak
 
 
