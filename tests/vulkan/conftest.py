@@ -53,6 +53,7 @@ def axpy_record(axpy_code: bytes) -> dict[str, Any]:
         "workgroup_size": [64, 1, 1],
         "block_size": 48,
         "block_offsets": [0, 8, 16, 24, 28],
+        "aliases": [],
         "shared_bytes": 0,
         "subgroup_size": None,
         "features": [],
@@ -67,7 +68,7 @@ def pack(axpy_code: bytes) -> Callable[..., bytes]:
 
     def pack_module(*records: Any, code: bytes = axpy_code) -> bytes:
         description = json.dumps({"kernels": list(records)}).encode()
-        return b"TVMATTNV" + struct.pack("<II", 1, len(description)) + description + code
+        return b"TVMATTNV" + struct.pack("<II", 2, len(description)) + description + code
 
     return pack_module
 

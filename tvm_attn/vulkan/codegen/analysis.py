@@ -282,12 +282,13 @@ class Analysis:
         root.reads |= bool(mode & _READ)
         root.writes |= bool(mode & _WRITE)
         root.atomic = True
-        root.accesses.append(Access(root.dtype, 1, None))
         if type(pointer).__name__ == "TensorLoad":
             view = self.views[pointer.source.__chandle__()]
-            root.accesses[-1] = Access(view.dtype.scalar, 1, self.facts.of(pointer.indices[-1]))
+            root.accesses.append(Access(view.dtype.scalar, 1, self.facts.of(pointer.indices[-1])))
             for index in pointer.indices:
                 self._visit(index)
+        else:
+            root.accesses.append(Access(from_tvm(pointer.args[0].ty.dtype).scalar, 1, None))
 
 
 def _variables(expr: Any) -> set[int]:

@@ -12,7 +12,7 @@ from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.kernel import compile_kernel
 
 MAGIC = b"TVMATTNV"
-VERSION = 1
+VERSION = 2
 
 
 def emit(mod: Any) -> bytes:

@@ -7,20 +7,28 @@ from typing import Any
 from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.analysis import MAX_GRID, Analysis, Root
 from tvm_attn.vulkan.codegen.arithmetic import Arithmetic
-from tvm_attn.vulkan.codegen.memory import Memory
+from tvm_attn.vulkan.codegen.memory import Form, Memory
 from tvm_attn.vulkan.codegen.values import BOOL, FLOAT32, INT32, UINT32, DType, Value, from_tvm
 
 PUSH_CONSTANT_BYTES = 128
 FOLD_GRID_CONSTANT = 0
 _AXES = ("x", "y", "z")
+_ADDRESS = DType("handle", 64)
 
 
 class Interface:
     """Layout of the argument block and access to it.
 
     The block holds the parameters at their natural alignment (8 for addresses and 64-bit scalars, else 4; small
-    scalars are widened to 4 bytes), then three uint32: the extents of the grid. Up to 128 bytes it is the push constant
-    block; beyond, the push constant is the address of a buffer that holds it.
+    scalars are widened to 4 bytes), then the addresses of `aliases` once more, then three uint32: the extents of the
+    grid. Up to 128 bytes it is the push constant block; beyond, the push constant is the address of a buffer that
+    holds it.
+
+    Attributes:
+        params, offsets: type and byte offset of each parameter.
+        aliases: positions of the parameters whose addresses are repeated: a buffer that is accessed as several types
+            has a member of the block for each.
+        block_size: bytes of the block, a multiple of 8.
     """
 
     def __init__(self, function: Any, arithmetic: Arithmetic, analysis: Analysis, memory: Memory) -> None:
@@ -29,16 +37,22 @@ class Interface:
         self._analysis = analysis
         self.params: list[str] = []
         self.offsets: list[int] = []
+        self.aliases: list[int] = []
         self._dtypes: list[DType] = []
         self.handles = [root for root in analysis.roots if root.parameter is not None]
         by_parameter = {root.parameter: root for root in self.handles}
+        pointers: list[tuple[Root, Form, int]] = []  # and the member that holds each
+        more: list[tuple[int, Root, Form]] = []
         members: list[tuple[int, int]] = []
         offset = 0
         for index, parameter in enumerate(function.params):
             root = by_parameter.get(index)
             if root is not None:
-                name, size, type_id = "handle", 8, memory.global_type(root)
-                dtype = DType("handle", 64)
+                name, size, dtype = "handle", 8, _ADDRESS
+                first, *others = memory.forms(root)
+                type_id = memory.global_type(first)
+                pointers.append((root, first, index))
+                more += ((index, root, form) for form in others)
             else:
                 dtype = from_tvm(parameter.ty.dtype)
                 name = str(dtype)
@@ -50,18 +64,21 @@ class Interface:
             self.offsets.append(offset)
             self._dtypes.append(dtype)
             offset += size
+        for index, root, form in more:
+            offset = -(-offset // 8) * 8
+            pointers.append((root, form, len(members)))
+            members.append((memory.global_type(form), offset))
+            self.aliases.append(index)
+            self._dtypes.append(_ADDRESS)
+            offset += 8
         for _ in _AXES:
             members.append((self.builder.int_(32), offset))
             offset += 4
         self.block_size = -(-offset // 8) * 8
         self._members = members
         self._block, self._storage = self._declare()
-        for index, root in enumerate(self.handles):
-            memory.set_base(root, self._member(self._position(root, index)))
-
-    @staticmethod
-    def _position(root: Root, index: int) -> int:
-        return index if root.parameter is None else root.parameter
+        for root, form, member in pointers:
+            memory.set_base(root, form, self._member(member))
 
     def _declare(self) -> tuple[int, str]:
         b = self.builder

@@ -1,7 +1,8 @@
 """Loads and stores: buffers by device address, shared and local arrays, vectors, dynamic shared memory.
 
-* A global buffer is a pointer in the argument block to `struct { T[]; }`; an element is an OpAccessChain, a vector or
-  another element type an OpBitcast of that pointer. Loads state the alignment that is proven, never more.
+* A global buffer is a pointer in the argument block to `struct { T[]; }`, and an element an OpAccessChain. T is the
+  scalar or vector of 2 or 4 that is accessed; a buffer that is accessed as several types has a pointer for each, as
+  not every driver can cast pointers. Loads state the alignment that is proven, never more.
 * A shared or local array holds scalars, or vectors of 2 or 4 where every vector access is aligned to them; single
   elements of a shared vector are addressed by component, so that threads may write neighbours.
 * Views of one allocation with elements of another size are put together from elements of the smallest size.
@@ -10,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd
@@ -18,8 +20,8 @@ from typing import NamedTuple
 from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.analysis import FRAGMENTS, Access, Analysis, Root, View
 from tvm_attn.vulkan.codegen.arithmetic import Arithmetic
-from tvm_attn.vulkan.codegen.facts import Fact
-from tvm_attn.vulkan.codegen.values import DType, Value, split
+from tvm_attn.vulkan.codegen.facts import UNKNOWN, Fact
+from tvm_attn.vulkan.codegen.values import MAX_LANES, DType, Value, split
 
 _BYTE = DType("uint", 8)
 
@@ -30,6 +32,13 @@ class Index(NamedTuple):
     base: Value | None
     fact: Fact
     gather: tuple[Value, ...] = ()
+
+
+class Form(NamedTuple):
+    """How elements of a global memory are accessed: `width` of the scalar type `dtype` at a time."""
+
+    dtype: DType
+    width: int
 
 
 @dataclass(eq=False)
@@ -52,7 +61,7 @@ class Memory:
         self.arith = arithmetic
         self.builder = arithmetic.builder
         self._analysis = analysis
-        self._bases: dict[Root, int] = {}
+        self._bases: dict[tuple[Root, Form], int] = {}
         self._arrays: dict[Root, list[tuple[int, int, Array]]] = {}
         self._any: dict[Root, int] = {}
         self._dynamic: dict[Root, int] = {}
@@ -60,26 +69,32 @@ class Memory:
         self._clock = 0
         self.vulkan_model = any(root.scope in FRAGMENTS for root in analysis.roots)
         self.shared_bytes = 0
-        self.alignments: dict[Root, int] = {}
 
     # Declaration ------------------------------------------------------------------------------------------------
 
-    def global_type(self, root: Root) -> int:
-        """The type of the pointer to a global memory, as the argument block holds it."""
-        return self._buffer_type(self._stored(root.dtype))
+    def forms(self, root: Root) -> list[Form]:
+        """The forms in which a global memory is accessed, at least one: each needs a pointer of its own."""
+        found = []
+        for access in root.accesses:
+            fact = UNKNOWN if access.tile or access.index is None else access.index
+            found.append(_form(access.dtype, access.lanes, fact))
+            if root.atomic:  # A comparing exchange works on integers.
+                found += [_form(access.dtype), _form(DType("uint", access.dtype.bits))]
+        return list(dict.fromkeys(found)) or [_form(root.dtype)]
 
-    def _buffer_type(self, dtype: DType) -> int:
+    def global_type(self, form: Form) -> int:
+        """The type of the pointer to a global memory, as the argument block holds it."""
         b = self.builder
-        runtime_array = b.array(self.arith.type(dtype), 0, dtype.bytes)
+        dtype, width = form
+        runtime_array = b.array(self.arith.type(dtype, width), 0, dtype.bytes * width)
         return b.pointer("PhysicalStorageBuffer", b.block_struct([(runtime_array, 0)]))
 
-    def set_base(self, root: Root, pointer: int) -> None:
-        """Binds a global memory to its pointer."""
-        self._bases[root] = pointer
-        self.alignments[root] = root.dtype.bytes
+    def set_base(self, root: Root, form: Form, pointer: int) -> None:
+        """Binds a global memory to its pointer for accesses of a form."""
+        self._bases[root, form] = pointer
 
     @staticmethod
-    def _stored(dtype: DType) -> DType:
+    def stored(dtype: DType) -> DType:
         return _BYTE.with_lanes(dtype.lanes) if dtype.kind == "bool" else dtype
 
     def _regions(self, root: Root) -> list[tuple[int, int, Array]]:
@@ -124,7 +139,7 @@ class Memory:
         if index.base is None:
             lanes = [self.load(view, Index(item, Fact()), dtype.scalar).id for item in index.gather]
             return self.arith.build(dtype, lanes)
-        stored = self._stored(dtype) if view.root.scope == "global" else dtype
+        stored = self.stored(dtype) if view.root.scope == "global" else dtype
         if view.root.scope == "global":
             value = self._load_global(view.root, index, stored)
         else:
@@ -139,7 +154,7 @@ class Memory:
             return
         root = view.root
         if root.scope == "global":
-            stored = self._stored(value.dtype)
+            stored = self.stored(value.dtype)
             self._store_global(root, index, self.arith.cast(value, stored) if stored != value.dtype else value)
             self._touch(root)
         else:
@@ -151,7 +166,7 @@ class Memory:
         root = view.root
         self._touch(root)
         if root.scope == "global":
-            return self._global_element(root, index.base, dtype)
+            return self._global_element(root, index.base, _form(dtype))
         array = self._find(root, index, dtype)
         if self.arith.type(array.unit) != self.arith.type(dtype):
             raise CompileError(f"atomics on buffer {root.name} need elements of type {array.unit}, not {dtype}")
@@ -166,7 +181,7 @@ class Memory:
         if view.root.writes:
             self._touch(view.root)
         if view.root.scope == "global":
-            return self._global_element(view.root, index.base, dtype), Fraction(1)
+            return self._global_element(view.root, index.base, _form(dtype)), Fraction(1)
         array = self._find(view.root, index, dtype)
         ratio = dtype.bytes // array.unit.bytes
         base = self._in_units(index, ratio).base
@@ -188,52 +203,61 @@ class Memory:
 
     # Global memory ----------------------------------------------------------------------------------------------
 
-    def _global_element(self, root: Root, base: Value, dtype: DType) -> int:
+    def _global_element(self, root: Root, base: Value, form: Form) -> int:
+        """The pointer to the element at `base`, which counts scalars and is a multiple of the form's width."""
         b = self.builder
-        pointer = self._bases[root]
-        if dtype.scalar != self._stored(root.dtype):
-            pointer = b.op("Bitcast", self._buffer_type(dtype.scalar), pointer)
-        element = b.pointer("PhysicalStorageBuffer", self.arith.type(dtype))
-        return b.op("AccessChain", element, pointer, b.uint(0), base.id)
+        pointer = self._bases.get((root, form))
+        if pointer is None:
+            raise CompileError(f"an access of buffer {root.name} as {form.dtype} was not foreseen")
+        element = b.pointer("PhysicalStorageBuffer", self.arith.type(*form))
+        return b.op("AccessChain", element, pointer, b.uint(0), self._shifted(base, form.width).id)
 
-    def _global_parts(self, root: Root, index: Index, dtype: DType) -> list[tuple[int, int, int]]:
-        """(pointer, type, alignment) of each part of a contiguous access."""
-        b = self.builder
+    def _global_parts(self, root: Root, index: Index, form: Form, lanes: int) -> list[int]:
+        """The pointers to the parts of a contiguous access."""
         assert index.base is not None
-        parts, start = [], 0
-        for width in split(dtype.lanes):
-            base = self._offset(index.base, start)
-            pointer = self._global_element(root, base, dtype)
-            fact = Fact(divisor=gcd(index.fact.divisor, start))
-            lanes = fact.aligned(4 if width > 2 else width)
-            alignment = min(dtype.bytes * lanes, 16)
-            self.alignments[root] = max(self.alignments[root], alignment)
-            type_id = self.arith.type(dtype, width)
-            if width > 1:
-                pointer = b.op("Bitcast", b.pointer("PhysicalStorageBuffer", type_id), pointer)
-            parts.append((pointer, type_id, alignment))
-            start += width
-        return parts
+        return [
+            self._global_element(root, self._offset(index.base, start), form) for start in range(0, lanes, form.width)
+        ]
 
     def _load_global(self, root: Root, index: Index, dtype: DType) -> Value:
         epoch = (self._any.get(root, 0),) if root.writes else None
-        parts = self._global_parts(root, index, dtype)
-        return Value(
-            dtype,
-            [
-                self.builder.op("Load", type_id, pointer, self._aligned(root), size, epoch=epoch)
-                for pointer, type_id, size in parts
-            ],
-        )
+        form = _form(dtype, dtype.lanes, index.fact)
+        ids = [
+            self.builder.op("Load", self.arith.type(*form), pointer, *self._aligned(root, form), epoch=epoch)
+            for pointer in self._global_parts(root, index, form, dtype.lanes)
+        ]
+        return self._join(dtype, ids, (form.width,) * len(ids))
 
     def _store_global(self, root: Root, index: Index, value: Value) -> None:
-        parts = self._global_parts(root, index, value.dtype)
-        for ident, (pointer, _, size) in zip(self.arith.wide(value).parts, parts, strict=True):
-            self.builder.emit("Store", None, pointer, ident, self._aligned(root), size)
+        lanes = value.dtype.lanes
+        form = _form(value.dtype, lanes, index.fact)
+        pointers = self._global_parts(root, index, form, lanes)
+        for pointer, ident in zip(pointers, self._cut(value, (form.width,) * len(pointers)), strict=True):
+            self.builder.emit("Store", None, pointer, ident, *self._aligned(root, form))
 
-    def _aligned(self, root: Root) -> str:
+    def _join(self, dtype: DType, ids: Sequence[int], widths: tuple[int, ...]) -> Value:
+        """The value whose lanes are those of vectors in a row."""
+        if widths == split(dtype.lanes):
+            return Value(dtype, ids)
+        lanes: list[int] = []
+        for ident, width in zip(ids, widths, strict=True):
+            lanes += self.arith.lanes(Value(dtype.with_lanes(width), [ident]))
+        return self.arith.build(dtype, lanes)
+
+    def _cut(self, value: Value, widths: tuple[int, ...]) -> Sequence[int]:
+        """The lanes of a value as vectors in a row."""
+        if widths == split(value.dtype.lanes):
+            return self.arith.wide(value).parts
+        lanes, start, ids = self.arith.lanes(value), 0, []
+        for width in widths:
+            ids.append(self.arith.build(value.dtype.with_lanes(width), lanes[start : start + width]).id)
+            start += width
+        return ids
+
+    def _aligned(self, root: Root, form: Form) -> tuple[str, int]:
         """How global memory is accessed: the Vulkan memory model has to be told what threads exchange."""
-        return "Aligned|NonPrivatePointer" if self.vulkan_model and root.reads and root.writes else "Aligned"
+        exchanged = self.vulkan_model and root.reads and root.writes
+        return "Aligned|NonPrivatePointer" if exchanged else "Aligned", min(form.dtype.bytes * form.width, 16)
 
     def _exchanged(self, root: Root) -> tuple[str, ...]:
         return ("NonPrivatePointer",) if self.vulkan_model and root.scope == "shared" else ()
@@ -278,6 +302,8 @@ class Memory:
 
     def _shifted(self, base: Value, width: int) -> Value:
         literal = self.arith.literal(base)
+        if width == 1:
+            return base
         if literal is not None:
             return self.arith.constant(base.dtype, int(literal) // width)
         return self.arith.binary("shr", base, self.arith.constant(base.dtype, width.bit_length() - 1))
@@ -317,14 +343,7 @@ class Memory:
             for pointer, type_id, _, slot in pieces
         ]
         raw = array.unit.with_lanes(units)
-        widths = tuple(width for _, _, width, _ in pieces)
-        if widths == split(units):
-            value = Value(raw, ids)
-        else:
-            lanes: list[int] = []
-            for ident, width in zip(ids, widths, strict=True):
-                lanes += self.arith.lanes(Value(array.unit.with_lanes(width), [ident]))
-            value = self.arith.build(raw, lanes)
+        value = self._join(raw, ids, tuple(width for _, _, width, _ in pieces))
         return value if raw == dtype else self._reinterpret(value, dtype)
 
     def _store_array(self, array: Array, index: Index, value: Value) -> None:
@@ -335,15 +354,7 @@ class Memory:
         if raw != value.dtype:
             value = self._reinterpret(value, raw)
         pieces = self._pieces(array, self._in_units(index, ratio), units)
-        widths = tuple(width for _, _, width, _ in pieces)
-        if widths == split(units):
-            ids = list(value.parts)
-        else:
-            lanes, start, ids = self.arith.lanes(value), 0, []
-            for width in widths:
-                piece = self.arith.build(array.unit.with_lanes(width), lanes[start : start + width])
-                ids.append(piece.id)
-                start += width
+        ids = self._cut(value, tuple(width for _, _, width, _ in pieces))
         for ident, (pointer, type_id, width, slot) in zip(ids, pieces, strict=True):
             self.builder.emit("Store", None, pointer, ident, *self._exchanged(root))
             self._clock += 1
@@ -371,6 +382,13 @@ class Memory:
         if value.dtype.kind == "bool":
             value = self.arith.cast(value, _BYTE.with_lanes(value.dtype.lanes))
         return self.arith.bitcast(value, dtype)
+
+
+def _form(dtype: DType, lanes: int = 1, fact: Fact = UNKNOWN) -> Form:
+    """The form for `lanes` elements in a row from an index with that fact. Integers carry no sign in memory."""
+    stored = Memory.stored(dtype.scalar)
+    scalar = DType("uint", stored.bits) if stored.kind in ("int", "bfloat") else stored
+    return Form(scalar, Fact(divisor=gcd(fact.divisor, lanes)).aligned(MAX_LANES))
 
 
 def _partition(root: Root) -> list[tuple[int, int | None, list[Access]]]:

@@ -114,6 +114,7 @@ size_t Kernel::FillBlock(PackedArgs args, Memory* memory, uint8_t* block, Access
     }
     accesses[count++] = {allocation, param.read, param.write};
   }
+  for (const KernelSpec::Alias& alias : spec_.aliases) std::memcpy(block + alias.to, block + alias.from, sizeof(uint64_t));
   return count;
 }
 

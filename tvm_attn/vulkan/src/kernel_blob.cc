@@ -18,7 +18,7 @@ namespace json = tvm::ffi::json;
 using tvm::ffi::String;
 
 constexpr char kMagic[] = {'T', 'V', 'M', 'A', 'T', 'T', 'N', 'V'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr size_t kHeader = sizeof kMagic + 2 * sizeof(uint32_t);
 constexpr uint32_t kSpirvMagic = 0x07230203;
 constexpr size_t kSpirvHeaderWords = 5;
@@ -149,6 +149,15 @@ void ReadParams(const Fields& fields, KernelSpec* spec) {
   }
   if (reads.size() != handles || writes.size() != handles) {
     fields.Fail("\"reads\" or \"writes\" is longer than the handles");
+  }
+  for (const uint32_t alias : fields.Numbers("aliases")) {
+    if (alias >= spec->params.size() || spec->params[alias].type != ParamType::kHandle) {
+      fields.Fail("alias " + std::to_string(alias) + " is no handle");
+    }
+    const uint32_t offset = (end + 7) / 8 * 8;
+    end = offset + sizeof(uint64_t);
+    if (end > kMaxBlock) fields.Fail("its aliases do not fit into the block");
+    spec->aliases.push_back({spec->params[alias].offset, offset});
   }
   spec->extents_offset = end;
   spec->block_size = fields.Number("block_size");

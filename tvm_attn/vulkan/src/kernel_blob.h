@@ -3,7 +3,7 @@
 //   "TVMATTNV", uint32 version, uint32 bytes of JSON, JSON, SPIR-V of all kernels one after the other (little endian)
 //
 // {"kernels": [{"name", "params", "reads", "writes", "launch_params", "workgroup_size", "block_size", "block_offsets",
-//               "shared_bytes", "subgroup_size", "features", "offset", "size"}]}
+//               "aliases", "shared_bytes", "subgroup_size", "features", "offset", "size"}]}
 //
 // | key | is |
 // |---|---|
@@ -12,13 +12,14 @@
 // | launch_params | what follows the arguments in a call: thread axes, "tirx.use_dyn_shared_memory" |
 // | workgroup_size | [x, y, z], also literal in the SPIR-V |
 // | block_size, block_offsets | bytes of the argument block, and where each argument lies in it |
+// | aliases | positions of handles whose addresses the block holds once more, in this order |
 // | shared_bytes | workgroup memory, without what launch_params adds |
 // | subgroup_size | the size that the kernel needs, or null |
 // | features | names of PhysicalDevice::kernel_features |
 // | offset, size | bytes in the SPIR-V part |
 //
 // In the argument block a handle is a 64-bit device address; integers and bool below 32 bits are widened to 32, 16-bit
-// floats to float32. Behind the last argument, 4-aligned, come the three grid extents as uint32. A block of up to 128
+// floats to float32. After the last argument come the aliases, 8-aligned, then the three grid extents as uint32. A block of up to 128
 // bytes is the push constants; for a larger one they are the address of a buffer that holds it.
 // Specialization constant 0 (bool): the grid is folded into two dimensions; 1 (uint32): bytes of dynamic shared memory.
 #pragma once
@@ -45,6 +46,12 @@ struct KernelSpec {
   };
   std::string name;
   std::vector<Param> params;
+  /// An address that the block holds at two offsets: kernels read memory as several types through several pointers.
+  struct Alias {
+    uint32_t from;
+    uint32_t to;
+  };
+  std::vector<Alias> aliases;
   std::vector<LaunchParam> launch_params;
   uint32_t workgroup_size[3];
   uint32_t block_size;
