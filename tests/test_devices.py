@@ -16,7 +16,7 @@ GPU = inventory.Device(
     device="vulkan:0",
     name="a GPU",
     driver="a driver 1.2",
-    features=("float16", "int64", "storage16"),
+    features=("float16", "int8", "storage16", "subgroup_shuffle"),
     limits={
         "max_workgroup_invocations": 1024,
         "max_shared_memory_bytes": 49152,
@@ -27,8 +27,8 @@ GPU = inventory.Device(
 )
 
 
-def lacking(target: targets.Target, device: inventory.Device) -> list[str]:
-    return list(inventory._lacking(target, device))
+def lacking(target: targets.Target, device: inventory.Device, dtype: str = "float32") -> list[str]:
+    return list(inventory._lacking(target, device, dtype))
 
 
 @pytest.fixture
@@ -71,7 +71,18 @@ def test_text_names_devices_reasons_and_targets(
 
 
 def test_gpu_that_has_everything(generic: targets.GpuTarget) -> None:
-    assert lacking(generic, GPU) == []
+    assert lacking(generic, GPU, "float16") == []
+
+
+def test_float32_needs_no_feature(generic: targets.GpuTarget, capsys: pytest.CaptureFixture[str]) -> None:
+    """Vulkan 1.3 promises neither 64-bit integers nor any type of 16 bits."""
+    plain = dataclasses.replace(GPU, features=())
+    assert lacking(generic, plain) == []
+    assert lacking(generic, plain, "float16") == ["float16", "storage16"]
+    fits = tuple(inventory._fits([plain], {"cuda": "none", "cpu": "none"}))
+    devices._print(inventory.Inventory((plain,), {}, fits))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "vulkan-generic" in line)
+    assert line.split() == ["vulkan-generic", "vulkan:0", "float32", "float16:", "float16,", "storage16"]
 
 
 @pytest.mark.parametrize(
@@ -81,12 +92,12 @@ def test_gpu_that_has_everything(generic: targets.GpuTarget) -> None:
         ({"shared_bytes": 65536}, ["65536 bytes of shared memory (has 49152)"]),
         ({"subgroup": 16}, ["subgroups of 16 (has 32 to 64)"]),
         ({"subgroup": 64}, []),
-        ({"tvm": {"supports_float16": True, "supports_8bit_buffer": True}}, ["storage8"]),
-        ({"tvm": {"supports_float64": False, "supports_cooperative_matrix": True}}, ["cooperative_matrix"]),
+        ({"matrix": (16, 16, 16)}, ["cooperative_matrix", "vulkan_memory_model"]),
+        ({"subgroup": 32}, []),
     ],
 )
 def test_what_a_gpu_lacks(generic: targets.GpuTarget, changes: dict[str, Any], expected: list[str]) -> None:
-    assert lacking(dataclasses.replace(generic, **changes), GPU) == expected
+    assert lacking(dataclasses.replace(generic, **changes), GPU, "float16") == expected
 
 
 def test_what_a_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +111,7 @@ def test_what_a_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unusable_devices_fit_no_target(generic: targets.GpuTarget) -> None:
     unusable = dataclasses.replace(GPU, device="vulkan", missing=("bufferDeviceAddress",))
     fits = [fit for fit in inventory._fits([unusable], {"vulkan": "why"}) if fit.target == generic.name]
-    assert fits == [inventory.Fit(generic.name, "vulkan", ("why",))]
+    assert fits == [inventory.Fit(generic.name, "vulkan", dtype, ("why",)) for dtype in generic.dtypes]
 
 
 def test_why_a_device_does_not_run_a_target(generic: targets.GpuTarget, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +120,9 @@ def test_why_a_device_does_not_run_a_target(generic: targets.GpuTarget, monkeypa
     matrix = targets.read("vulkan-matrix")
     assert isinstance(matrix, targets.GpuTarget)
     assert inventory.obstacle(generic) is None and generic.fits_this_machine()
-    assert inventory.obstacle(matrix) == "vulkan:0 lacks cooperative_matrix"
-    assert not matrix.fits_this_machine()
+    assert inventory.obstacle(generic, "float32", "int8") == "vulkan:0 lacks storage8"
+    assert inventory.obstacle(matrix) is None and matrix.fits_this_machine()
+    assert inventory.obstacle(matrix, "float16") == "vulkan:0 lacks cooperative_matrix, vulkan_memory_model"
     monkeypatch.setattr(inventory, "device_obstacle", lambda kind: f"no {kind} today")
     assert inventory.obstacle(generic) == "no vulkan today"
 

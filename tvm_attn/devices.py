@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from tvm_attn.cli import Parser, new_table, print_tables, progress, run
 
 if TYPE_CHECKING:
-    from tvm_attn.inventory import Inventory
+    from tvm_attn.inventory import Fit, Inventory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,9 +60,22 @@ def _print(inventory: Inventory) -> None:
     for kind, reason in inventory.absent.items():
         print(f"{kind}: {reason}")
     table = new_table("targets", ("target", "device", "runs", "missing"))
-    for fit in inventory.fits:
-        table.add_row(fit.target, fit.device, "no" if fit.missing else "yes", ", ".join(fit.missing))
+    for (target, device), fits in groupby(inventory.fits, lambda fit: (fit.target, fit.device)):
+        table.add_row(target, device, *_dtypes(list(fits)))
     print_tables([table])
+
+
+def _dtypes(fits: list[Fit]) -> tuple[str, str]:
+    """The dtypes that run, and what is missing for the others."""
+    runs = [fit.dtype for fit in fits if not fit.missing]
+    missing: dict[tuple[str, ...], list[str]] = {}
+    for fit in fits:
+        if fit.missing:
+            missing.setdefault(fit.missing, []).append(fit.dtype)
+    if len(missing) == 1 and not runs:
+        return "no", ", ".join(*missing)
+    reasons = (f"{', '.join(dtypes)}: {', '.join(names)}" for names, dtypes in missing.items())
+    return ", ".join(runs) or "no", "; ".join(reasons)
 
 
 def _limit(name: str, value: Any) -> str:

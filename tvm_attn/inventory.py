@@ -13,18 +13,6 @@ from tvm_attn.runtime import cuda
 from tvm_attn.runtime.device import obstacle as device_obstacle
 from tvm_attn.runtime.machine import cpu_features, usable_cores
 
-# Keys of a target's TVM target, and the feature that a Vulkan device has then (tvm_attn/vulkan/src/kernel_blob.h).
-_VULKAN_FEATURES = {
-    "supports_float16": "float16",
-    "supports_float64": "float64",
-    "supports_int8": "int8",
-    "supports_int16": "int16",
-    "supports_int64": "int64",
-    "supports_8bit_buffer": "storage8",
-    "supports_16bit_buffer": "storage16",
-    "supports_cooperative_matrix": "cooperative_matrix",
-}
-
 
 @dataclass(frozen=True)
 class Device:
@@ -54,16 +42,18 @@ class Device:
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether code for a target runs on a device.
+    """Whether code for a target with weights of a storage dtype, not quantized, runs on a device.
 
     Attributes:
         target: the target's name.
         device: the device, or the class of devices where there is none.
+        dtype: the storage dtype.
         missing: what the device lacks; empty where the code runs.
     """
 
     target: str
     device: str
+    dtype: str
     missing: tuple[str, ...]
 
 
@@ -74,7 +64,7 @@ class Inventory:
     Attributes:
         devices: the devices, processor first.
         absent: for each class of devices without a usable one, why.
-        fits: every target with every device of its class.
+        fits: every target with every device of its class, for each of the target's dtypes.
     """
 
     devices: tuple[Device, ...]
@@ -150,13 +140,13 @@ def _vulkan_devices() -> list[Device]:
     return sorted(found, key=lambda device: (bool(device.missing), device.device))
 
 
-def obstacle(target: targets.GpuTarget) -> str | None:
+def obstacle(target: targets.GpuTarget, dtype: str = "float32", quant: str = "none") -> str | None:
     """Why the first device of a target's class does not run its code, in words; None where it does."""
     if reason := device_obstacle(target.device):
         return reason
     devices = _cuda_devices() if target.device == "cuda" else _vulkan_devices()
     device = next(device for device in devices if device.device == f"{target.device}:0")
-    lacking = ", ".join(_gpu_lacks(target, device))
+    lacking = ", ".join(_gpu_lacks(target, device, dtype, quant))
     return f"{device.device} lacks {lacking}" if lacking else None
 
 
@@ -164,21 +154,23 @@ def _fits(devices: list[Device], absent: dict[str, str]) -> Iterator[Fit]:
     for target in targets.read_all():
         usable = [device for device in devices if device.kind == target.device and not device.missing]
         for device in usable:
-            yield Fit(target.name, device.device, tuple(_lacking(target, device)))
+            for dtype in target.dtypes:
+                yield Fit(target.name, device.device, dtype, tuple(_lacking(target, device, dtype)))
         if not usable:
-            yield Fit(target.name, target.device, (absent.get(target.device, "no such device"),))
+            for dtype in target.dtypes:
+                yield Fit(target.name, target.device, dtype, (absent.get(target.device, "no such device"),))
 
 
-def _lacking(target: targets.Target, device: Device) -> Iterator[str]:
+def _lacking(target: targets.Target, device: Device, dtype: str) -> Iterator[str]:
     if isinstance(target, targets.GpuTarget):
-        yield from _gpu_lacks(target, device)
+        yield from _gpu_lacks(target, device, dtype, "none")
     elif target.architecture != platform.machine():
         yield f"architecture {target.architecture}"
     else:
         yield from (feature for feature in target.features if feature not in device.features)
 
 
-def _gpu_lacks(target: targets.GpuTarget, device: Device) -> Iterator[str]:
+def _gpu_lacks(target: targets.GpuTarget, device: Device, dtype: str, quant: str) -> Iterator[str]:
     threads = device.limits.get("max_workgroup_invocations", device.limits.get("max_threads_per_block", 0))
     if threads < target.max_threads:
         yield f"blocks of {target.max_threads} threads (has {threads})"
@@ -192,7 +184,19 @@ def _gpu_lacks(target: targets.GpuTarget, device: Device) -> Iterator[str]:
         return
     smallest, largest = (device.limits[f"{end}_subgroup_size"] for end in ("min", "max"))
     if target.subgroup is not None and not smallest <= target.subgroup <= largest:
-        yield f"subgroups of {target.subgroup} (has {smallest} to {largest})"
-    for key, feature in _VULKAN_FEATURES.items():
-        if target.tvm.get(key) and feature not in device.features:
-            yield feature
+        yield f"subgroups of {target.subgroup} (has {smallest}{f' to {largest}' if largest > smallest else ''})"
+    yield from sorted(vulkan_features(target, dtype, quant) - set(device.features))
+
+
+def vulkan_features(target: targets.GpuTarget, dtype: str, quant: str) -> set[str]:
+    """The features that a library of a Vulkan target needs, as its kernels will record them when they are compiled."""
+    needs = set()
+    if dtype == "float16" or quant != "none":  # a quantized matrix has float16 scales
+        needs |= {"float16", "storage16"}
+    if quant != "none":
+        needs |= {"int8", "storage8"}
+    if target.subgroup is not None:
+        needs.add("subgroup_shuffle")
+    if target.matrix is not None and dtype == "float16" and quant == "none":
+        needs |= {"cooperative_matrix", "vulkan_memory_model"}
+    return needs

@@ -144,4 +144,4 @@ def gpu(capability: str) -> inventory.Device:
     ],
 )
 def test_targets_that_fit_a_device(target: str, capability: str, lacking: list[str]) -> None:
-    assert list(inventory._lacking(targets.read(target), gpu(capability))) == lacking
+    assert list(inventory._lacking(targets.read(target), gpu(capability), "float32")) == lacking

@@ -276,7 +276,7 @@ def test_a_model_compiles(tmp_path: Path, records: Records) -> None:
 
 
 def test_a_build_for_another_device_is_not_checked(demo_model_dir: Path, tmp_path: Path) -> None:
-    reason = inventory.obstacle(MATRIX)
+    reason = inventory.obstacle(MATRIX, "float16")
     if reason is None:
         pytest.skip("this device has cooperative matrices")
     built = build(demo_model_dir, "vulkan-matrix", "float16", out=tmp_path / "artifact")

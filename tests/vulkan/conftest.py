@@ -30,6 +30,29 @@ def vulkan() -> Any:
 
 
 @pytest.fixture(scope="session")
+def skip_unless_it_fits(vulkan: Any) -> Callable[[Any], None]:
+    """skip_unless_it_fits(executable) skips a test whose program needs more than vulkan:0 has."""
+    from tvm_attn import vulkan as backend
+    from tvm_attn.errors import DeviceError
+
+    def skip(executable: Any) -> None:
+        try:
+            backend.require_device(executable.mod)
+        except DeviceError as error:
+            pytest.skip(str(error).partition(", which")[0])
+
+    return skip
+
+
+@pytest.fixture(scope="session")
+def listed(vulkan: Any) -> dict[str, Any]:
+    """What `tvm_attn.vulkan.devices` says of vulkan:0."""
+    from tvm_attn import vulkan as backend
+
+    return next(device for device in backend.devices() if device["index"] == 0)
+
+
+@pytest.fixture(scope="session")
 def axpy_code(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """kernels/axpy.spvasm as SPIR-V: c = a + scale * b."""
     assembler = shutil.which("spirv-as")

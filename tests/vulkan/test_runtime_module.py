@@ -1,6 +1,7 @@
 """The module format: round trip, every check on malformed bytes, requirements against the device."""
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -126,9 +127,13 @@ def test_every_truncation_is_refused(create_module: Create, pack: Pack, axpy_rec
 @pytest.mark.parametrize(
     ("key", "value", "need"),
     [
-        ("shared_bytes", 1 << 30, "1073741824 bytes of shared memory"),
-        ("workgroup_size", [65536, 65536, 1], "workgroups of 65536 in dimension 0"),
-        ("subgroup_size", 1, "subgroups of 1"),
+        ("shared_bytes", 1 << 30, r"1073741824 bytes of shared memory \(has \d+\)"),
+        (
+            "workgroup_size",
+            [65536, 1, 1],
+            r"workgroups of 65536 threads \(has \d+\), .* along x",
+        ),
+        ("subgroup_size", 1, r"subgroups of 1 \(has \d+"),
     ],
 )
 def test_what_the_device_lacks_is_named(
@@ -137,24 +142,63 @@ def test_what_the_device_lacks_is_named(
     """At `require_device`, and at the first launch of any kernel of the module."""
     demanding = {**axpy_record, "name": "demanding", key: value}
     module = create_module(pack(axpy_record, demanding))
-    name = backend.devices()[0]["name"].replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(DeviceError, match=f"kernel demanding needs {need}, which {name} does not have"):
-        backend.require_device(module)
-    with pytest.raises(DeviceError, match=f"kernel demanding needs {need}"):
+    name = rf"vulkan:0 \({re.escape(vulkan.device_name)}\)"
+    with pytest.raises(DeviceError, match=f"^{name} lacks {need}.*, which lib.so needs: "):
+        backend.require_device(module, name="lib.so")
+    with pytest.raises(DeviceError, match=f"^{name} lacks {need}.*, which kernel demanding needs: "):
         module["axpy"](None, None, None, 0, 1.0, 1, 64)
 
 
 def test_a_feature_that_is_missing_is_named(
     vulkan: Any, create_module: Create, pack: Pack, axpy_record: dict[str, Any]
 ) -> None:
-    features = backend.devices()[0]["features"]
+    features = next(device["features"] for device in backend.devices() if device["index"] == 0)
     for feature, present in features.items():
         module = create_module(pack({**axpy_record, "features": [feature]}))
         if present:
             backend.require_device(module)
         else:
-            with pytest.raises(DeviceError, match=f"kernel axpy needs the feature {feature}, which"):
+            with pytest.raises(DeviceError, match=f" lacks {feature}, which the module needs"):
                 backend.require_device(module)
+
+
+def test_all_that_is_missing_is_said_at_once(
+    vulkan: Any, create_module: Create, pack: Pack, axpy_record: dict[str, Any]
+) -> None:
+    (listed,) = (device for device in backend.devices() if device["index"] == 0)
+    missing = sorted(feature for feature, present in listed["features"].items() if not present)
+    kernels = [{**axpy_record, "name": feature, "features": [feature]} for feature in listed["features"]]
+    kernels[-1]["shared_bytes"] = 1 << 30
+    expected = ", ".join([*missing, "1073741824 bytes of shared memory"])
+    with pytest.raises(DeviceError, match=f" lacks {expected} "):
+        backend.require_device(create_module(pack(*kernels)))
+
+
+CAPABILITIES = {"float16": 9, "float64": 10, "int64": 11, "int16": 22, "int8": 39, "storage16": 4433, "storage8": 4448}
+
+
+@pytest.mark.parametrize(("feature", "number"), [*CAPABILITIES.items(), ("geometry", 2), ("shuffles", 66)])
+def test_code_that_needs_more_than_its_record_says_is_refused(
+    create_module: Create, pack: Pack, axpy_code: bytes, axpy_record: dict[str, Any], feature: str, number: int
+) -> None:
+    """The features are what the device is asked for: a driver may crash over a capability that it lacks."""
+    code = axpy_code[:20] + struct.pack("<II", 2 << 16 | 17, number) + axpy_code[20:]
+    record = {**axpy_record, "size": len(code)}
+    if feature in CAPABILITIES:
+        create_module(pack({**record, "features": [feature]}, code=code))
+        with pytest.raises(ArtifactError, match=f'its SPIR-V declares {feature}, which is not among its "features"'):
+            create_module(pack(record, code=code))
+    else:
+        with pytest.raises(ArtifactError, match=f"declares capability {number}, which no feature stands for"):
+            create_module(pack(record, code=code))
+
+
+@pytest.mark.parametrize("aliases", [[3], [5], [0] * 600])
+def test_aliases_that_are_no_handles_or_too_many(
+    create_module: Create, pack: Pack, axpy_record: dict[str, Any], aliases: list[int]
+) -> None:
+    with pytest.raises(ArtifactError, match=r"is no handle|do not fit into the block"):
+        create_module(pack({**axpy_record, "aliases": aliases}))
 
 
 def test_dynamic_shared_memory_beyond_the_device(

@@ -254,7 +254,9 @@ def _verify_libraries(
     set_threads(None)
     reports: dict[str, Report | None] = {}
     for target, library in zip(resolved, Artifact(folder).libraries, strict=True):
-        obstacle = library.obstacle() or (gpu_obstacle(target) if isinstance(target, GpuTarget) else None)
+        obstacle = library.obstacle() or (
+            gpu_obstacle(target, body["dtype"], body["quantization"]) if isinstance(target, GpuTarget) else None
+        )
         if obstacle:
             reports[target.name] = None
             notes.append(f"{library.file} was compiled but not checked: {obstacle}; run tvm_attn.verify where it runs")

@@ -283,7 +283,7 @@ def _virtual_machine(
     try:
         module = load_library(content, library.file)
         if library.device == "vulkan":
-            require_device(module, device.index)
+            require_device(module, device.index, library.file)
         machine = VirtualMachine(module, device, allocator)
         identity = str(machine["identity"]())
     except DeviceError:

@@ -73,12 +73,13 @@ def validation_messages() -> list[str]:
     return list(report["messages"])
 
 
-def require_device(module: Any, index: int = 0) -> None:
+def require_device(module: Any, index: int = 0, name: str = "the module") -> None:
     """Checks that `vulkan:index` can run every Vulkan kernel in a loaded `module` (a tvm_ffi.Module) and its imports.
 
-    Raises DeviceError that names the kernel, the feature and the device. A launch checks the same.
+    Raises DeviceError that names the device and all that it lacks of what `name` needs. The first launch of a kernel
+    checks the same.
     """
-    _global("tvm_attn.vulkan.require_device")(module, index)
+    _global("tvm_attn.vulkan.require_device")(module, index, name)
 
 
 def _registered(name: str) -> bool:

@@ -157,6 +157,32 @@ def test_unaligned_vectors(run: Run, emitted: Emitted) -> None:
     assert alignments == {"2"}
 
 
+def copies(count: int) -> Any:
+    """y_k = x_k for `count` pairs of 64 floats: half in vectors of 4, a quarter in vectors of 2, the rest one by one."""
+    buffers = [f'{name}{k}: T.Buffer((64,), "float32")' for k in range(count) for name in "xy"]
+    lines = ["@T.prim_func(s_tir=True)", f"def kernel({', '.join(buffers)}):"]
+    lines += ['    for i in T.thread_binding(16, "threadIdx.x"):']
+    for k in range(count):
+        for index in ("T.Ramp(i % 8 * 4, 1, 4)", "T.Ramp(i % 8 * 2 + 32, 1, 2)", "i + 48"):
+            lines.append(f"        y{k}[{index}] = x{k}[{index}]")
+    return tvm.script.from_source("\n".join(lines))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_each_way_of_access_has_a_pointer_of_its_own(run: Run, emitted: Emitted, count: int) -> None:
+    """No pointer is cast, which not every driver can; beyond 128 bytes the pointers come from a buffer."""
+    ((record, code),) = emitted(copies(count))
+    assert record["aliases"] == [handle for handle in range(2 * count) for _ in range(2)]
+    assert (record["block_size"] > 128) == (count > 1)
+    text = disassemble(code)
+    assert "OpBitcast" not in text
+    assert {line.split("Aligned ")[1] for line in text.splitlines() if "Aligned " in line} >= {"4", "8", "16"}
+    arrays = [samples("float32", 64, seed) for seed in range(count)]
+    arguments = [array for x in arrays for array in (x, np.zeros_like(x))]
+    for x, y in zip(arrays, run(copies(count), *arguments)[1::2], strict=True):
+        np.testing.assert_array_equal(y, x)
+
+
 def test_dynamic_shared_memory(run: Run, emitted: Emitted) -> None:
     """Two buffers of different types in one dynamic allocation, whose size the launch gives."""
 

@@ -259,7 +259,9 @@ TYPES = [*INTEGERS, "float16", "float32", "float64", "bool"]
 
 @pytest.mark.parametrize("source", TYPES)
 @pytest.mark.parametrize("to", TYPES)
-def test_casts(source: str, to: str, elementwise: Elementwise) -> None:
+def test_casts(source: str, to: str, elementwise: Elementwise, vulkan: Any) -> None:
+    if source == "uint32" and to == "float32" and "SwiftShader" in vulkan.device_name:
+        pytest.xfail("this driver rounds to a neighbour of the nearest float32")
     if source == "bool":
         x = np.random.default_rng(0).integers(0, 2, 128).astype("bool")
     elif source.startswith("float"):  # Within the range of every type: casts of others are undefined.

@@ -12,7 +12,7 @@ from tvm_attn.vulkan.codegen.interface import Interface
 from tvm_attn.vulkan.codegen.memory import Memory
 from tvm_attn.vulkan.codegen.statements import Statements
 
-# SPIR-V capability -> feature of the module format.
+# SPIR-V capability -> feature of the module format (src/kernel_blob.cc).
 _FEATURES = {
     "Float16": "float16",
     "Float64": "float64",
@@ -21,8 +21,8 @@ _FEATURES = {
     "Int8": "int8",
     "StorageBuffer16BitAccess": "storage16",
     "StorageBuffer8BitAccess": "storage8",
+    "GroupNonUniformBallot": "subgroup_ballot",
     "GroupNonUniformShuffle": "subgroup_shuffle",
-    "GroupNonUniformShuffleRelative": "subgroup_shuffle",
     "GroupNonUniformArithmetic": "subgroup_arithmetic",
     "AtomicFloat32AddEXT": "buffer_float32_atomic_add",
     "CooperativeMatrixKHR": "cooperative_matrix",
@@ -81,4 +81,4 @@ def _compile(function: Any, name: str) -> Kernel:
 # The subgroup that TVM's matrix intrinsics assume where the target does not say.
 _WARP = 32
 # Capabilities of every Vulkan 1.3 device that the runtime accepts.
-_ALWAYS = frozenset(("Shader", "PhysicalStorageBufferAddresses", "GroupNonUniform", "GroupNonUniformBallot"))
+_ALWAYS = frozenset(("Shader", "PhysicalStorageBufferAddresses", "GroupNonUniform"))

@@ -77,7 +77,6 @@ class Device {
     Device* device_;
   };
 
-  const PipelineFactory& pipelines() const { return pipelines_; }
   VkDevice handle() const { return handle_; }
   const DeviceFunctions& vk() const { return vk_; }
 

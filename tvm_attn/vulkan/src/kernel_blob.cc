@@ -38,11 +38,30 @@ const std::map<std::string, LaunchParam> kLaunchParams = {
     {"tirx.use_dyn_shared_memory", LaunchParam::kDynamicShared},
 };
 
-const std::set<std::string> kFeatures = {
-    "float16",  "float64",          "int64",               "int16",
-    "int8",     "storage16",        "storage8",            "subgroup_shuffle",
-    "subgroup_arithmetic", "buffer_float32_atomic_add", "cooperative_matrix", "vulkan_memory_model",
+/// SPIR-V's capabilities and the features that they stand for; empty for what every device has that is used.
+const std::map<uint32_t, std::string> kCapabilities = {
+    {1, ""},     // Shader
+    {5347, ""},  // PhysicalStorageBufferAddresses
+    {61, ""},    // GroupNonUniform
+    {9, "float16"},
+    {10, "float64"},
+    {11, "int64"},
+    {22, "int16"},
+    {39, "int8"},
+    {4433, "storage16"},
+    {4448, "storage8"},
+    {63, "subgroup_arithmetic"},
+    {64, "subgroup_ballot"},
+    {65, "subgroup_shuffle"},
+    {6033, "buffer_float32_atomic_add"},
+    {6022, "cooperative_matrix"},
+    {5345, "vulkan_memory_model"},
 };
+
+bool IsFeature(const std::string& name) {
+  return !name.empty() && std::any_of(kCapabilities.begin(), kCapabilities.end(),
+                                      [&](const auto& entry) { return entry.second == name; });
+}
 
 uint32_t ParamBytes(ParamType type) {
   switch (type) {
@@ -188,7 +207,7 @@ void ReadLaunch(const Fields& fields, KernelSpec* spec) {
   }
   spec->features = fields.Strings("features");
   for (const std::string& feature : spec->features) {
-    if (kFeatures.count(feature) == 0) fields.Fail("feature \"" + feature + "\" is unknown");
+    if (!IsFeature(feature)) fields.Fail("feature \"" + feature + "\" is unknown");
   }
 }
 
@@ -203,6 +222,23 @@ void ReadCode(const Fields& fields, const char* code, size_t code_size, KernelSp
   spec->spirv.resize(size / sizeof(uint32_t));
   std::memcpy(spec->spirv.data(), code + offset, size);
   if (spec->spirv[0] != kSpirvMagic) fields.Fail("its SPIR-V does not begin with SPIR-V's magic number");
+}
+
+/// A driver may do anything with a capability that its device lacks: what the code declares has to be among the features,
+/// which are compared with the device.
+void CheckCapabilities(const Fields& fields, const KernelSpec& spec) {
+  constexpr uint32_t kOpCapability = 17;
+  for (size_t at = kSpirvHeaderWords; at + 1 < spec.spirv.size(); at += 2) {
+    if (spec.spirv[at] != (2 << 16 | kOpCapability)) return;  // they come first
+    const auto found = kCapabilities.find(spec.spirv[at + 1]);
+    if (found == kCapabilities.end()) {
+      fields.Fail("its SPIR-V declares capability " + std::to_string(spec.spirv[at + 1]) + ", which no feature stands for");
+    }
+    const std::string& feature = found->second;
+    if (!feature.empty() && std::find(spec.features.begin(), spec.features.end(), feature) == spec.features.end()) {
+      fields.Fail("its SPIR-V declares " + feature + ", which is not among its \"features\"");
+    }
+  }
 }
 
 json::Array ReadHeader(const char* data, size_t size, size_t* json_size) {
@@ -252,6 +288,7 @@ std::vector<KernelSpec> ParseModule(const char* data, size_t size) {
     ReadParams(fields, &spec);
     ReadLaunch(fields, &spec);
     ReadCode(fields, code, code_size, &spec);
+    CheckCapabilities(fields, spec);
     specs.push_back(std::move(spec));
   }
   return specs;

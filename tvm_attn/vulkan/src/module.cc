@@ -15,6 +15,7 @@
 #include "error.h"
 #include "kernel.h"
 #include "kernel_blob.h"
+#include "needs.h"
 
 namespace tvm_attn::vulkan {
 namespace {
@@ -68,12 +69,19 @@ class VulkanModule final : public tvm::ffi::ModuleObj {
     return text;
   }
 
+  void AddNeeds(Needs* needs) const {
+    for (const auto& [name, kernel] : kernels_) needs->Add(kernel->spec());
+  }
+
   /// All kernels are checked at the module's first use on a device, so that a missing feature shows before any work.
   void RequireDevice(const Device& device) {
     std::atomic<bool>& checked = checked_.at(device.index());
     if (checked.load(std::memory_order_acquire)) return;
-    const PipelineFactory& pipelines = device.pipelines();
-    for (const auto& [name, kernel] : kernels_) pipelines.RequireFeatures(kernel->spec());
+    for (const auto& [name, kernel] : kernels_) {
+      Needs needs;
+      needs.Add(kernel->spec());
+      Require(needs, device.physical(), device.index(), "kernel " + name);
+    }
     checked.store(true, std::memory_order_release);
   }
 
@@ -83,20 +91,23 @@ class VulkanModule final : public tvm::ffi::ModuleObj {
   std::array<std::atomic<bool>, kMaxDevices> checked_{};
 };
 
+void AddNeeds(const tvm::ffi::Module& module, Needs* needs) {
+  // Only this library makes modules of this kind: registration gives way to a TVM that has its own.
+  if (std::string(module->kind()) == kKind) static_cast<const VulkanModule*>(module.operator->())->AddNeeds(needs);
+  for (const tvm::ffi::Any& imported : module->imports()) AddNeeds(imported.cast<tvm::ffi::Module>(), needs);
+}
+
 }  // namespace
 
 tvm::ffi::Module CreateModule(const Bytes& blob) {
   return tvm::ffi::Module(tvm::ffi::make_object<VulkanModule>(blob));
 }
 
-void RequireDevice(const tvm::ffi::Module& module, int device_index) {
-  if (std::string(module->kind()) == kKind) {
-    // Only this library makes modules of this kind: registration gives way to a TVM that has its own.
-    static_cast<VulkanModule*>(const_cast<tvm::ffi::ModuleObj*>(module.operator->()))->RequireDevice(Device::Get(device_index));
-  }
-  for (const tvm::ffi::Any& imported : module->imports()) {
-    RequireDevice(imported.cast<tvm::ffi::Module>(), device_index);
-  }
+void RequireDevice(const tvm::ffi::Module& module, int device_index, const String& who) {
+  const Device& device = Device::Get(device_index);
+  Needs needs;
+  AddNeeds(module, &needs);
+  Require(needs, device.physical(), device_index, who);
 }
 
 }  // namespace tvm_attn::vulkan

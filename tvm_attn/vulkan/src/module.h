@@ -9,7 +9,8 @@ namespace tvm_attn::vulkan {
 /// Throws ArtifactError where the bytes are malformed.
 tvm::ffi::Module CreateModule(const tvm::ffi::Bytes& blob);
 
-/// Throws DeviceError, naming kernel, feature and device, where vulkan:`device_index` cannot run all of `module`.
-void RequireDevice(const tvm::ffi::Module& module, int device_index);
+/// Throws DeviceError where vulkan:`device_index` cannot run all of `module` and its imports: it names the device, all that
+/// it lacks, and `who` needs it.
+void RequireDevice(const tvm::ffi::Module& module, int device_index, const tvm::ffi::String& who);
 
 }  // namespace tvm_attn::vulkan

@@ -82,8 +82,8 @@ void QueryKernelFeatures(PhysicalDevice* device) {
       {"int8", f12.shaderInt8},
       {"storage16", device->features11.storageBuffer16BitAccess},
       {"storage8", f12.storageBuffer8BitAccess},
-      {"subgroup_shuffle", subgroups && (operations & VK_SUBGROUP_FEATURE_SHUFFLE_BIT) &&
-                               (operations & VK_SUBGROUP_FEATURE_SHUFFLE_RELATIVE_BIT)},
+      {"subgroup_ballot", subgroups && (operations & VK_SUBGROUP_FEATURE_BALLOT_BIT)},
+      {"subgroup_shuffle", subgroups && (operations & VK_SUBGROUP_FEATURE_SHUFFLE_BIT)},
       {"subgroup_arithmetic", subgroups && (operations & VK_SUBGROUP_FEATURE_ARITHMETIC_BIT)},
       {"buffer_float32_atomic_add", device->atomic_float.shaderBufferFloat32AtomicAdd},
       {"cooperative_matrix", device->cooperative_matrix.cooperativeMatrix},
@@ -258,6 +258,18 @@ uint32_t PhysicalDevice::DeviceHeap() const {
   return memory.memoryTypes[MemoryType(UINT32_MAX, VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT, 0)].heapIndex;
 }
 
+bool PhysicalDevice::HasSubgroupSizes() const {
+  return features13.subgroupSizeControl && (properties13.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT);
+}
+
+uint32_t PhysicalDevice::SmallestSubgroup() const {
+  return HasSubgroupSizes() ? properties13.minSubgroupSize : properties11.subgroupSize;
+}
+
+uint32_t PhysicalDevice::LargestSubgroup() const {
+  return HasSubgroupSizes() ? properties13.maxSubgroupSize : properties11.subgroupSize;
+}
+
 VkDeviceSize PhysicalDevice::HeapSize() const { return memory.memoryHeaps[DeviceHeap()].size; }
 
 VkDeviceSize PhysicalDevice::AvailableMemory() const {
@@ -297,8 +309,8 @@ json::Object PhysicalDevice::ToJson() const {
   limits.Set(String("max_allocation_bytes"), Int(properties11.maxMemoryAllocationSize));
   limits.Set(String("max_buffer_bytes"), Int(properties13.maxBufferSize));
   limits.Set(String("subgroup_size"), Int(properties11.subgroupSize));
-  limits.Set(String("min_subgroup_size"), Int(properties13.minSubgroupSize));
-  limits.Set(String("max_subgroup_size"), Int(properties13.maxSubgroupSize));
+  limits.Set(String("min_subgroup_size"), Int(SmallestSubgroup()));
+  limits.Set(String("max_subgroup_size"), Int(LargestSubgroup()));
   limits.Set(String("timestamp_period_ns"), static_cast<double>(l.timestampPeriod));
   limits.Set(String("memory_bytes"), Int(HeapSize()));
   info.Set(String("limits"), limits);

@@ -37,6 +37,9 @@ struct PhysicalDevice {
   /// The kernel features of the module format (kernel_blob.h) and whether the device has each.
   std::map<std::string, bool> kernel_features;
 
+  /// The subgroup sizes that a kernel may ask for: powers of two from the smallest to the largest.
+  uint32_t SmallestSubgroup() const;
+  uint32_t LargestSubgroup() const;
   /// Bytes of the heap that device-local memory comes from.
   VkDeviceSize HeapSize() const;
   /// The same heap: bytes that this process may still allocate as far as the driver knows.
@@ -49,6 +52,7 @@ struct PhysicalDevice {
   tvm::ffi::json::Object ToJson() const;
 
  private:
+  bool HasSubgroupSizes() const;
   uint32_t DeviceHeap() const;
 };
 

@@ -22,37 +22,6 @@ PipelineFactory::PipelineFactory(const PhysicalDevice& physical, VkDevice device
   Check(vk_.vkCreatePipelineCache(device_, &cache, nullptr, &cache_), "vkCreatePipelineCache");
 }
 
-void PipelineFactory::RequireFeatures(const KernelSpec& kernel) const {
-  const VkPhysicalDeviceLimits& limits = physical_.properties.limits;
-  auto refuse = [&](const std::string& need) {
-    TVM_FFI_THROW(DeviceError) << "kernel " << kernel.name << " needs " << need << ", which "
-                               << physical_.properties.deviceName << " does not have: build for a target that fits it";
-  };
-  for (const std::string& feature : kernel.features) {
-    if (!physical_.kernel_features.at(feature)) refuse("the feature " + feature);
-  }
-  uint64_t invocations = 1;
-  for (int i = 0; i < 3; ++i) {
-    invocations *= kernel.workgroup_size[i];
-    if (kernel.workgroup_size[i] > limits.maxComputeWorkGroupSize[i]) {
-      refuse("workgroups of " + std::to_string(kernel.workgroup_size[i]) + " in dimension " + std::to_string(i));
-    }
-  }
-  if (invocations > limits.maxComputeWorkGroupInvocations) {
-    refuse("workgroups of " + std::to_string(invocations) + " invocations");
-  }
-  if (kernel.shared_bytes > limits.maxComputeSharedMemorySize) {
-    refuse(std::to_string(kernel.shared_bytes) + " bytes of shared memory");
-  }
-  const uint32_t subgroup = kernel.subgroup_size;
-  const bool any_size = physical_.features13.subgroupSizeControl &&
-                        (physical_.properties13.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT);
-  const bool fits = any_size ? subgroup >= physical_.properties13.minSubgroupSize &&
-                                   subgroup <= physical_.properties13.maxSubgroupSize
-                             : subgroup == physical_.properties11.subgroupSize;
-  if (subgroup != 0 && !fits) refuse("subgroups of " + std::to_string(subgroup));
-}
-
 VkPipeline PipelineFactory::Create(const KernelSpec& kernel, bool folded, uint32_t dynamic_shared) {
   if (uint64_t{kernel.shared_bytes} + dynamic_shared > physical_.properties.limits.maxComputeSharedMemorySize) {
     TVM_FFI_THROW(DeviceError) << "kernel " << kernel.name << " was launched with "
@@ -85,7 +54,7 @@ VkPipeline PipelineFactory::Create(const KernelSpec& kernel, bool folded, uint32
   info.layout = layout_;
   if (kernel.subgroup_size != 0) {
     // From SPIR-V 1.6 on a driver may choose any size unless one is required.
-    if (physical_.properties13.minSubgroupSize != physical_.properties13.maxSubgroupSize) info.stage.pNext = &subgroup;
+    if (physical_.SmallestSubgroup() != physical_.LargestSubgroup()) info.stage.pNext = &subgroup;
     if (physical_.features13.computeFullSubgroups && kernel.workgroup_size[0] % kernel.subgroup_size == 0) {
       info.stage.flags = VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT;
     }

@@ -16,9 +16,6 @@ class PipelineFactory {
  public:
   PipelineFactory(const PhysicalDevice& physical, VkDevice device, const DeviceFunctions& vk);
 
-  /// Throws DeviceError, naming the kernel and what it needs, where the device cannot run it.
-  void RequireFeatures(const KernelSpec& kernel) const;
-
   /// The pipeline of `kernel`: for a grid folded into two dimensions or as it is, with `dynamic_shared` bytes of
   /// workgroup memory. The caller owns it.
   VkPipeline Create(const KernelSpec& kernel, bool folded, uint32_t dynamic_shared);
