@@ -44,9 +44,8 @@ class VulkanRuntime(BuildHookInterface):  # type: ignore[type-arg]
             # Keeps its objects for the next time. Renamed: a process that has the old library loaded keeps it.
             built = self._compile(Path(self.root, "build/vulkan"))
             target = Path(self.root, LIBRARY)
-            partial = target.with_suffix(f".so.{os.getpid()}")
-            shutil.copyfile(built, partial)
-            partial.replace(target)
+            with tempfile.TemporaryDirectory(dir=Path(self.root, "build")) as scratch:
+                Path(shutil.copyfile(built, Path(scratch, target.name))).replace(target)
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="tvm_attn-vulkan-")
         build_data["force_include"][str(self._compile(Path(self._scratch.name)))] = LIBRARY

@@ -1,9 +1,11 @@
 """What the tests of Vulkan share."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,25 @@ def skip_unless_it_fits(vulkan: Any) -> Callable[[Any], None]:
             pytest.skip(str(error).partition(", which")[0])
 
     return skip
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run_python(code, silent=True, **environment) runs `code` in a process of its own, with this checkout's package,
+    TVM's runtime alone and no PyTorch.
+
+    `silent`: nothing from the validation layer, where it runs.
+    """
+
+    def run(code: str, silent: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        own = {"PYTHONPATH": str(Path(__file__).parents[2]), "TVM_USE_RUNTIME_LIB": "1"}
+        command = [sys.executable, "-c", f"import sys\nsys.modules['torch'] = None\n{code}"]
+        variables = {**os.environ, **own, **environment}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+        assert not silent or "Vulkan validation:" not in done.stderr, done.stderr
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="session")

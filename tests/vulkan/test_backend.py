@@ -4,7 +4,6 @@ import json
 import os
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from tvm_attn import vulkan as backend
 
-ROOT = Path(__file__).parents[2]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +52,6 @@ def upload(array: np.ndarray, device: Any) -> Any:
     return tvm.runtime.tensor(array, device)
 
 
-def run_python(code: str, silent: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a process of its own, with this checkout's package, TVM's runtime alone and no PyTorch.
-
-    `silent`: nothing from the validation layer, where it runs.
-    """
-    own = {"PYTHONPATH": str(ROOT), "TVM_USE_RUNTIME_LIB": "1"}
-    variables = {**os.environ, **own, **environment}
-    command = [sys.executable, "-c", f"import sys\nsys.modules['torch'] = None\n{code}"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-    assert not silent or "Vulkan validation:" not in done.stderr, done.stderr
-    return done
-
-
 @pytest.mark.parametrize("inputs", [1, 2, 20])
 def test_compile(vulkan: Any, target: Any, inputs: int) -> None:
     """20 inputs have an argument block of 184 bytes: beyond the push constants, through a buffer."""
@@ -84,7 +70,7 @@ def test_compile(vulkan: Any, target: Any, inputs: int) -> None:
             np.testing.assert_allclose(out.numpy(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_exported_library_runs_without_the_compiler(vulkan: Any, target: Any, tmp_path: Path) -> None:
+def test_exported_library_runs_without_the_compiler(vulkan: Any, target: Any, tmp_path: Path, run_python: Run) -> None:
     import tvm
 
     path = tmp_path / "lib.so"
@@ -194,7 +180,7 @@ except Exception as error:
 """
 
 
-def test_no_driver(vulkan: Any, tmp_path: Path) -> None:
+def test_no_driver(vulkan: Any, tmp_path: Path, run_python: Run) -> None:
     """The import and `exist` work; the first use says what is missing, in one line."""
     nothing = str(tmp_path / "none.json")
     done = run_python(USE_A_DEVICE, VK_ICD_FILENAMES=nothing, VK_DRIVER_FILES=nothing)
@@ -204,7 +190,7 @@ def test_no_driver(vulkan: Any, tmp_path: Path) -> None:
     assert "driver" in message
 
 
-def test_no_loader(vulkan: Any, tmp_path: Path) -> None:
+def test_no_loader(vulkan: Any, tmp_path: Path, run_python: Run) -> None:
     for name in ("libvulkan.so.1", "libvulkan.so"):
         (tmp_path / name).write_bytes(b"no library")
     done = run_python(USE_A_DEVICE, LD_LIBRARY_PATH=str(tmp_path))
@@ -214,7 +200,7 @@ def test_no_loader(vulkan: Any, tmp_path: Path) -> None:
     assert message.startswith("no Vulkan loader: libvulkan.so.1 is not installed")
 
 
-def test_devices_are_chosen_by_index_or_name(vulkan: Any) -> None:
+def test_devices_are_chosen_by_index_or_name(vulkan: Any, run_python: Run) -> None:
     name = vulkan.device_name
     code = "from tvm_attn import vulkan\nprint([d['name'] for d in vulkan.devices() if d['index'] == 0])"
     for choice in ("0", name[:4].upper()):
@@ -225,7 +211,7 @@ def test_devices_are_chosen_by_index_or_name(vulkan: Any) -> None:
         assert f'TVM_ATTN_VULKAN_DEVICE: no device "{choice}"; there are 0 ' in done.stdout, done.stderr
 
 
-def test_forked_process_is_told(vulkan: Any) -> None:
+def test_forked_process_is_told(vulkan: Any, run_python: Run) -> None:
     code = """
 import os
 from tvm_attn import vulkan as backend
@@ -248,31 +234,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert status == "0"
 
 
-def test_pipeline_cache_is_written_and_survives_damage(vulkan: Any, target: Any, tmp_path: Path) -> None:
-    import tvm
-
-    path = tmp_path / "lib.so"
-    tvm.compile(elementwise(2), target=target).export_library(str(path))
-    code = f"""
-from tvm_attn import vulkan as backend
-import tvm, numpy as np
-backend.autoload()
-x = tvm.runtime.tensor(np.ones(100, "float32"), tvm.vulkan(0))
-tvm.runtime.load_module({str(path)!r})["main"](x, x, x)
-print(x.numpy().sum())
-"""
-    folder = tmp_path / "cache"
-    for damage in (None, lambda data: data[:-1], lambda data: bytes(len(data)), lambda data: data[:-1] + b"\xff"):
-        if damage is not None:
-            (file,) = (folder / "tvm_attn" / "vulkan").iterdir()
-            file.write_bytes(damage(file.read_bytes()))
-        done = run_python(code, XDG_CACHE_HOME=str(folder))
-        assert done.stdout.strip() == "300.0", done.stderr
-        (file,) = (folder / "tvm_attn" / "vulkan").iterdir()
-        assert file.read_bytes().startswith(b"TVMATTNC")
-
-
-def test_validation_layer_is_asked_for(vulkan: Any) -> None:
+def test_validation_layer_is_asked_for(vulkan: Any, run_python: Run) -> None:
     """Without the variable there are no messages to read; with it the tests run, where the layer is installed."""
     code = "from tvm_attn import vulkan\nvulkan.devices()\nprint(vulkan.validation_messages())"
     assert "the validation layer is not running" in run_python(code, TVM_ATTN_VULKAN_VALIDATE="0").stderr
@@ -282,7 +244,12 @@ def test_validation_layer_is_asked_for(vulkan: Any) -> None:
 
 
 def test_what_the_validation_layer_says_is_counted(
-    vulkan: Any, pack: Callable[..., bytes], axpy_code: bytes, axpy_record: dict[str, Any], tmp_path: Path
+    vulkan: Any,
+    pack: Callable[..., bytes],
+    axpy_code: bytes,
+    axpy_record: dict[str, Any],
+    tmp_path: Path,
+    run_python: Run,
 ) -> None:
     """A kernel whose SPIR-V declares one type twice, which drivers do not mind."""
     if os.environ.get("TVM_ATTN_VULKAN_VALIDATE") != "1":

@@ -158,7 +158,7 @@ def test_unaligned_vectors(run: Run, emitted: Emitted) -> None:
 
 
 def copies(count: int) -> Any:
-    """y_k = x_k for `count` pairs of 64 floats: half in vectors of 4, a quarter in vectors of 2, the rest one by one."""
+    """y_k = x_k for `count` pairs of 64 floats: half in vectors of 4, a quarter in vectors of 2, the rest singly."""
     buffers = [f'{name}{k}: T.Buffer((64,), "float32")' for k in range(count) for name in "xy"]
     lines = ["@T.prim_func(s_tir=True)", f"def kernel({', '.join(buffers)}):"]
     lines += ['    for i in T.thread_binding(16, "threadIdx.x"):']

@@ -19,7 +19,12 @@ PipelineFactory::PipelineFactory(const PhysicalDevice& physical, VkDevice device
   VkPipelineCacheCreateInfo cache{VK_STRUCTURE_TYPE_PIPELINE_CACHE_CREATE_INFO};
   cache.initialDataSize = data.size();
   cache.pInitialData = data.data();
-  Check(vk_.vkCreatePipelineCache(device_, &cache, nullptr, &cache_), "vkCreatePipelineCache");
+  VkResult result = vk_.vkCreatePipelineCache(device_, &cache, nullptr, &cache_);
+  if (result != VK_SUCCESS && !data.empty()) {  // not to the driver's liking
+    cache.initialDataSize = 0;
+    result = vk_.vkCreatePipelineCache(device_, &cache, nullptr, &cache_);
+  }
+  Check(result, "vkCreatePipelineCache");
 }
 
 VkPipeline PipelineFactory::Create(const KernelSpec& kernel, bool folded, uint32_t dynamic_shared) {

@@ -1,6 +1,7 @@
 // The driver's pipeline cache on disk: $XDG_CACHE_HOME (else ~/.cache)/tvm_attn/vulkan/DRIVER-DEVICE-VERSION.bin.
 //
-// A cache is a convenience: whatever goes wrong with its file, kernels are compiled again and nothing is said.
+// A cache is a convenience: whatever goes wrong with its file, kernels are compiled again and nothing is said. Only regular
+// files of this user are read, in folders that are this user's; links are not followed.
 #pragma once
 
 #include <vector>
