@@ -118,7 +118,11 @@ def _disassemble(code: bytes) -> str:
 
 
 def _register_target_detection() -> None:
-    """`Target.from_device("vulkan")` as TVM has it, and with `max_num_threads`, which TVM leaves at 256."""
+    """`Target.from_device("vulkan")` as TVM has it but for two limits.
+
+    TVM leaves `max_num_threads` at 256. It takes the subgroup size as `thread_warp_size`; here that is 1, TVM's default
+    for the kind: a program that exchanges data within subgroups asks for that, and runs where they have that size.
+    """
     from tvm.base import _RUNTIME_ONLY
 
     if _RUNTIME_ONLY:
@@ -132,6 +136,6 @@ def _register_target_detection() -> None:
 
     def detect_all(device: Any) -> Target:
         target = detect(device)
-        return Target({**target.export(), "max_num_threads": device.max_threads_per_block})
+        return Target({**target.export(), "max_num_threads": device.max_threads_per_block, "thread_warp_size": 1})
 
     register_device_target_detector("vulkan", detect_all)

@@ -323,3 +323,43 @@ def test_views_of_other_types(run: Run) -> None:
 
     x = np.random.default_rng(0).standard_normal(32).astype("float32")
     np.testing.assert_array_equal(run(kernel, x, np.zeros(64, "uint16"))[-1], x.view("uint16")[::-1])
+
+
+def test_parameters_of_scope_local_are_private(run: Run) -> None:
+    """A buffer of scope "local" that is allocated outside of the launch becomes a parameter of the kernel."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(x: T.Buffer((4, 32), "int32"), out: T.Buffer((4, 32), "int32")):
+        with T.sblock("root"):
+            held = T.sblock_alloc_buffer((3,), "int32", scope="local")
+            for b in T.thread_binding(4, "blockIdx.x"):
+                for i in T.thread_binding(32, "threadIdx.x"):
+                    with T.sblock("all"):
+                        row, v = T.axis.remap("SS", [b, i])
+                        for k in range(3):
+                            held[k] = x[row, (v + k) % 32]
+                        T.tvm_storage_sync("shared")
+                        out[row, v] = held[0] + 10 * held[v % 3]
+
+    x = np.random.default_rng(0).integers(0, 99, (4, 32), "int32")
+    lane = np.arange(32)
+    want = x + 10 * x[:, (lane + lane % 3) % 32]
+    np.testing.assert_array_equal(run(kernel, x, np.zeros_like(x))[-1], want)
+
+
+def test_parameters_of_scope_local_cannot_be_inputs(emitted: Emitted) -> None:
+    @T.prim_func(s_tir=True)
+    def kernels(x: T.Buffer((32,), "int32"), out: T.Buffer((32,), "int32")):
+        with T.sblock("root"):
+            held = T.sblock_alloc_buffer((32,), "int32", scope="local")
+            for i in T.thread_binding(32, "threadIdx.x"):
+                with T.sblock("first"):
+                    v = T.axis.spatial(32, i)
+                    held[v] = x[v]
+            for i in T.thread_binding(32, "threadIdx.x"):
+                with T.sblock("second"):
+                    v = T.axis.spatial(32, i)
+                    out[v] = held[v]
+
+    with pytest.raises(RuntimeError, match='scope "local" is read and never written'):
+        emitted(kernels)

@@ -76,6 +76,34 @@ def test_barrier_of_a_subgroup(run: Run) -> None:
     np.testing.assert_array_equal(run(kernel, x, np.zeros_like(x))[-1], x ^ 3)
 
 
+def _sync_in_branch(n: int) -> Any:
+    @T.prim_func(s_tir=True)
+    def kernel(x: T.Buffer((2, n), "int32"), out: T.Buffer((2, n), "int32")):
+        for j in T.thread_binding(2, "threadIdx.y"):
+            for i in T.thread_binding(n, "threadIdx.x"):
+                with T.sblock("all"):
+                    row, v = T.axis.remap("SS", [j, i])
+                    held = T.sblock_alloc_buffer((2, n), "int32", scope="shared")
+                    held[row, v] = x[row, v]
+                    if v < n // 2:
+                        T.tvm_storage_sync("warp")
+                        out[row, v] = held[row, v + n // 2]
+
+    return kernel
+
+
+def test_warp_barrier_states_the_subgroup_that_it_needs(emitted: Emitted) -> None:
+    """Rows of whole subgroups stay as they are; others are laid out in one row, whose order Vulkan defines."""
+    for n, size in ((16, [16, 2, 1]), (12, [24, 1, 1])):
+        ((record, _),) = emitted(_sync_in_branch(n), {"kind": "vulkan", "thread_warp_size": WARP})
+        assert (record["subgroup_size"], record["workgroup_size"]) == (WARP, size)
+
+
+def test_warp_barrier_in_a_branch_needs_a_warp_size(emitted: Emitted) -> None:
+    with pytest.raises(RuntimeError, match=r"kernel_kernel.*thread_warp_size"):
+        emitted(_sync_in_branch(8))
+
+
 # Shuffles -------------------------------------------------------------------------------------------------------
 
 LANE = np.arange(64)
@@ -146,7 +174,7 @@ def _row_sums(threads: int, dtype: str, reducer: Any) -> tvm.IRModule:
 @pytest.mark.parametrize(("reducer", "reference"), [(te.sum, np.sum), (te.max, np.max), (te.min, np.min)])
 @pytest.mark.parametrize("dtype", ["int32", "float32", "float16"])
 def test_reductions(dtype: str, reducer: Any, reference: Any, threads: int, run: Run, emitted: Emitted) -> None:
-    """In the stock pipeline through shared memory; in ours by shuffles, where one subgroup can add up all of a row."""
+    """In the stock pipeline through shared memory; in ours by shuffles and barriers of subgroups."""
     mod = _row_sums(threads, dtype, reducer)
     x = np.random.default_rng(0).integers(-3, 4, (16, 256)).astype(dtype)
     want = reference(x.astype("float64"), axis=1).astype(dtype)
@@ -156,7 +184,8 @@ def test_reductions(dtype: str, reducer: Any, reference: Any, threads: int, run:
     ours = run(mod, x, np.zeros(16, dtype), target=target, pipeline=pipeline.NAME)[-1]
     np.testing.assert_array_equal(ours, want)
     ((record, _),) = emitted(mod, target, pipeline.NAME)
-    assert record["subgroup_size"] == (WARP if threads <= WARP**2 else None)
+    assert record["subgroup_size"] == WARP
+    assert ("subgroup_shuffle" in record["features"]) == (threads <= WARP**2)
 
 
 # Atomics --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ FRAGMENTS = {"wmma.matrix_a": 0, "wmma.matrix_b": 1, "wmma.accumulator": 2}
 _FRAGMENT_CALLS = ("tirx.tvm_fill_fragment", "tirx.tvm_mma_sync", "tirx.tvm_load_matrix", "tirx.tvm_store_matrix")
 _MATRIX_CALLS = ("tirx.tvm_load_matrix_sync", "tirx.tvm_store_matrix_sync")
 _JUMPS = ("tirx.break_loop", "tirx.continue_loop")
+# The subgroup that TVM's matrix intrinsics assume where the target does not say.
+_MATRIX_WARP = 32
 
 
 @dataclass
@@ -65,9 +67,9 @@ class View:
 
 
 class Analysis:
-    """The result of the walk over `function`, a device PrimFunc after TVM's lowering."""
+    """The result of the walk over `function`, a device PrimFunc that TVM lowered for warps of `warp` threads."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, warp: int) -> None:
         self.facts = Facts()
         self.roots: list[Root] = []
         self.views: dict[int, View] = {}
@@ -77,18 +79,31 @@ class Analysis:
         self.unroll: set[int] = set()
         # Loop variables of the loops that a break or continue leaves.
         self.left: set[int] = set()
+        # Threads of the subgroup that the kernel was lowered for, None where it uses none.
+        self.subgroup: int | None = None
+        self._warp = warp
         self._loops: list[int] = []
         for index, parameter in enumerate(function.params):
             if hasattr(parameter.ty, "element_type"):
                 self._parameter(index, parameter)
         self._visit(function.body)
+        for root in self.roots:
+            if root.parameter is not None and root.scope == "local" and root.reads and not root.writes:
+                raise CompileError(
+                    f'parameter {root.name} of scope "local" is read and never written; '
+                    'memory of a thread ends with its kernel, pass values in scope "global"'
+                )
 
     def _parameter(self, index: int, parameter: Any) -> None:
         element = parameter.ty.element_type
         dtype = from_tvm(element.dtype) if hasattr(element, "dtype") else DType("void", 0)
         if dtype.kind in ("void", "handle"):
             dtype = DType("uint", 32)
-        root = Root(parameter.name, "global", dtype.scalar, None, index)
+        # An allocation outside of the launch arrives as a pointer of the host's; it is each thread's own all the same.
+        scope = str(parameter.ty.storage_scope) or "global"
+        if scope not in ("global", "local"):
+            raise CompileError(f'parameter {parameter.name} has scope "{scope}"; allocate that memory in the kernel')
+        root = Root(parameter.name, scope, dtype.scalar, None, index)
         self.roots.append(root)
         self.pointers[parameter.__chandle__()] = root
 
@@ -124,22 +139,25 @@ class Analysis:
         ty = buffer.ty
         scope = str(ty.storage_scope) or "local"
         dtype = from_tvm(ty.dtype.dtype)
-        sizes = [self.facts.most_elements(extent) for extent in ty.shape]
-        count: int | None = dtype.lanes
-        for size in sizes:
-            count = None if size is None or count is None else count * size
+        count = self._elements(buffer)
         kind = scope if scope in FRAGMENTS else scope.split(".")[0]
         if kind not in ("shared", "local", *FRAGMENTS):
             raise CompileError(
                 f'buffer {buffer.name} has scope "{scope}"; kernels may allocate "local" and "shared" memory'
             )
         if count is None and scope != "shared.dyn":
-            raise CompileError(
-                f'buffer {buffer.name} has a size without a constant bound; only memory of scope "shared.dyn" may'
-            )
+            raise _unbounded(buffer)
         root = Root(buffer.name, kind, dtype.scalar, count, dynamic=scope == "shared.dyn")
         self.roots.append(root)
         self._view(buffer, root)
+
+    def _elements(self, buffer: Any) -> int | None:
+        """Upper bound of a buffer's scalars, None where there is none."""
+        count: int | None = from_tvm(buffer.ty.dtype.dtype).lanes
+        for extent in buffer.ty.shape:
+            size = self.facts.most_elements(extent)
+            count = None if size is None or count is None else count * size
+        return count
 
     # The walk ---------------------------------------------------------------------------------------------------
 
@@ -206,7 +224,14 @@ class Analysis:
         self._allocate(node.buffer)
 
     def _DeclBuffer(self, node: Any) -> None:
-        self._view(node.buffer, self.root_of(node.data))
+        root = self.root_of(node.data)
+        if root.parameter is not None and root.scope == "local":
+            count = self._elements(node.buffer)
+            if count is None:
+                raise _unbounded(node.buffer)
+            size = count * from_tvm(node.buffer.ty.dtype.dtype).bytes
+            root.count = max(root.count or 0, -(-size // root.dtype.bytes))
+        self._view(node.buffer, root)
 
     def _TensorLoad(self, node: Any) -> None:
         self._access(node.source, node.indices, _READ)
@@ -245,9 +270,14 @@ class Analysis:
     def _Call(self, node: Any) -> None:
         name = getattr(node.op, "name", "")
         if name.startswith(_FRAGMENT_CALLS):
+            self.subgroup = max(self.subgroup or 1, self._warp if self._warp > 1 else _MATRIX_WARP)
             places = node.args[1::2] if name.endswith("mma_sync") else node.args[4:5]
             for place in places:
                 self.unroll.update(_variables(place).intersection(self._loops))
+        if name.startswith("tirx.tvm_warp_shuffle") and type(node.args[4]).__name__ == "IntImm":
+            self.subgroup = max(self.subgroup or 1, int(node.args[4].value))
+        elif self._warp > 1 and name == "tirx.tvm_storage_sync" and str(node.args[0].value) == "warp":
+            self.subgroup = max(self.subgroup or 1, self._warp)
         if name in _JUMPS:
             self._Break(node)
         elif name in _MATRIX_CALLS:
@@ -289,6 +319,12 @@ class Analysis:
                 self._visit(index)
         else:
             root.accesses.append(Access(from_tvm(pointer.args[0].ty.dtype).scalar, 1, None))
+
+
+def _unbounded(buffer: Any) -> CompileError:
+    return CompileError(
+        f'buffer {buffer.name} has a size without a constant bound; only memory of scope "shared.dyn" may'
+    )
 
 
 def _variables(expr: Any) -> set[int]:

@@ -401,6 +401,11 @@ class Builder:
         self.goto(self._loops[-1][0])
 
     @property
+    def nested(self) -> bool:
+        """Whether this place is inside a branch or a loop."""
+        return bool(self._marks)
+
+    @property
     def in_loop(self) -> bool:
         return bool(self._loops)
 

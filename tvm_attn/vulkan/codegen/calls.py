@@ -71,20 +71,24 @@ class Calls(MatrixCalls):
 
     def _effect_tirx_tvm_storage_sync(self, node: Any) -> None:
         scope = str(node.args[0].value)
-        if scope == "warp":
-            self.builder.barrier(SUBGROUP, SUBGROUP, ("AcquireRelease", "WorkgroupMemory"))
-        elif scope.startswith("shared"):
-            semantics = ["AcquireRelease", "WorkgroupMemory"]
-            if self.memory.vulkan_model:
-                semantics += ["MakeAvailable", "MakeVisible"]
-            if any(root.scope == "global" and root.reads and root.writes for root in self.analysis.roots):
-                semantics.append("UniformMemory")
-            self.builder.barrier(WORKGROUP, WORKGROUP, semantics)
-            self.memory.invalidate("global")
-        else:
+        if scope != "warp" and not scope.startswith("shared"):
             raise CompileError(
                 f'tvm_storage_sync("{scope}") is not supported; no barrier spans the workgroups of a dispatch'
             )
+        threads = SUBGROUP if scope == "warp" and self.analysis.subgroup is not None else WORKGROUP
+        if scope == "warp" and threads == WORKGROUP and self.builder.nested:
+            # Outside of branches and loops a barrier of the whole workgroup does.
+            raise CompileError(
+                'tvm_storage_sync("warp") in a branch or loop, but the target does not say how large a warp is; '
+                "set its thread_warp_size"
+            )
+        semantics = ["AcquireRelease", "WorkgroupMemory"]
+        if self.memory.vulkan_model:
+            semantics += ["MakeAvailable", "MakeVisible"]
+        if any(root.scope == "global" and root.reads and root.writes for root in self.analysis.roots):
+            semantics.append("UniformMemory")
+        self.builder.barrier(threads, threads, semantics)
+        self.memory.invalidate("global")
         self.memory.invalidate("shared")
 
     # External names ---------------------------------------------------------------------------------------------

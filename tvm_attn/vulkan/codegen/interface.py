@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm_attn.errors import CompileError
@@ -115,6 +116,20 @@ class Interface:
     # Threads ----------------------------------------------------------------------------------------------------
 
     def workgroup_size(self) -> list[int]:
+        """Extents of the workgroup: those of threadIdx, or one row of as many threads."""
+        size = self._threads()
+        return [math.prod(size), 1, 1] if self._in_a_row(size) else size
+
+    def _in_a_row(self, size: list[int]) -> bool:
+        """Whether the workgroup is laid out as one row, for kernels whose subgroups have to be consecutive threads.
+
+        TIR counts the threads of a block along x, then y, then z, and cuts subgroups from that order. Vulkan promises
+        no order between rows: only rows of whole subgroups, and a single row, can be left as they are.
+        """
+        subgroup = self._analysis.subgroup
+        return subgroup is not None and size[1] * size[2] > 1 and size[0] % subgroup != 0
+
+    def _threads(self) -> list[int]:
         """Extents of threadIdx, which TVM's GPU targets keep constant."""
         size = []
         for axis in _AXES:
@@ -144,7 +159,15 @@ class Interface:
         return b.op("CompositeExtract", b.int_(32), vector, axis)
 
     def _local(self, axis: int) -> int:
-        return self._component("LocalInvocationId", axis)
+        size = self._threads()
+        if not self._in_a_row(size):
+            return self._component("LocalInvocationId", axis)
+        index = Value(UINT32, [self._component("LocalInvocationId", 0)])
+        before = math.prod(size[:axis])
+        index = self.arith.binary("div", index, self.arith.constant(UINT32, before))
+        if before * size[axis] < math.prod(size):
+            index = self.arith.remainder(index, self.arith.constant(UINT32, size[axis]), floor=False)
+        return index.id
 
     def _folded(self) -> Value:
         b = self.builder

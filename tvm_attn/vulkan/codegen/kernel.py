@@ -46,15 +46,13 @@ def compile_kernel(function: Any, name: str) -> Kernel:
 
 
 def _compile(function: Any, name: str) -> Kernel:
-    analysis = Analysis(function)
+    target = function.attrs.get("target", None)
+    analysis = Analysis(function, int(target.attrs.get("thread_warp_size", 1)) if target is not None else 1)
     builder = Builder()
     arithmetic = Arithmetic(builder)
     memory = Memory(arithmetic, analysis)
     interface = Interface(function, arithmetic, analysis, memory)
     statements = Statements(analysis, arithmetic, memory)
-    target = function.attrs.get("target", None)
-    warp = int(target.attrs.get("thread_warp_size", 1)) if target is not None else 1
-    statements.warp_size = warp if warp > 1 else _WARP
     size = interface.workgroup_size()
     statements.run(interface, function.params, function.body)
     module = builder.finish(size)
@@ -64,21 +62,19 @@ def _compile(function: Any, name: str) -> Kernel:
     record = {
         "name": name,
         "params": interface.params,
-        "reads": [root.reads for root in interface.handles],
-        "writes": [root.writes for root in interface.handles],
+        "reads": [root.reads and root.scope == "global" for root in interface.handles],
+        "writes": [root.writes and root.scope == "global" for root in interface.handles],
         "launch_params": [str(tag) for tag in function.attrs.get("tirx.kernel_launch_params", [])],
         "workgroup_size": size,
         "block_size": interface.block_size,
         "block_offsets": interface.offsets,
         "aliases": interface.aliases,
         "shared_bytes": memory.shared_bytes,
-        "subgroup_size": statements.subgroup_size,
+        "subgroup_size": analysis.subgroup,
         "features": sorted({_FEATURES[item] for item in module.capabilities if item in _FEATURES}),
     }
     return Kernel(module.binary, record)
 
 
-# The subgroup that TVM's matrix intrinsics assume where the target does not say.
-_WARP = 32
 # Capabilities of every Vulkan 1.3 device that the runtime accepts.
 _ALWAYS = frozenset(("Shader", "PhysicalStorageBufferAddresses", "GroupNonUniform"))

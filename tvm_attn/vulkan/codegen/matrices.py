@@ -21,8 +21,6 @@ _LAYOUTS = {"row_major": 0, "col_major": 1}
 class MatrixCalls(ThreadCalls):
     """Visits matrix calls. Every call gives the shape m, n, k; a fragment keeps the one it is first seen with."""
 
-    warp_size: int = 1
-
     def _effect_tirx_tvm_fill_fragment(self, node: Any) -> None:
         pointer, type_id, dtype = self._fragment(node.args[0], node.args[4], node.args[1:4])
         value = self.arith.cast(self.expr(node.args[5]), dtype)
@@ -68,7 +66,6 @@ class MatrixCalls(ThreadCalls):
         m, n, k = root.shape
         rows, columns = ((m, k), (k, n), (m, n))[use]
         self.builder.vulkan_memory_model = True
-        self.subgroup_size = max(self.subgroup_size or 1, self.warp_size)
         type_id = self.builder.cooperative_matrix(self.arith.type(root.dtype), rows, columns, use)
         count = (root.count or 0) // (rows * columns)
         array = self.builder.array(type_id, self.builder.uint(count))

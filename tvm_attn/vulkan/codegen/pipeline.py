@@ -2,9 +2,9 @@
 
 TVM lowers cross-thread reductions to shuffles for the target kinds that it knows to have them, and `vulkan` is none of
 these. `LowerThreadAllreduce` therefore sees the kernels as ones of `metal`, whose shuffles need no mask; before and
-after it they are Vulkan's. It takes a target whose `thread_warp_size` is the device's subgroup size: a device with
-another one refuses the kernel when it is loaded. The stock pipeline needs none of this and reduces through shared
-memory.
+after it they are Vulkan's. It takes a target whose `thread_warp_size` is the device's subgroup size, which
+`Target.from_device` does not set: a device with another one refuses the kernel when it is loaded. The stock pipeline
+reduces through shared memory; for such a target the last steps of that are separated by barriers of subgroups, too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def lower_thread_allreduce() -> Any:
 
     @tvm.transform.module_pass(opt_level=0, name="tvm_attn.LowerThreadAllreduceVulkan")
     def transform(mod: tvm.IRModule, _: Any) -> tvm.IRModule:
+        mod = mod.clone()
         targets: dict[Any, Any] = {}
         for variable, function in mod.functions.items():
             target = function.attrs.get("target", None) if hasattr(function, "attrs") and function.attrs else None

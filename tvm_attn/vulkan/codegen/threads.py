@@ -27,9 +27,6 @@ _ATOMIC_INSTRUCTION = {
 class ThreadCalls(Expressions):
     """Visits shuffles and atomics."""
 
-    # The subgroup size that the kernel was lowered for, where it shuffles.
-    subgroup_size: int | None = None
-
     # Shuffles: (mask, value, lane or distance, width, warp size) ----------------------------------------------------
 
     def _lane_index(self) -> Value:
@@ -42,7 +39,6 @@ class ThreadCalls(Expressions):
         width, warp = (getattr(argument, "value", None) for argument in node.args[3:5])
         if width is None or warp is None:
             raise CompileError("the width of a warp shuffle is not constant; Vulkan needs a constant")
-        self.subgroup_size = max(self.subgroup_size or 1, int(warp))
         lane = source(self._lane_index(), operand, self.arith.constant(UINT32, int(width)))
         scope = self.builder.uint(SUBGROUP)
         return self._by_words(

@@ -76,6 +76,7 @@ Kernel::~Kernel() {
 
 Kernel::Extents Kernel::ReadExtents(PackedArgs args) const {
   Extents extents;
+  uint64_t threads = 1;
   for (size_t i = 0; i < spec_.launch_params.size(); ++i) {
     const int64_t value = args[static_cast<int>(spec_.params.size() + i)].cast<int64_t>();
     const LaunchParam param = spec_.launch_params[i];
@@ -88,9 +89,14 @@ Kernel::Extents Kernel::ReadExtents(PackedArgs args) const {
       extents.dynamic_shared = number;
     } else if (param <= LaunchParam::kBlockZ) {
       extents.grid[static_cast<int>(param)] = number;
-    } else if (number != spec_.workgroup_size[static_cast<int>(param) - static_cast<int>(LaunchParam::kThreadX)]) {
-      TVM_FFI_THROW(ValueError) << "kernel " << spec_.name << " was built for another workgroup size than " << number;
+    } else {
+      threads *= std::min<uint64_t>(number, UINT16_MAX);
     }
+  }
+  // The workgroup may hold the threads of all axes in one row.
+  const uint32_t* size = spec_.workgroup_size;
+  if (threads != uint64_t{size[0]} * size[1] * size[2]) {
+    TVM_FFI_THROW(ValueError) << "kernel " << spec_.name << " was built for another workgroup size than " << threads;
   }
   return extents;
 }

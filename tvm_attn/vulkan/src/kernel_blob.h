@@ -10,7 +10,7 @@
 // | params | type of each argument in call order: "handle"s first, then scalars |
 // | reads, writes | for each handle, whether the kernel does |
 // | launch_params | what follows the arguments in a call: thread axes, "tirx.use_dyn_shared_memory" |
-// | workgroup_size | [x, y, z], also literal in the SPIR-V |
+// | workgroup_size | [x, y, z], also literal in the SPIR-V: the threads of each axis, or all of them in one row |
 // | block_size, block_offsets | bytes of the argument block, and where each argument lies in it |
 // | aliases | positions of handles whose addresses the block holds once more, in this order |
 // | shared_bytes | workgroup memory, without what launch_params adds |
