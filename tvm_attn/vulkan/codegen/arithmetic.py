@@ -68,9 +68,12 @@ class Arithmetic:
         return Value(dtype, [self.builder.constant(self.type(dtype, n), value) for n in split(dtype.lanes)])
 
     def literal(self, value: Value) -> int | float | bool | None:
-        """The number that all lanes are known to be at compile time. Integers as their bits, without a sign."""
+        """The number that all lanes are known to be at compile time. Integers as the bits of their type, unsigned."""
         numbers = {self.builder.constants.get(part) for part in value.parts}
-        return numbers.pop() if len(numbers) == 1 else None
+        number = numbers.pop() if len(numbers) == 1 else None
+        if number is not None and value.narrow:
+            number = _signed(int(number), 32) & ((1 << value.dtype.bits) - 1)
+        return number
 
     # Lanes ------------------------------------------------------------------------------------------------------
 
@@ -128,6 +131,9 @@ class Arithmetic:
         """A 64-bit integer with 64-bit ids."""
         if not value.narrow:
             return value
+        literal = self.literal(value)
+        if literal is not None:
+            return self.constant(value.dtype, literal)
         name = "SConvert" if value.dtype.kind == "int" else "UConvert"
         return self.map(value.dtype, lambda type_id, ident: self.builder.op(name, type_id, ident), value)
 
@@ -147,7 +153,7 @@ class Arithmetic:
                 return folded
             right = self.literal(b)
             if name == "add" and right is not None:
-                return self._add_constant(a, int(right))
+                return self._add_constant(self.wide(a), int(right))
         return self.apply(instruction, dtype, a, b)
 
     def _add_constant(self, a: Value, amount: int) -> Value:
@@ -260,10 +266,7 @@ class Arithmetic:
             name = "SConvert" if source.kind == "int" and to.bits > source.bits else "UConvert"
             literal = self.literal(value)
             if literal is not None:
-                number = int(literal)
-                if source.kind == "int" and number >= 1 << (source.bits - 1):
-                    number -= 1 << source.bits
-                return self.constant(to, number)
+                return self.constant(to, _signed(int(literal), source.bits) if source.kind == "int" else literal)
         return self.apply(name, to, value)
 
     def bitcast(self, value: Value, to: DType) -> Value:
@@ -314,3 +317,8 @@ class Arithmetic:
         quiet = self.binary("or", bits, self.constant(word, 0x400000))
         result = self.binary("shr", self.select(nan, quiet, rounded), sixteen)
         return self.apply("UConvert", DType("bfloat", 16, value.dtype.lanes), result)
+
+
+def _signed(bits: int, width: int) -> int:
+    """The number that `bits` are in two's complement."""
+    return bits - (1 << width) if bits >> (width - 1) else bits

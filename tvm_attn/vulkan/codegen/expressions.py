@@ -11,7 +11,7 @@ from tvm_attn.vulkan.codegen.arithmetic import Arithmetic
 from tvm_attn.vulkan.codegen.builder import Builder
 from tvm_attn.vulkan.codegen.facts import UNKNOWN, Fact
 from tvm_attn.vulkan.codegen.memory import Index, Memory
-from tvm_attn.vulkan.codegen.values import BOOL, INT32, DType, Value, from_tvm
+from tvm_attn.vulkan.codegen.values import BOOL, INT32, INT64, UINT32, DType, Value, from_tvm
 
 _BINARY = {
     "Add": "add",
@@ -98,10 +98,29 @@ class Expressions:
 
     def _binary(self, operator: str, node: Any) -> Value:
         a, b = self.expr(node.a), self.expr(node.b)
+        if operator in ("shl", "shr"):
+            return self._shift(operator, a, b, node)
         if a.narrow and b.narrow and self.facts.of(node).fits_int32:
             result = self.arith.binary(operator, self._as32(a), self._as32(b))
             return Value(a.dtype, result.parts, narrow=True)
         return self.arith.binary(operator, a, b)
+
+    def _shift(self, operator: str, a: Value, b: Value, node: Any) -> Value:
+        """A shift by any amount below the width of the TIR type, which may be 64 where only 32 bits are kept.
+
+        TVM's NarrowDataType, too, turns int64(x) >> n into a shift of 32 bits. Beyond 31 only the sign is left.
+        """
+        amount, fact = self.facts.of(node.b), self.facts.of(node)
+        inside = amount.low >= 0 and amount.high < 32
+        narrow = a.narrow and (operator == "shr" or (fact.fits_int32 and inside))
+        if narrow:
+            a, b = self._as32(a), self.arith.cast(b, INT32)
+        if operator == "shr" and a.dtype == INT32.with_lanes(a.dtype.lanes) and not inside:
+            unsigned = UINT32.with_lanes(a.dtype.lanes)
+            most = self.arith.constant(unsigned, 31)
+            b = self.arith.cast(self.arith.extreme("min", self.arith.cast(b, unsigned), most), b.dtype)
+        result = self.arith.binary(operator, a, b)
+        return Value(INT64, result.parts, narrow=True) if narrow else result
 
     def _comparison(self, operator: str, node: Any) -> Value:
         a, b = self.expr(node.a), self.expr(node.b)
@@ -112,15 +131,13 @@ class Expressions:
     def _divide(self, node: Any, floor: bool, remainder: bool) -> Value:
         a, b = self.expr(node.a), self.expr(node.b)
         dtype = a.dtype
-        narrow = a.narrow and b.narrow
+        dividend, divisor = self.facts.of(node.a), self.facts.of(node.b)
+        # -2^31 / -1 alone leaves 32 bits.
+        overflows = dividend.low == -(1 << 31) and divisor.low <= -1 <= divisor.high
+        narrow = a.narrow and b.narrow and not overflows
         if narrow:
             a, b = self._as32(a), self._as32(b)
-        if (
-            dtype.kind == "int"
-            and dtype.lanes == 1
-            and self.facts.of(node.a).low >= 0
-            and self.facts.of(node.b).low > 0
-        ):
+        if dtype.kind == "int" and dtype.lanes == 1 and dividend.low >= 0 and divisor.low > 0:
             # Without signs the quotient needs no correction.
             unsigned = DType("uint", a.dtype.bits)
             a, b = self.arith.cast(a, unsigned), self.arith.cast(b, unsigned)

@@ -15,7 +15,7 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 from tvm.tirx import compilation_pipeline
-from tvm_ffi.structural import structural_walk
+from tvm_ffi.structural import structural_map, structural_walk
 
 NAME = "tvm_attn.vulkan"
 _UNKNOWN = 1 << 16  # threads of a block whose extent is no constant: more than any device has
@@ -39,6 +39,28 @@ def lower_thread_allreduce() -> Any:
         return mod
 
     return transform
+
+
+def split_shifts() -> Any:
+    """Shifts of 64-bit integers by 32 and more to the right in steps of at most 31.
+
+    NarrowDataType turns int64(x) >> n into a shift of 32 bits, where only those steps mean the same.
+    """
+
+    @tirx.transform.prim_func_pass(opt_level=0, name="tvm_attn.SplitShifts")
+    def transform(function: tirx.PrimFunc, _module: tvm.IRModule, _: Any) -> tirx.PrimFunc:
+        return function.with_body(structural_map(function.body, (tirx.RShift, _steps)))
+
+    return transform
+
+
+def _steps(shift: Any) -> Any:
+    value, amount = shift.a, shift.b
+    if shift.ty.dtype == "int64" and isinstance(amount, tirx.IntImm) and amount.value > 31:
+        for start in range(0, int(amount.value), 31):
+            value = tirx.RShift(value, tirx.IntImm("int64", min(int(amount.value) - start, 31)))
+        return value
+    return shift
 
 
 def _block_threads(function: Any) -> int:
@@ -87,7 +109,7 @@ def pipeline() -> tuple[Any, Any, Any]:
 
 
 def _passes(config: Any) -> list[Any]:
-    """Those of TVM's default S-TIR pipeline, in its order, without the ones for other devices."""
+    """Those of TVM's default S-TIR pipeline, in its order, without the ones for other devices, with two of our own."""
     passes = [
         s_tir.transform.CanonicalizeLoop(),
         s_tir.transform.LowerCrossThreadReduction(),
@@ -108,6 +130,7 @@ def _passes(config: Any) -> list[Any]:
         s_tir.transform.LowerOpaqueBlock(),
         tirx.transform.FlattenBuffer(),
         tirx.transform.BF16ComputeLegalize(),
+        split_shifts(),
         tirx.transform.NarrowDataType(32),
         s_tir.transform.LoopPartition(),
         tirx.transform.VectorizeLoop(not bool(config.get("tirx.disable_vectorize", False))),
