@@ -24,7 +24,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 
 from benchmarks.restore import is_restorable
-from tvm_attn.cli import progress, run
+from tvm_attn.cli import Parser, progress, real, run
 from tvm_attn.errors import BenchmarkError
 from tvm_attn.runtime.artifact import MANIFEST, Artifact
 from tvm_attn.runtime.cuda import CUDART
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.pack", description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="*", type=Path, metavar="ARTIFACT", help="folder that tvm-attn build wrote")
     parser.add_argument(
         "--kernels",
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="take those from here instead of downloading")
     parser.add_argument("--out", type=Path, default=Path(f"dist/{TOP}.tar.xz"), metavar="FILE", help=".tar.xz or .tar")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT_MIB, metavar="MIB", help="largest archive; default: %(default)s"
+        "--limit", type=real, default=LIMIT_MIB, metavar="MIB", help="largest archive; default: %(default)s"
     )
     parser.add_argument(
         "--preset", type=int, default=6, choices=range(10), metavar="0-9", help="xz level; default: %(default)s"

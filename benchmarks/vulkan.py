@@ -31,10 +31,12 @@ from tvm_attn.benchmark.counts import decode_work
 from tvm_attn.benchmark.machine import describe_machine, describe_versions
 from tvm_attn.benchmark.ours import CompiledSystem
 from tvm_attn.benchmark.system import Case
+from tvm_attn.cli import Parser, integer, output_file, run
 from tvm_attn.compiler.build import build
 from tvm_attn.compiler.pipeline import tvm_target
 from tvm_attn.compiler.verification import verify_artifact
 from tvm_attn.config import PRESETS, GPT2Config
+from tvm_attn.errors import DeviceError
 from tvm_attn.kernels import Linear
 from tvm_attn.model.checkpoint import random_params
 from tvm_attn.runtime.device import is_software
@@ -77,15 +79,28 @@ FULL = Sizes(2048, 4096, 1 << 29, (128, 1000), (1, 8), 3.0)
 QUICK = Sizes(256, 768, 1 << 26, (128,), (1,), 1.0)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure, print and write; returns the exit status, 1 where a part failed."""
-    parser = argparse.ArgumentParser(description="Measure a Vulkan device: models, kernels, dispatches.")
-    parser.add_argument("--device", type=int, default=0, metavar="N", help="vulkan:N; default: %(default)s")
+    return run(lambda: _main(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m benchmarks.vulkan", description="Measure a Vulkan device: models, kernels, dispatches."
+    )
+    parser.add_argument("--device", type=integer(0), default=0, metavar="N", help="vulkan:N; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, for software renderers")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/vulkan-DEVICE.json")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="default: benchmarks/results/vulkan-DEVICE.json"
+    )
+    return parser
+
+
+def _main(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
-    (info,) = (device for device in vulkan.devices() if device["index"] == args.device)
+    info = next((device for device in vulkan.devices() if device["index"] == args.device), None)
+    if info is None:
+        raise DeviceError(f"there is no device vulkan:{args.device}; tvm-attn devices lists what this machine has")
     software = is_software("vulkan", args.device)
     measurement = Measurement(args.device, info, QUICK if args.quick else FULL)
     result: dict[str, Any] = {

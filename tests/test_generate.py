@@ -31,6 +31,9 @@ class FakeModel:
         self.prompts: list[Any] = []
         self.fail: Callable[[], None] = lambda: None
 
+    def tokenizer_json(self) -> str | None:
+        return "{}" if self.tokenizer else None
+
     def _note(self, prompts: list[Any], stats: GenerationStats, options: dict[str, Any]) -> None:
         self.prompts += prompts
         self.options = options
@@ -72,6 +75,7 @@ def model(monkeypatch) -> FakeModel:
     monkeypatch.setenv("TVM_USE_RUNTIME_LIB", "1")  # so that it is gone after the test
     monkeypatch.delenv("TVM_USE_RUNTIME_LIB")
     monkeypatch.setattr(tvm_attn, "load", load, raising=False)
+    monkeypatch.setattr(generate, "open_artifact", lambda folder, device: model)
     return model
 
 
@@ -94,7 +98,7 @@ def test_the_checkpoints_own_sampling_is_used_where_it_is_asked_for(model):
 
 def test_defaults(model):
     assert generate.main(["dist/x", "--prompt", "Hello"]) == 0
-    assert model.loaded == [(("dist/x",), {"device": "auto", "threads": None})]
+    assert model.loaded == [((Path("dist/x"),), {"device": "auto", "threads": None})]
     assert model.prompts == ["Hello"]
     assert model.options == {
         "max_new_tokens": 128,
@@ -116,7 +120,7 @@ def test_every_option_is_passed_on(model):
         "--device cpu --threads 2"
     )
     assert generate.main(command.split()) == 0
-    assert model.loaded == [(("dist/x",), {"device": "cpu", "threads": 2})]
+    assert model.loaded == [((Path("dist/x"),), {"device": "cpu", "threads": 2})]
     assert model.options == {
         "max_new_tokens": 3,
         "temperature": 0.5,
@@ -138,8 +142,7 @@ def test_a_dash_reads_stdin_less_one_newline(model, monkeypatch, data, prompt):
 
 
 def test_token_ids_that_are_none(model, capsys):
-    with pytest.raises(SystemExit):
-        generate.main(["dist/x", "--prompt-ids", "1,two"])
+    assert generate.main(["dist/x", "--prompt-ids", "1,two"]) == 2
     assert "argument --prompt-ids: '1,two' is no list of integers such as 1,2,3" in capsys.readouterr().err
 
 
@@ -152,10 +155,27 @@ def test_token_ids_that_are_none(model, capsys):
     ],
 )
 def test_wrong_usage(model, arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        generate.main(arguments)
-    assert caught.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    assert generate.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: ") and err.endswith("see tvm-attn generate --help\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [(r"\n", "\n"), (r"a\tb\r", "a\tb\r"), (r"\\n", r"\n"), (r"\d\x41", r"\d\x41"), ("\n", "\n"), ("\\", "\\")],
+)
+def test_stop_strings_have_escapes_for_what_is_hard_to_type(model, text, stop):
+    assert generate.main(["dist/x", "--prompt", r"a\n", "--stop", text]) == 0
+    assert model.options["stop"] == [stop]
+    assert model.prompts == [r"a\n"]
+
+
+def test_text_for_an_artifact_without_a_tokenizer_is_refused_before_it_is_loaded(model, capsys):
+    model.tokenizer = None
+    assert generate.main(["dist/x", "--prompt", "Hello"]) == 2
+    assert "has no tokenizer: give token ids, as in --prompt-ids 1,2,3" in capsys.readouterr().err
+    assert model.loaded == []
 
 
 # --- what is printed ---
@@ -237,13 +257,15 @@ def test_stdin_that_is_no_text(model, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: standard input is not UTF-8 text")
 
 
-def test_a_missing_artifact_is_one_line(monkeypatch, capsys):
+def test_an_error_is_one_line(model, monkeypatch, capsys):
     def load(*_args: Any, **_options: Any) -> None:
-        raise ArtifactError("there is no manifest.json in\ndist/x")
+        raise ArtifactError("lib.so in\ndist/x was altered" + 1000 * " and")
 
     monkeypatch.setattr(tvm_attn, "load", load, raising=False)
     assert generate.main(["dist/x", "--prompt", "Hello"]) == 2
-    assert capsys.readouterr() == ("", "error: there is no manifest.json in dist/x\n")
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: lib.so in dist/x was altered and") and err.count("\n") == 1
+    assert len(err) < 1100
 
 
 def test_a_refused_prompt_is_not_printed(model, monkeypatch, capsys):

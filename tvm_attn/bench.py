@@ -6,10 +6,19 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tvm_attn.cli import Parser, integer, integers, open_artifact, output_file, print_tables, progress, run
+from tvm_attn.cli import (
+    Parser,
+    existing_folder,
+    integer,
+    integers,
+    open_artifact,
+    output_file,
+    print_tables,
+    progress,
+    run,
+)
 from tvm_attn.errors import BenchmarkError, UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +52,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the artifact and what is measured of it."""
-    parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder that tvm-attn build wrote")
+    parser.add_argument("artifact", metavar="ARTIFACT", type=existing_folder, help="folder that tvm-attn build wrote")
     parser.add_argument(
         "--prefill", type=integers(), metavar="T,...", help="prompt lengths; default: 1,16,128,512,1023 where they fit"
     )
@@ -59,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", help="cpu, cuda:0, or vulkan:0, whose limits are not measured; default: %(default)s"
     )
-    parser.add_argument("--threads", type=integer(), metavar="N", help="CPU threads; default: all cores")
+    parser.add_argument("--threads", type=integer(1, 4096), metavar="N", help="CPU threads; default: all cores")
     parser.add_argument(
         "--repeats",
         type=integer(1, 1000),
@@ -114,7 +123,7 @@ def measure(
         if args.device != "cpu":
             raise BenchmarkError(f"--plot draws the limits of the processor, not of {args.device}; leave it out")
         if importlib.util.find_spec("matplotlib") is None:
-            raise BenchmarkError("--plot needs matplotlib, which is not installed: pip install 'tvm-attn[plot]'")
+            raise BenchmarkError("--plot needs matplotlib: pip install matplotlib (the extra plot)")
 
     from tvm_attn.benchmark import report, session
 

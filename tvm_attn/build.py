@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tvm_attn.cli import Parser, print_report, progress, run
+from tvm_attn.cli import Parser, output_folder, print_report, progress, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,20 +45,38 @@ def _parser() -> argparse.ArgumentParser:
         default="none",
         help="store matrices as integers, 32 of them to a scale; default: %(default)s",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="the artifact's folder; default: dist/MODEL")
+    parser.add_argument(
+        "--out", type=output_folder, metavar="FOLDER", help="the artifact's folder; default: dist/MODEL"
+    )
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="random weights of the model's size in place of its own: for measuring speed, the text means nothing",
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
 
 
 def _build(args: argparse.Namespace) -> int:
+    from tvm_attn import targets
+    from tvm_attn.compiler.replacement import check_out
+    from tvm_attn.model.weights import open_weights
+
     start = time.perf_counter()
+    # Names and paths first: importing the compiler takes seconds.
+    targets.check_names(args.target)
     with progress(quiet=args.json) as show:
+        weights = open_weights(args.model, args.random_weights, lambda hub_id: show(f"downloading {hub_id}"))
+        check_out(Path(args.out) if args.out else Path("dist") / weights.name)
+        early = () if args.json else weights.notes
+        for note in early:
+            _note(note)
+
         from tvm_attn.compiler.build import build
 
-        built = build(
-            args.model, args.target, args.dtype, args.quant, args.out, verify=not args.no_verify, progress=show
-        )
+        verify = not args.no_verify
+        built = build(weights, args.target, args.dtype, args.quant, args.out, verify=verify, progress=show)
     seconds = time.perf_counter() - start
     if args.json:
         reports = {name: report and report.to_dict() for name, report in built.reports.items()}
@@ -67,10 +86,14 @@ def _build(args: argparse.Namespace) -> int:
     for name, report in built.reports.items():
         if report is not None:
             print_report(report, f"{name} against PyTorch")
-    for note in built.notes:
-        print(f"note: {note}")
+    for note in built.notes[len(early) :]:
+        _note(note)
     print(f"built {built.folder} ({built.source}, {args.dtype}) in {seconds:.1f} s")
     return 0
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 class _CallableModule(ModuleType):

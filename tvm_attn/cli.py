@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from tvm_attn.runtime.artifact import Artifact
 
 _LONGEST_ERROR = 1000
-_LARGEST_INTEGER = 2**63 - 1
 
 
 # --- how a command ends ---
@@ -86,14 +85,15 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{_shortened(message, 400)}; see {self.prog} --help")
 
 
-def integer(least: int = 1, most: int = _LARGEST_INTEGER) -> Callable[[str], int]:
-    """A reader of an argument that is a whole number from `least` to `most`."""
+def integer(least: int | None = 1, most: int | None = None) -> Callable[[str], int]:
+    """A reader of an argument that is a whole number from `least` to `most`; None leaves the bound to others."""
 
     def read(text: str) -> int:
         number = _number(text, int)
-        if not least <= number <= most:
-            bound = f"at least {least}" if number < least else f"at most {most}"
-            raise argparse.ArgumentTypeError(f"{_shown(text)} must be {bound}")
+        if least is not None and number < least:
+            raise argparse.ArgumentTypeError(f"{_shown(text)} must be at least {least}")
+        if most is not None and number > most:
+            raise argparse.ArgumentTypeError(f"{_shown(text)} must be at most {most}")
         return number
 
     return read
@@ -166,7 +166,14 @@ def _shown(text: str) -> str:
     return _shortened(repr(text), 80)
 
 
-def open_artifact(folder: str | Path, device: str) -> Artifact:
+def existing_folder(text: str) -> Path:
+    """Reads the name of a folder; `open_artifact` looks into it."""
+    if not text:
+        raise argparse.ArgumentTypeError("the folder's name is empty")
+    return Path(text)
+
+
+def open_artifact(folder: Path, device: str) -> Artifact:
     """The artifact in a folder that a command was given, with a look for a library for the device, without TVM.
 
     Raises:

@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tvm_attn.cli import Parser, run
-from tvm_attn.errors import GenerationError
+from tvm_attn.cli import Parser, existing_folder, integer, open_artifact, progress, real, run
+from tvm_attn.errors import GenerationError, TokenizerError
 from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
 
 if TYPE_CHECKING:
@@ -25,31 +26,37 @@ def _parser() -> argparse.ArgumentParser:
         prog="tvm-attn generate",
         description="Continue prompts with a compiled model. Greedy, unless a sampling option is given.",
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that tvm-attn build wrote")
+    parser.add_argument("artifact", metavar="ARTIFACT", type=existing_folder, help="folder that tvm-attn build wrote")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="text to continue; '-' reads stdin; several make a batch"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue, taken as it is; '-' reads stdin; several make a batch",
     )
     prompts.add_argument(
         "--prompt-ids", action="append", type=_token_ids, metavar="1,2,3", help="the same as token ids"
     )
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {GenerationOptions.max_new_tokens}")
-    parser.add_argument("--temperature", type=float, metavar="F", help="divides the logits; 0 is greedy")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that hold P together"
+        "--max-new-tokens", type=integer(None), metavar="N", help=f"default: {GenerationOptions.max_new_tokens}"
     )
+    parser.add_argument("--temperature", type=real, metavar="F", help="divides the logits; 0 is greedy")
+    parser.add_argument("--top-k", type=integer(None), metavar="K", help="sample from the K most likely tokens")
+    parser.add_argument("--top-p", type=real, metavar="P", help="sample from the likeliest tokens that hold P together")
+    parser.add_argument("--min-p", type=real, metavar="P", help="sample from tokens P times as likely as the likeliest")
+    parser.add_argument("--repetition-penalty", type=real, metavar="F", help="above 1 discourages tokens seen before")
     parser.add_argument(
-        "--min-p", type=float, metavar="P", help="sample from tokens P times as likely as the likeliest"
-    )
-    parser.add_argument("--repetition-penalty", type=float, metavar="F", help="above 1 discourages tokens seen before")
-    parser.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
+        "--stop",
+        action="append",
+        type=_unescaped,
+        metavar="TEXT",
+        help=r"end before this text; \n, \t, \r and \\ in it are a newline, a tab, a carriage return and a backslash; "
+        "may be given several times",
     )
     parser.add_argument(
         "--stop-token-id",
         action="append",
-        type=int,
+        type=integer(None),
         metavar="ID",
         help="end at this token instead of the model's end-of-text; may be given several times",
     )
@@ -58,10 +65,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="sample as the checkpoint's generation_config.json says, where no other option does",
     )
-    parser.add_argument("--seed", type=int, metavar="S", help="repeat the same sampling")
+    parser.add_argument("--seed", type=integer(None), metavar="S", help="repeat the same sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads; default: all cores that the process may use"
+        "--threads", type=integer(1, 4096), metavar="N", help="CPU threads; default: all cores that the process may use"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object when done")
     return parser
@@ -71,7 +78,15 @@ def _token_ids(text: str) -> list[int]:
     try:
         return [int(token_id) for token_id in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 1,2,3") from None
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise argparse.ArgumentTypeError(f"{shown!r} is no list of integers such as 1,2,3") from None
+
+
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\[ntr\\]", lambda match: _ESCAPES[match[0]], text)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -89,24 +104,34 @@ def _generate(args: argparse.Namespace) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = dataclasses.asdict(GenerationOptions(stop=[])) | given
     GenerationOptions(**options)  # refuse a wrong value before the model is loaded, which takes seconds
+    artifact = open_artifact(args.artifact, args.device)
+    if args.prompt and artifact.tokenizer_json() is None:
+        raise TokenizerError(
+            f"artifact {args.artifact} has no tokenizer: give token ids, as in --prompt-ids 1,2,3, or build it from a "
+            "checkpoint that has one"
+        )
     prompts: list[Any] = args.prompt_ids or [_read_stdin() if text == "-" else text for text in args.prompt]
 
     import tvm_attn
     from tvm_attn.runtime.tvm_import import runtime_only
 
     # Generating needs TVM's runtime only, and that library loads faster than the one with the compiler.
-    with runtime_only():
+    with runtime_only(), progress(quiet=True) as show:
+        show(f"loading {args.artifact}")
         model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads)
     if args.use_generation_config:
         options |= model.generation_config | given
     options["stats"] = stats = GenerationStats()
-    if args.json:
-        print(json.dumps(_json_object(model.generate(prompts, **options), stats)))
-        return 0
-    if len(prompts) == 1:
+    if len(prompts) == 1 and not args.json:
         _print_stream(model, prompts[0], options)
     else:
-        _print_batch(model, prompts, model.generate(prompts, **options))
+        with progress(quiet=True) as show:
+            show("generating")
+            completions = model.generate(prompts, **options)
+        if args.json:
+            print(json.dumps(_json_object(completions, stats)))
+            return 0
+        _print_batch(model, prompts, completions)
     sys.stdout.flush()
     print(
         _speed("prefill", stats.prompt_tokens, stats.prefill_seconds, stats.prefill_tokens_per_second), file=sys.stderr

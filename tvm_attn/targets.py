@@ -282,6 +282,20 @@ def resolve(name: str) -> Target:
     return read("vulkan-generic" if name == "vulkan" else name)
 
 
+def check_names(names: str) -> None:
+    """Looks for the targets that `--target` names, separated by commas, as far as that takes no TVM.
+
+    Raises:
+        TargetError: one is unknown or named twice, or its file is malformed.
+    """
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name != "cpu":  # LLVM knows the name of this machine's processor
+            resolve(name)
+    if len(set(wanted)) != len(wanted):
+        raise TargetError("a target is named twice")
+
+
 def detect_cpu() -> CpuTarget:
     """The target for this machine's processor: the file made for it, else the widest generic one that fits.
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tvm_attn.cli import Parser, Show, new_table, print_tables, progress, run
+from tvm_attn.cli import Parser, Show, integer, names, new_table, output_folder, print_tables, progress, run
 
 if TYPE_CHECKING:
     from tvm_attn.tuning.tuner import Progress, Tuned
@@ -39,30 +39,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="default: %(default)s")
     parser.add_argument(
-        "--trials", type=int, default=64, metavar="N", help="most candidates of a kernel; default: %(default)s"
+        "--trials",
+        type=integer(1, 1_000_000),
+        default=64,
+        metavar="N",
+        help="most candidates of a kernel; default: %(default)s",
     )
-    parser.add_argument("--kernels", metavar="FAMILY,...", help="search only these kernel families, e.g. linear,head")
-    parser.add_argument("--out", metavar="FOLDER", help="write records there instead of this checkout's schedules/")
     parser.add_argument(
-        "--work", metavar="FOLDER", help="remembers measurements and logs; default: ~/.cache/tvm-attn/tune/TARGET"
+        "--kernels", type=names, metavar="FAMILY,...", help="search only these kernel families, e.g. linear,head"
+    )
+    parser.add_argument(
+        "--out",
+        type=output_folder,
+        metavar="FOLDER",
+        help="write records there instead of this checkout's schedules/",
+    )
+    parser.add_argument(
+        "--work",
+        type=output_folder,
+        metavar="FOLDER",
+        help="remembers measurements and logs; default: ~/.cache/tvm-attn/tune/TARGET",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from tvm_attn.tuning.tuner import tune
+    from tvm_attn import targets
+    from tvm_attn.model.weights import open_config
 
     start = time.perf_counter()
-    kernels = None if args.kernels is None else [name.strip() for name in args.kernels.split(",")]
+    # Names and paths first: importing the compiler takes seconds.
+    if args.target != "cpu":
+        targets.resolve(args.target)
+    config = open_config(args.model)
+
+    from tvm_attn.tuning.tuner import tune
+
     with progress(quiet=args.json) as show:
         tuned = tune(
-            args.model,
+            config,
             args.target,
             args.dtype,
             args.quant,
             args.trials,
-            kernels,
+            args.kernels,
             args.out,
             args.work,
             lambda progress: _show(show, progress),

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from tvm_attn.cli import Parser, print_report, progress, run
+from tvm_attn.cli import Parser, existing_folder, open_artifact, print_report, progress, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,13 +19,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="tvm-attn verify",
         description="Compare an artifact's compiled functions with PyTorch in float32 on the artifact's weights.",
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that tvm-attn build wrote")
+    parser.add_argument("artifact", metavar="ARTIFACT", type=existing_folder, help="folder that tvm-attn build wrote")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from tvm_attn.model.reference import require_torch
+
+    open_artifact(args.artifact, args.device)
+    require_torch()
     with progress(quiet=args.json) as show:
         from tvm_attn.compiler.verification import verify_artifact
 

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.gpu import parts as gpu_parts
 from benchmarks.gpu.figures import FIGURES, tables
 from benchmarks.gpu.processes import emit
-from tvm_attn.cli import Parser, print_tables, run
+from tvm_attn.cli import Parser, output_file, print_tables, real, run
 from tvm_attn.errors import BenchmarkError, DeviceError
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sanitize", action="store_true", help="kernels under compute-sanitizer as well, last")
     parser.add_argument("--only", metavar="PART,...", help="parts to run, e.g. kernels,verify; default: all")
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, metavar="S", help="for all parts together; default: %(default)s"
+        "--seconds", type=real, default=SECONDS, metavar="S", help="for all parts together; default: %(default)s"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu-DEVICE.json")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="default: benchmarks/results/gpu-DEVICE.json")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what a process of this command does
     return parser
 
@@ -82,7 +82,9 @@ def _main(args: argparse.Namespace) -> int:
     left = args.seconds - (time.monotonic() - begin)
     ran |= gpu_parts.run_parts(planned[1:], command, left, _say)
     result = summary(ran, args.quick, time.monotonic() - begin)
-    path = args.json or ROOT / "benchmarks" / "results" / f"gpu-{_device_name(result)}.json"
+    results = ROOT / "benchmarks" / "results"  # a bundle has none
+    path = args.json or results / f"gpu-{_device_name(result)}.json"
+    path.parent.mkdir(exist_ok=True)
     gpu_parts.write_json(result, path)
     print_tables(tables(result))
     print(f"{'FAILED' if result['failed'] else 'passed'} in {result['seconds']:.0f} s; written to {path}")

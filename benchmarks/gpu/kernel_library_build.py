@@ -5,7 +5,6 @@ python -m benchmarks.gpu.kernel_library_build cuda-sm90 dist/kernels
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -19,7 +18,7 @@ import tvm
 
 from benchmarks.gpu.kernel_library import ARRAYS, INDEX, StoredCase
 from tvm_attn import kernels, targets
-from tvm_attn.cli import progress, run
+from tvm_attn.cli import Parser, progress, run
 from tvm_attn.compiler import cuda_module
 from tvm_attn.compiler.cuda import compile_fatbin
 from tvm_attn.compiler.pipeline import tvm_target
@@ -197,7 +196,14 @@ def _write(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's arguments) and return its exit status."""
-    parser = argparse.ArgumentParser(description="Compile every kernel's test cases for a CUDA target.")
+    return run(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> int:
+    parser = Parser(
+        prog="python -m benchmarks.gpu.kernel_library_build",
+        description="Compile every kernel's test cases for a CUDA target.",
+    )
     parser.add_argument("target", help="e.g. cuda or cuda-sm90")
     parser.add_argument("folder", type=Path, help="is made")
     args = parser.parse_args(argv)
@@ -207,4 +213,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """What is measured, and how figures are derived, printed and written."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tvm_attn.bench import main
-from tvm_attn.benchmark import plot, probe, report, session
+from tvm_attn.benchmark import machine, plot, probe, report, session
 from tvm_attn.benchmark.cases import Options, make_cases
 from tvm_attn.benchmark.counts import Work
 from tvm_attn.benchmark.kernels import KernelTime
@@ -49,7 +50,9 @@ def benchmark() -> Benchmark:
     artifact = {"folder": "demo", "weight_format": "float32"}
     machine = {"processor": "Some processor", "cores": 2, "threads": 2}
     measurements, by_case = [prefill, decode], [(decode.case, kernels)]
-    return Benchmark(machine, {"tvm": "1"}, artifact, LIMITS, "float32", systems, ["x: y"], measurements, by_case)
+    return Benchmark(
+        machine, {"tvm": "1"}, artifact, LIMITS, False, "float32", systems, ["x: y"], measurements, by_case
+    )
 
 
 def test_figures_are_of_the_median() -> None:
@@ -65,6 +68,34 @@ def test_figures_are_of_the_median() -> None:
 def test_figures_of_bfloat16_have_its_limit() -> None:
     figures = report.case_figures(benchmark().measurements[0], OURS, replace(benchmark(), arithmetic="bfloat16"))
     assert figures["fraction_of_limit"] == pytest.approx((30 / 400 + 20 / 400) / 0.5)
+
+
+def test_what_lies_in_a_cache_has_no_share_of_the_memory() -> None:
+    cached = replace(benchmark(), from_cache=True)
+    prefill, decode = (report.case_figures(entry, OURS, cached) for entry in cached.measurements)
+    assert prefill["fraction_of_limit"] == 0.5  # bound by arithmetic
+    assert decode["bound_by"] == "compute"
+    moved = replace(cached.measurements[1].work, bytes=40 * 10**9)
+    cached.measurements[1].work = moved
+    figures = report.case_figures(cached.measurements[1], OURS, cached)
+    assert (figures["bound_by"], figures["fraction_of_limit"]) == ("cache", None)
+    console = Console(width=200)
+    with console.capture() as capture:
+        for table in report.tables(cached):
+            console.print(table)
+    assert "from cache" in capture.get()
+
+
+def test_caches_are_counted_once(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    for core in cores:
+        for index, (level, size, shared) in enumerate([("1", "48K", str(core)), ("3", "16M", "all of them")]):
+            folder = tmp_path / f"cpu{core}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+                (folder / name).write_text(f"{text}\n")
+    assert machine.cache_bytes(tmp_path) == 16 << 20
+    assert machine.cache_bytes(tmp_path / "nowhere") is None
 
 
 def test_tables_show_figures_ratios_and_gaps() -> None:
@@ -126,7 +157,19 @@ def test_json_holds_every_call(demo_artifact: Path, tmp_path: Path) -> None:
     assert main([str(demo_artifact), *arguments, "--json", str(path)]) == 0
     written: dict[str, Any] = json.loads(path.read_text())
     assert set(written) == {
-        *("format", "date", "machine", "versions", "artifact", "limits", "systems", "skipped", "cases", "kernels")
+        *(
+            "format",
+            "date",
+            "machine",
+            "versions",
+            "artifact",
+            "from_cache",
+            "limits",
+            "systems",
+            "skipped",
+            "cases",
+            "kernels",
+        )
     }
     assert written["skipped"] == []
     assert {"processor", "cores", "threads", "memory_gib", "load_average"} <= set(written["machine"])

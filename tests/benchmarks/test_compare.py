@@ -37,7 +37,7 @@ def test_tables_show_ratios_and_gaps() -> None:
         PeerSystem("torch", "PyTorch", "2", "float32", Agreement(1e-13, True, 1e-5)),
     ]
     artifact = {"folder": "demo", "weight_format": "float32"}
-    found = Benchmark({}, {}, artifact, None, "float32", systems, [], [prefill, decode], [])
+    found = Benchmark({}, {}, artifact, None, False, "float32", systems, [], [prefill, decode], [])
     console = Console(width=200)
     with console.capture() as capture:
         for table in peer_tables(found):

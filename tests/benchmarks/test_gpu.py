@@ -415,6 +415,7 @@ def test_the_command_prints_and_writes_what_its_parts_found(
 
     monkeypatch.setattr(gpu, "_command", command)
     path = tmp_path / "results" / "gpu.json"
+    path.parent.mkdir()
     arguments = ["--artifacts", str(tmp_path), "--kernels", str(kernel_folder), "--json", str(path)]
     assert gpu.main(arguments) == 0
     printed = capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import tvm_attn
 from tvm_attn import tune as command
 from tvm_attn.errors import TuningError
+from tvm_attn.model.weights import open_config
 from tvm_attn.schedule import Record
 from tvm_attn.tuning import tuner
 from tvm_attn.tuning.tuner import Found, Progress, Tuned
@@ -40,9 +41,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTune:
 def test_arguments_and_table(fake: FakeTune, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--target", "cpu", "--model", "demo", "--trials", "7", "--kernels", "linear, head", "--out", "there"]
     assert command.main(options) == 0
-    assert fake.arguments == ["demo", "cpu", "float32", "none", 7, ["linear", "head"], "there", None]
+    assert fake.arguments == [open_config("demo"), "cpu", "float32", "none", 7, ("linear", "head"), "there", None]
     said = capsys.readouterr()
-    assert said.err == ""
+    assert said.err == "linear 8x8\n"
     for text in ("linear 8x8", "k_unroll=2", "12.5", "1.25", "24", "wrote out/cpu.matmul.jsonl"):
         assert text in said.out
     assert "interrupted" not in said.out

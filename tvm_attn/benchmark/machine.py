@@ -14,16 +14,36 @@ from tvm_attn.runtime.machine import platform_name, usable_cores
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """Processor, cores, memory, operating system, threads used, and the load before anything was measured."""
+    """Processor, cores, cache, memory, operating system, threads used, and the load before anything was measured."""
     return {
         "processor": _processor(),
         "cores": usable_cores(),
         "threads": threads,
+        "cache_bytes": cache_bytes(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "platform": platform_name(),
         "kernel": platform.release(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int | None:
+    """Bytes of the last-level caches of the cores that this process may use, as Linux tells; None where it does not."""
+    caches: dict[str, int] = {}
+    try:
+        for core in os.sched_getaffinity(0):
+            levels = {(path / "level").read_text(): path for path in (root / f"cpu{core}" / "cache").glob("index*")}
+            last = levels[max(levels)]
+            # Cores that share a cache list the same cores.
+            caches[(last / "shared_cpu_list").read_text()] = _bytes((last / "size").read_text().strip())
+    except (OSError, ValueError):  # also where there is no level
+        return None
+    return sum(caches.values())
+
+
+def _bytes(size: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return int(size[:-1]) * units[size[-1]] if size[-1:] in units else int(size)
 
 
 def _processor() -> str:

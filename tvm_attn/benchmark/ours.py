@@ -121,9 +121,7 @@ def _manifest_kernels(artifact: Artifact, file: str) -> dict[str, dict[str, Any]
         if entry["file"] == file and "kernels" in entry:
             kernels: dict[str, dict[str, Any]] = entry["kernels"]
             return kernels
-    raise ArtifactError(
-        f"artifact {artifact.folder} does not describe its kernels; build it again with python -m tvm_attn.build"
-    )
+    raise ArtifactError(f"artifact {artifact.folder} does not describe its kernels; build it again with tvm-attn build")
 
 
 def _weight_format(kernels: Mapping[str, Mapping[str, Any]], precision: str) -> str:

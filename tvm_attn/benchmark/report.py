@@ -1,4 +1,4 @@
-"""A benchmark as tables for people and as JSON for programs."""
+"""A benchmark as printed tables and as JSON."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from tvm_attn.benchmark.counts import Work
 from tvm_attn.benchmark.device import DeviceLimits
 from tvm_attn.benchmark.kernels import KernelTime
 from tvm_attn.benchmark.limits import Limits
@@ -21,9 +22,7 @@ from tvm_attn.benchmark.system import Case
 from tvm_attn.cli import new_table
 from tvm_attn.errors import BenchmarkError
 
-AnyLimits = Limits | DeviceLimits | None
-
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON's layout."""
 
 
@@ -38,7 +37,7 @@ def tables(benchmark: Benchmark) -> Iterator[Table]:
         if measurements:
             yield _case_table(benchmark, phase, measurements)
     for case, times in benchmark.kernels:
-        yield _kernel_table(case, times, benchmark.limits, benchmark.arithmetic)
+        yield _kernel_table(case, times, benchmark)
 
 
 def _limits_table(machine: dict[str, Any], limits: Limits) -> Table:
@@ -73,8 +72,7 @@ def _case_table(benchmark: Benchmark, phase: str, measurements: list[Measurement
             f"{figures['tokens_per_second']:.1f}",
             f"{figures['gflops']:.1f}",
             f"{figures['gbytes_per_second']:.1f}",
-            "-" if figures["fraction_of_limit"] is None else f"{figures['fraction_of_limit']:.0%}",
-            figures["bound_by"] or "-",
+            *_share_cells(figures),
         )
     table.caption = "rates are of the median; of limit: the least time that the binding limit allows / median time"
     table.caption_justify = "left"
@@ -91,7 +89,7 @@ def case_cells(case: Case) -> tuple[str, ...]:
     return (str(case.tokens),) if case.phase == "prefill" else (str(case.tokens), str(case.batch))
 
 
-def _kernel_table(case: Case, times: list[KernelTime], limits: AnyLimits, arithmetic: str) -> Table:
+def _kernel_table(case: Case, times: list[KernelTime], benchmark: Benchmark) -> Table:
     table = new_table(
         f"Kernels of {case}",
         ("kernel", "sizes"),
@@ -99,7 +97,7 @@ def _kernel_table(case: Case, times: list[KernelTime], limits: AnyLimits, arithm
     )
     total = sum(entry.seconds for entry in times)
     for entry in times:
-        figures = kernel_figures(entry, total, limits, arithmetic)
+        figures = kernel_figures(entry, total, benchmark)
         table.add_row(
             entry.name,
             entry.sizes,
@@ -108,11 +106,10 @@ def _kernel_table(case: Case, times: list[KernelTime], limits: AnyLimits, arithm
             f"{figures['share']:.1%}",
             "-" if not figures["gflops"] else f"{figures['gflops']:.1f}",
             "-" if figures["gbytes_per_second"] is None else f"{figures['gbytes_per_second']:.1f}",
-            "-" if figures["bound_by"] is None else f"{figures['fraction_of_limit']:.0%}",
-            figures["bound_by"] or "-",
+            *_share_cells(figures),
         )
     table.add_row("all kernels", "", "", _milliseconds(total), "", "", "", "", "")
-    table.caption = "layers are timed in parts; rows that pad a group are counted; above 100 % the data was in a cache"
+    table.caption = "layers are timed in parts; padding rows are counted; above 100 %, what was read lay in a cache"
     table.caption_justify = "left"
     return table
 
@@ -122,32 +119,49 @@ def _milliseconds(seconds: float) -> str:
 
 
 def case_figures(entry: Measurement, label: str, benchmark: Benchmark) -> dict[str, Any]:
-    """Derived figures of a system's case; rates are of the median, the fraction is of the limit that binds, or None."""
+    """Derived figures of a system's case; rates are of the median, the fraction is of the limit that binds, or None.
+
+    What binds is "compute", "memory", or "cache", whose speed is not measured: there is no fraction of that.
+    """
     median = entry.median(label)
-    bound, bound_by = benchmark.limits.bound(entry.work, benchmark.arithmetic) if benchmark.limits else (None, None)
     return {
         "median_seconds": median,
         "best_seconds": entry.best(label),
         "tokens_per_second": entry.case.tokens_per_call / median,
         "gflops": entry.work.flops / median / 1e9,
         "gbytes_per_second": entry.work.bytes / median / 1e9,
-        "bound_by": bound_by,
-        "fraction_of_limit": None if bound is None else bound / median,
+        **_share(entry.work, median, benchmark),
     }
 
 
-def kernel_figures(entry: KernelTime, total: float, limits: AnyLimits, arithmetic: str) -> dict[str, Any]:
+def kernel_figures(entry: KernelTime, total: float, benchmark: Benchmark) -> dict[str, Any]:
     """Derived figures of a kernel, None where work or limits are not known; `total` is the time of all kernels."""
     figures: dict[str, Any] = {"share": entry.seconds / total}
     if entry.work is None:
         return figures | dict.fromkeys(("gflops", "gbytes_per_second", "bound_by", "fraction_of_limit"))
-    bound, bound_by = limits.bound(entry.work, arithmetic) if limits else (None, None)
     return figures | {
         "gflops": entry.work.flops / entry.seconds / 1e9,
         "gbytes_per_second": entry.work.bytes / entry.seconds / 1e9,
-        "bound_by": bound_by,
-        "fraction_of_limit": None if bound is None else bound / entry.seconds,
+        **_share(entry.work, entry.seconds, benchmark),
     }
+
+
+def _share(work: Work, seconds: float, benchmark: Benchmark) -> dict[str, Any]:
+    if benchmark.limits is None:
+        return {"bound_by": None, "fraction_of_limit": None}
+    bound, bound_by = benchmark.limits.bound(work, benchmark.arithmetic)
+    if bound_by == "memory" and benchmark.from_cache:
+        return {"bound_by": "cache", "fraction_of_limit": None}
+    return {"bound_by": bound_by, "fraction_of_limit": bound / seconds}
+
+
+def _share_cells(figures: dict[str, Any]) -> tuple[str, str]:
+    """The cells "of limit" and "binding"."""
+    if figures["bound_by"] == "cache":
+        return "from cache", "-"
+    if figures["bound_by"] is None:
+        return "-", "-"
+    return f"{figures['fraction_of_limit']:.0%}", figures["bound_by"]
 
 
 def to_dict(benchmark: Benchmark) -> dict[str, Any]:
@@ -158,13 +172,13 @@ def to_dict(benchmark: Benchmark) -> dict[str, Any]:
         "machine": benchmark.machine,
         "versions": benchmark.versions,
         "artifact": benchmark.artifact,
+        "from_cache": benchmark.from_cache,
         "limits": benchmark.limits and asdict(benchmark.limits),
         "systems": [asdict(system) for system in benchmark.systems],
         "skipped": benchmark.skipped,
         "cases": [_case_dict(entry, benchmark) for entry in benchmark.measurements],
         "kernels": [
-            {"case": case.to_dict(), "kernels": _kernel_dicts(times, benchmark.limits, benchmark.arithmetic)}
-            for case, times in benchmark.kernels
+            {"case": case.to_dict(), "kernels": _kernel_dicts(times, benchmark)} for case, times in benchmark.kernels
         ],
     }
 
@@ -177,9 +191,9 @@ def _case_dict(entry: Measurement, benchmark: Benchmark) -> dict[str, Any]:
     return entry.case.to_dict() | {"flops": entry.work.flops, "bytes": entry.work.bytes, "systems": systems}
 
 
-def _kernel_dicts(times: list[KernelTime], limits: AnyLimits, arithmetic: str) -> list[dict[str, Any]]:
+def _kernel_dicts(times: list[KernelTime], benchmark: Benchmark) -> list[dict[str, Any]]:
     total = sum(entry.seconds for entry in times)
-    return [asdict(entry) | kernel_figures(entry, total, limits, arithmetic) for entry in times]
+    return [asdict(entry) | kernel_figures(entry, total, benchmark) for entry in times]
 
 
 def write_json(benchmark: Benchmark, path: Path) -> None:
@@ -198,7 +212,6 @@ def write_file(path: Path, content: bytes) -> None:
         BenchmarkError: it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             try:
                 file.write(content)

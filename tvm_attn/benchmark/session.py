@@ -70,6 +70,7 @@ class Benchmark:
     Attributes:
         machine, versions, artifact: what ran where.
         limits: the processor's limits, or a CUDA device's; None for other devices, whose limits are not measured.
+        from_cache: whether the weights fit in the processor's caches, so that the speed of memory is no limit.
         arithmetic: what our matrix products are computed in, see `Storage.arithmetic`.
         systems: ours first.
         skipped: why other systems were left out, a line each.
@@ -81,6 +82,7 @@ class Benchmark:
     versions: dict[str, str]
     artifact: dict[str, Any]
     limits: Limits | DeviceLimits | None
+    from_cache: bool
     arithmetic: str
     systems: list[SystemInfo]
     skipped: list[str]
@@ -170,6 +172,7 @@ def run(options: Options, progress: Callable[[str, float], None], start_peers: S
         versions=describe_versions(),
         artifact=described,
         limits=limits,
+        from_cache=options.device == "cpu" and _fits(ours, machine["cache_bytes"]),
         arithmetic=ours.storage.arithmetic,
         systems=systems,
         skipped=skipped,
@@ -220,6 +223,11 @@ def _case_work(config: GPT2Config, case: Case, storage: Storage) -> Work:
     if case.phase == "prefill":
         return prefill_work(config, case.tokens, storage)
     return decode_work(config, case.tokens, case.batch, storage)
+
+
+def _fits(ours: CompiledSystem, cache_bytes: int | None) -> bool:
+    """Whether all that a token reads, mostly weights, fits in the processor's caches."""
+    return cache_bytes is not None and decode_work(ours.config, 1, 1, ours.storage).bytes <= cache_bytes
 
 
 def _kernel_cases(cases: list[Case]) -> list[Case]:

@@ -1,45 +1,34 @@
-"""From a checkpoint to an artifact: the road of DESIGN.md in one function."""
+"""From a checkpoint to an artifact: all of it in one function."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tvm
 import tvm_ffi
 from tvm import relax
 
 import tvm_attn
 from tvm_attn import targets
-from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.accuracy import measure_accuracy
 from tvm_attn.compiler.artifact import packed_first, write_manifest, write_params
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.compiler.replacement import artifact_folder
 from tvm_attn.compiler.verification import VERIFY_BATCH, Report, verify
-from tvm_attn.config import PRESETS, GPT2Config
-from tvm_attn.errors import GenerationError, TargetError, one_line
+from tvm_attn.config import GPT2Config
+from tvm_attn.errors import TargetError
 from tvm_attn.inventory import obstacle as gpu_obstacle
 from tvm_attn.kernels.base import shape_of
-from tvm_attn.model.checkpoint import (
-    RANDOM_SOURCE,
-    Checkpoint,
-    CheckpointUnavailable,
-    open_checkpoint,
-    random_params,
-)
-from tvm_attn.model.generation import GENERATION_CONFIG
 from tvm_attn.model.gpt2 import build_program
 from tvm_attn.model.module import Layout, Program, padded_vocabulary
 from tvm_attn.model.params import stored_params
+from tvm_attn.model.weights import Weights, open_weights
 from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
-from tvm_attn.runtime.decoding import GenerationOptions
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.storage import QUANTIZATIONS, stored_types
@@ -66,43 +55,28 @@ class Built:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """A configuration with its parameters: a checkpoint's, or random ones."""
-
-    config: GPT2Config
-    source: str
-    checkpoint: Checkpoint | None
-    generation: dict[str, Any] = field(default_factory=dict)
-    """Options that the checkpoint's generation_config.json asks for."""
-
-    def params(self) -> Iterator[tuple[str, np.ndarray]]:
-        return random_params(self.config) if self.checkpoint is None else self.checkpoint.params()
-
-    def tokenizer_json(self) -> str | None:
-        return None if self.checkpoint is None else self.checkpoint.tokenizer.text
-
-
 def build(
-    model: str | Path = "gpt2",
+    model: str | Path | Weights = "gpt2",
     target: str = "cpu",
     dtype: str = "float32",
     quant: str = "none",
     out: str | Path | None = None,
     verify: bool = True,
+    random_weights: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Built:
     """Compiles a GPT-2 checkpoint and writes an artifact.
 
     Args:
         model: a published size ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), a folder with a checkpoint, a Hugging
-            Face hub id, or "demo", the small model that comes with tvm_attn.
+            Face hub id, "demo", the small model that comes with tvm_attn, or what `open_weights` gave.
         target: "cpu" for this machine, or names of targets, separated by commas.
         dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are float32 always.
         quant: "none", "int8" or "int4": matrices with a scale for every 32 weights, multiplied as integers.
         out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced when all has gone well;
             anything else that is there is an error.
         verify: compare the compiled functions with PyTorch; where it is not installed, a note says so.
+        random_weights: take random weights of the model's size in place of its own; see `open_weights`.
         progress: told what happens next.
 
     Raises:
@@ -113,12 +87,11 @@ def build(
     """
     resolved = [targets.resolve(name.strip()) for name in target.split(",")]
     _check_choices(resolved, dtype, quant)
-    notes: list[str] = []
     progress("reading the checkpoint")
-    weights = _open_weights(model, notes, progress)
+    weights = model if isinstance(model, Weights) else open_weights(model, random_weights, progress)
+    notes = [*weights.notes]
     stored_types(weights.config, dtype, quant)  # refuses what cannot be quantized, before minutes of work
-    # abspath: "." and ".." have names too.
-    folder = Path(out) if out is not None else Path("dist") / Path(os.path.abspath(model)).name
+    folder = Path(out) if out is not None else Path("dist") / weights.name
     reports: dict[str, Report | None] = {}
     with artifact_folder(folder) as temporary:
         progress("writing the parameters")
@@ -151,28 +124,7 @@ def _check_choices(resolved: list[Target], dtype: str, quant: str) -> None:
         raise TargetError(f"quantization {quant!r} is not available; available: {', '.join(QUANTIZATIONS)}")
 
 
-def _open_weights(model: str | Path, notes: list[str], progress: Callable[[str], None]) -> _Weights:
-    if str(model) == "demo" and not Path(model).is_dir():
-        model = resource_dir("models/demo")
-    try:
-        checkpoint = open_checkpoint(model, on_download=progress)
-    except CheckpointUnavailable as error:
-        config = PRESETS.get(str(model))
-        if config is None:
-            raise
-        notes.append(f"random weights: {' '.join(str(error).split())} (--model FOLDER)")
-        return _Weights(config, RANDOM_SOURCE, None)
-    notes += [*checkpoint.notes, *checkpoint.tokenizer.notes]
-    generation = dict(checkpoint.generation)
-    try:
-        GenerationOptions(**generation)
-    except GenerationError as error:
-        notes.append(f"the sampling settings of {GENERATION_CONFIG} are left out: {one_line(error)}")
-        generation = {}
-    return _Weights(checkpoint.config, checkpoint.source, checkpoint, generation)
-
-
-def _manifest(weights: _Weights, dtype: str, quant: str) -> dict[str, Any]:
+def _manifest(weights: Weights, dtype: str, quant: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": weights.config.to_dict(),
@@ -243,13 +195,13 @@ def _add_identity(program: Program, text: str) -> None:
 def _verify_libraries(
     folder: Path,
     resolved: list[Target],
-    weights: _Weights,
+    weights: Weights,
     body: dict[str, Any],
     notes: list[str],
     progress: Callable[[str], None],
 ) -> dict[str, Report | None]:
     if find_spec("torch") is None:
-        notes.append("not checked: PyTorch is not installed; pip install 'tvm-attn[verify]', then tvm_attn.verify")
+        notes.append("not checked: PyTorch is not installed; pip install torch, then tvm-attn verify")
         return {}
     set_threads(None)
     reports: dict[str, Report | None] = {}
@@ -259,7 +211,7 @@ def _verify_libraries(
         )
         if obstacle:
             reports[target.name] = None
-            notes.append(f"{library.file} was compiled but not checked: {obstacle}; run tvm_attn.verify where it runs")
+            notes.append(f"{library.file} was compiled but not checked: {obstacle}; run tvm-attn verify where it runs")
             continue
         artifact = Artifact(folder)
         device = tvm.runtime.device(library.device, 0)

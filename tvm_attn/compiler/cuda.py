@@ -1,7 +1,7 @@
 """CUDA C to a fatbin: machine code for several architectures and PTX for those to come, without a GPU or a driver.
 
 Two ways, the first that is there: nvcc of an installed CUDA toolkit (`CUDA_HOME`, `CUDA_PATH`, `PATH`), or NVRTC from
-PyPI (`pip install 'tvm-attn[cuda]'`). Arithmetic is as CUDA C says: division and square roots are rounded correctly
+PyPI (the extra `cuda`). Arithmetic is as CUDA C says: division and square roots are rounded correctly
 and denormals kept, since `--use_fast_math` is not given; kernels that can do with less ask for it themselves.
 """
 
@@ -189,12 +189,12 @@ def find_compiler(architectures: Sequence[str] = ()) -> CudaCompiler:
         if packaged is None:
             raise CompileError(
                 f"{path} does not know {', '.join(missing)}: install a newer CUDA toolkit, "
-                "or pip install 'tvm-attn[cuda]' for NVRTC, or name a target that it knows, e.g. --target cuda-sm80"
+                "or NVRTC (in the checkout: pip install -e '.[cuda]'), or name a target that it knows, as cuda-sm80"
             )
     if packaged is None:
         raise CompileError(
-            "no CUDA compiler: pip install 'tvm-attn[cuda]' for NVRTC, or install NVIDIA's CUDA toolkit and put nvcc "
-            "on PATH or set CUDA_HOME; neither needs a GPU"
+            "no CUDA compiler: install NVRTC (in the checkout: pip install -e '.[cuda]'), or NVIDIA's CUDA toolkit "
+            "with nvcc on PATH or in CUDA_HOME; neither needs a GPU"
         )
     return packaged
 

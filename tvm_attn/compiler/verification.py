@@ -161,7 +161,7 @@ def verify(
 
     checks = []
     for function, case, pairs in _comparisons(engine, ids, expected):
-        progress(f"{function}, {case}")
+        progress(f"checking {function}, {case}")
         result = _Accumulator()
         for actual, wanted in pairs():
             result.add(actual, wanted)

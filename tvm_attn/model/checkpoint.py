@@ -37,6 +37,7 @@ __all__ = [
     "cast_params",
     "open_checkpoint",
     "random_params",
+    "read_config",
 ]
 
 RANDOM_SOURCE = "random weights, seed 0"
@@ -144,22 +145,30 @@ def open_checkpoint(model: str | Path, on_download: Callable[[str], None] | None
     where its files are missing, unreadable or do not fit, and ConfigError where its `config.json` is unsupported.
     """
     folder, source = _locate(model, on_download)
-    path = folder / "config.json"
-    if not exists(path, CheckpointError):
-        raise CheckpointError(
-            f"{shorten_path(folder)} has no config.json; a checkpoint needs it beside its safetensors files"
-        )
+    config = read_config(folder)
     files, index = _weight_files(folder)
-    try:
-        config = GPT2Config.from_dict(read_json(path, CONFIG_BYTES, CheckpointError))
-    except ConfigError as error:
-        raise ConfigError(f"{shorten_path(path)}: {error}") from None
     config, generation, notes = read_generation_config(folder, config)
     stored = [tensor for file in files for tensor in _read_header(file)]
     if index is not None:
         _check_index(folder, index, stored)
     tensors, left_out = _match(config, source, stored)
     return Checkpoint(config, source, folder, generation, (*notes, *left_out), tensors)
+
+
+def read_config(folder: Path) -> GPT2Config:
+    """The configuration in a checkpoint's `config.json`.
+
+    Raises CheckpointError where it is missing or unreadable, ConfigError where it is unsupported.
+    """
+    path = folder / "config.json"
+    if not exists(path, CheckpointError):
+        raise CheckpointError(
+            f"{shorten_path(folder)} has no config.json; a checkpoint needs it beside its safetensors files"
+        )
+    try:
+        return GPT2Config.from_dict(read_json(path, CONFIG_BYTES, CheckpointError))
+    except ConfigError as error:
+        raise ConfigError(f"{shorten_path(path)}: {error}") from None
 
 
 def random_params(config: GPT2Config, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
@@ -251,9 +260,7 @@ def _locate(model: str | Path, on_download: Callable[[str], None] | None) -> tup
         return folder, str(model)
     repo_id = hub_id(model) if isinstance(model, str) else None
     if repo_id is None:
-        raise CheckpointError(
-            f"{shorten_path(model)} is neither a folder here nor a model's id on the Hugging Face hub"
-        )
+        raise CheckpointError(f"no such folder: {shorten_path(model)}; nor is it a model's id on the Hugging Face hub")
     snapshot = hub_snapshot(repo_id, _is_usable, on_download)
     return snapshot, f"{repo_id}@{snapshot.name}"
 

@@ -57,7 +57,9 @@ def hub_snapshot(
         import huggingface_hub as hub
         from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError:
-        raise _unavailable(repo_id, "huggingface_hub is not installed: pip install 'tvm-attn[hub]'") from None
+        raise _unavailable(
+            repo_id, "huggingface_hub is not installed: pip install huggingface_hub (the extra hub)"
+        ) from None
     with _silent_hub():
         cached, complete = None, False
         try:
@@ -88,7 +90,7 @@ def hub_snapshot(
 
 
 def _unavailable(repo_id: str, reason: str) -> CheckpointUnavailable:
-    return CheckpointUnavailable(f"{repo_id} is not on this machine, and {reason}; or pass a folder that holds it")
+    return CheckpointUnavailable(f"{repo_id} is not on this machine, and {reason}; or name a folder that holds it")
 
 
 def _has_tokenizer(folder: Path) -> bool:

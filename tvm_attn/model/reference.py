@@ -9,6 +9,7 @@ It recomputes the whole sequence each time and stores all T x T scores: it has n
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
@@ -177,11 +178,16 @@ class RoundedReference(Reference):
         return rounded
 
 
-def _import_torch() -> Any:
-    try:
-        import torch
-    except ImportError:
+def require_torch() -> None:
+    """Raises VerificationError where PyTorch is not installed; imports nothing."""
+    if find_spec("torch") is None:
         raise VerificationError(
-            "checking against PyTorch needs PyTorch, which is not installed: pip install 'tvm-attn[verify]'"
-        ) from None
+            "checking against PyTorch needs PyTorch, which is not installed: pip install torch (the extra verify)"
+        )
+
+
+def _import_torch() -> Any:
+    require_torch()
+    import torch
+
     return torch

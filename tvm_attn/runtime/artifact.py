@@ -159,18 +159,16 @@ class Artifact:
     def error(self, what: str) -> ArtifactError:
         """An error that names the artifact and says what to do; `what` is cut to one line of bounded length."""
         what = " ".join(what[:_MESSAGE].split())
-        return ArtifactError(
-            f"artifact {shorten_path(self.folder)}: {what}; build it again with python -m tvm_attn.build"
-        )
+        return ArtifactError(f"artifact {shorten_path(self.folder)}: {what}; build it again with tvm-attn build")
 
     def _open_folder(self) -> int:
         place = shorten_path(self.folder)
         try:
             return os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            raise ArtifactError(f"there is no folder {place}; python -m tvm_attn.build makes artifacts") from None
+            raise ArtifactError(f"no such folder: {place}; tvm-attn build writes artifacts") from None
         except NotADirectoryError:
-            raise ArtifactError(f"{place} is not a folder; give the one that holds {MANIFEST}") from None
+            raise ArtifactError(f"{place} is a file; name the folder that tvm-attn build wrote") from None
         except (OSError, ValueError) as error:
             raise ArtifactError(f"the folder {place} cannot be opened: {_reason(error)}") from None
 
@@ -186,8 +184,10 @@ class Artifact:
     def _no_artifact(self) -> ArtifactError:
         place = shorten_path(self.folder)
         if (self.folder / "config.json").is_file():
-            return ArtifactError(f"{place} is a checkpoint; build it first: python -m tvm_attn.build --model {place}")
-        return self.error(f"{MANIFEST} is missing, so this is no artifact")
+            return ArtifactError(
+                f"{place} is a checkpoint: build it first: tvm-attn build --model {place} --target cpu"
+            )
+        return ArtifactError(f"{place} is no artifact, {MANIFEST} is missing; name a folder that tvm-attn build wrote")
 
     def _parsed(self, name: str, content: bytes) -> Any:
         try:
@@ -252,7 +252,10 @@ class Artifact:
         of_device = [library for library in self.libraries if library.device == device]
         if not of_device:
             available = ", ".join(library.target for library in self.libraries)
-            raise self.error(f"it holds no library for {device!r} (it has: {available})")
+            raise ArtifactError(
+                f"artifact {shorten_path(self.folder)} holds no library for {device!r}, only for {available}; "
+                f"to add one, build it again with --target {available.replace(', ', ',')},{device}"
+            )
         usable = [library for library in of_device if library.obstacle(capability) is None]
         if not usable:
             reasons = (f"{library.file} cannot run here: {library.obstacle(capability)}" for library in of_device)

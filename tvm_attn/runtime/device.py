@@ -67,7 +67,7 @@ def choose_device(artifact: Artifact, name: str) -> tuple[Library, str, int]:
     kind, index = chosen
     library = artifact.library(kind)  # what the artifact lacks comes before what the machine lacks
     if reason := obstacle(kind, index):
-        raise DeviceError(f"device {kind}:{index}: {reason}; python -m tvm_attn.devices lists what this machine has")
+        raise DeviceError(f"device {kind}:{index}: {reason}; tvm-attn devices lists what this machine has")
     if kind == "cuda":
         library = artifact.library(kind, cuda.capability(index))
     return library, kind, index

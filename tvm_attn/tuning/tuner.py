@@ -13,13 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tvm_attn import targets
-from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.build import layout_for
-from tvm_attn.config import PRESETS, GPT2Config
+from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError, TuningError
 from tvm_attn.kernels import PortableKernel
-from tvm_attn.model.checkpoint import open_checkpoint
 from tvm_attn.model.gpt2 import build_program
+from tvm_attn.model.weights import open_config
 from tvm_attn.runtime.machine import usable_cores
 from tvm_attn.schedule import Record
 from tvm_attn.targets import Target
@@ -92,7 +91,7 @@ class Tuned:
 
 
 def tune(
-    model: str | Path = "gpt2",
+    model: str | Path | GPT2Config = "gpt2",
     target: str = "cpu",
     dtype: str = "float32",
     quant: str = "none",
@@ -107,7 +106,7 @@ def tune(
     A build for the target uses the records that lie in this checkout's `schedules/`.
 
     Args:
-        model: as in `tvm_attn.build`; only its sizes matter.
+        model: as in `tvm_attn.build`, or a configuration; only its sizes matter.
         target: "cpu" for this machine, or the name of a target that fits it.
         dtype: storage of weights and KV cache.
         quant: quantization of the weights.
@@ -129,7 +128,7 @@ def tune(
     """
     for package in ("cloudpickle", "psutil"):
         if find_spec(package) is None:
-            raise TuningError(f"a search needs {package}: pip install 'tvm-attn[tune]'")
+            raise TuningError(f"a search needs {package}: pip install cloudpickle psutil (the extra tune)")
     if trials < 1:
         raise TuningError(f"the number of trials must be positive, not {trials}")
     resolved = targets.resolve(target)
@@ -137,20 +136,12 @@ def tune(
         raise TargetError(f"{resolved.name} cannot be measured on this machine; run the search on such hardware")
     if dtype not in resolved.dtypes:
         raise TargetError(f"dtype {dtype!r} is not available for {resolved.name}: {', '.join(resolved.dtypes)}")
-    config = _config(model)
+    config = model if isinstance(model, GPT2Config) else open_config(model)
     program = build_program(config, layout_for(config, resolved, dtype, quant), config.n_positions, 1)
     chosen = _chosen([kernel for kernel in program.kernels.values() if isinstance(kernel, PortableKernel)], kernels)
     folder = records_folder(out, resolved.name)
     work = Path(work) if work is not None else Path.home() / ".cache" / "tvm-attn" / "tune" / resolved.name
     return search(chosen, resolved, trials, folder, work, progress)
-
-
-def _config(model: str | Path) -> GPT2Config:
-    if str(model) in PRESETS and not (Path(model) / "config.json").is_file():
-        return PRESETS[str(model)]
-    if str(model) == "demo" and not Path(model).is_dir():
-        model = resource_dir("models/demo")
-    return open_checkpoint(model).config
 
 
 def _chosen(kernels: list[PortableKernel], families: Sequence[str] | None) -> list[PortableKernel]:

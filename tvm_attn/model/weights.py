@@ -1,0 +1,123 @@
+"""What a build compiles: a configuration with parameters and a tokenizer, from a checkpoint or with random weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_attn._resources import resource_dir
+from tvm_attn.config import PRESETS, GPT2Config
+from tvm_attn.errors import CheckpointError, GenerationError, one_line
+from tvm_attn.model.checkpoint import (
+    RANDOM_SOURCE,
+    Checkpoint,
+    CheckpointUnavailable,
+    open_checkpoint,
+    random_params,
+    read_config,
+)
+from tvm_attn.model.generation import GENERATION_CONFIG
+from tvm_attn.runtime.decoding import GenerationOptions
+
+_RANDOM = (
+    "random weights: right for measuring speed, but the text means nothing; the artifact will have no tokenizer: "
+    "prompts are token ids (--prompt-ids 1,2,3)"
+)
+_NO_TOKENIZER = (
+    "the checkpoint has no tokenizer, nor will the artifact: prompts and completions are token ids; for text, put its "
+    "tokenizer.json, or vocab.json and merges.txt, into the folder and build again"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model to build.
+
+    Attributes:
+        name: a short name, that of the artifact's folder.
+        config: its configuration.
+        source: where the parameters come from.
+        checkpoint: what holds them; None for random ones.
+        generation: options that the checkpoint's generation_config.json asks for.
+        notes: what the user should know before a build, a line each.
+    """
+
+    name: str
+    config: GPT2Config
+    source: str
+    checkpoint: Checkpoint | None
+    generation: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def params(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Canonical name and array of every parameter; see `Checkpoint.params` and `random_params`."""
+        return random_params(self.config) if self.checkpoint is None else self.checkpoint.params()
+
+    def tokenizer_json(self) -> str | None:
+        """The text of `tokenizer.json`; None where there is no tokenizer."""
+        return None if self.checkpoint is None else self.checkpoint.tokenizer.text
+
+
+def open_weights(model: str | Path, random: bool = False, on_download: Callable[[str], None] | None = None) -> Weights:
+    """The model that `--model` names.
+
+    Args:
+        model: a published size ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), a checkpoint's folder, a Hugging Face
+            hub id, or "demo", the small model that comes with tvm_attn.
+        random: take random weights of that size, the same ones every time, in place of its own, and no tokenizer. Of a
+            folder only config.json is read; hub ids are not looked up.
+        on_download: told the hub id before anything is fetched.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint is not usable.
+        CheckpointUnavailable: it is not on this machine, and cannot be had from the hub.
+    """
+    name = Path(os.path.abspath(model)).name  # "." and ".." have names too
+    if str(model) == "":
+        raise CheckpointError("the model's name is empty; name a size such as gpt2, a folder, or demo")
+    if str(model) == "demo" and not Path(model).is_dir():
+        model = resource_dir("models/demo")
+    if random:
+        return Weights(name, _config(model), RANDOM_SOURCE, None, notes=(_RANDOM,))
+    try:
+        checkpoint = open_checkpoint(model, on_download=on_download)
+    except CheckpointUnavailable as error:
+        if str(model) not in PRESETS:
+            raise
+        raise CheckpointUnavailable(f"{error}; or measure its speed with --random-weights") from None
+    generation, notes = dict(checkpoint.generation), [*checkpoint.notes, *checkpoint.tokenizer.notes]
+    if checkpoint.tokenizer.text is None:
+        notes.append(_NO_TOKENIZER)
+    try:
+        GenerationOptions(**generation)
+    except GenerationError as error:
+        notes.append(f"the sampling settings of {GENERATION_CONFIG} are left out: {one_line(error)}")
+        generation = {}
+    return Weights(name, checkpoint.config, checkpoint.source, checkpoint, generation, tuple(notes))
+
+
+def open_config(model: str | Path) -> GPT2Config:
+    """The configuration of the model that `--model` names; of a published size no checkpoint is looked for.
+
+    Raises:
+        CheckpointError, ConfigError: there is none, or it is not usable.
+    """
+    if str(model) in PRESETS and not (Path(model) / "config.json").is_file():
+        return PRESETS[str(model)]
+    return open_weights(model).config
+
+
+def _config(model: str | Path) -> GPT2Config:
+    folder = Path(model)
+    if str(model) in PRESETS and not (folder / "config.json").is_file():
+        return PRESETS[str(model)]
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"random weights need a size, and {model} is neither a folder nor one of {', '.join(PRESETS)}"
+        )
+    return read_config(folder)
