@@ -20,29 +20,31 @@ help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: dist/demo/manifest.json ## build the bundled demo model for this CPU, check it, generate text
-	$(BIN)/python -m tvm_attn.generate dist/demo --prompt "Return the" --max-new-tokens 60 \
-		--temperature 0.8 --top-k 40 --seed 0
+	$(BIN)/tvm-attn generate dist/demo --prompt "Return the" --max-new-tokens 60 --temperature 0.8 --top-k 40 --seed 0
 
 test: $(VENV)/.installed-test ## run the tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-lint: $(VENV)/.installed-dev ## check style, format and types
+lint: $(VENV)/.installed-dev ## check style, format and types; print the lines of the package by folder
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	@find tvm_attn -name '*.py' -o -name '*.cc' -o -name '*.h' | xargs wc -l | awk '$$2 != "total" { \
+		depth = split($$2, part, "/"); lines[depth > 2 ? part[1] "/" part[2] "/" : part[1] "/*.py"] += $$1; all += $$1 \
+	} END { for (name in lines) printf "%7d  %s\n", lines[name], name; printf "%7d  all\n", all }' | sort -n
 
-bench: dist/gpt2/manifest.json ## measure GPT-2 124M on this CPU
-	$(BIN)/python -m tvm_attn.bench dist/gpt2
+bench: dist/gpt2-random/manifest.json ## measure GPT-2 124M with random weights on this CPU
+	$(BIN)/tvm-attn bench dist/gpt2-random
 
 clean: ## remove what was built and every cache, but not $(VENV)
 	rm -rf dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis tvm_attn/vulkan/*.so*
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 dist/demo/manifest.json: $(VENV)/.installed-verify $(SOURCES)
-	$(BIN)/python -m tvm_attn.build --model models/demo --target cpu --out dist/demo
+	$(BIN)/tvm-attn build --model models/demo --target cpu --out dist/demo
 
-dist/gpt2/manifest.json: $(VENV)/.installed-verify $(SOURCES)
-	$(BIN)/python -m tvm_attn.build --model gpt2 --target cpu --out dist/gpt2
+dist/gpt2-random/manifest.json: $(VENV)/.installed-verify $(SOURCES)
+	$(BIN)/tvm-attn build --model gpt2 --random-weights --target cpu --out dist/gpt2-random
 
 # $(VENV)/.installed-EXTRA: this checkout, editable, with one extra of pyproject.toml. Compiles the Vulkan runtime where
 # the machine has what it takes.
@@ -67,7 +69,7 @@ system:
 	for cxx in "$$CXX" g++ clang++; do command -v "$$cxx" && break; done >/dev/null || missing="$$missing g++"; \
 	[ -x $(BIN)/pip ] || $(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
-	if [ "$$(id -u)" -ne 0 ]; then echo "missing:$$missing; the way out: apt-get install$$missing" >&2; exit 1; fi; \
+	if [ "$$(id -u)" -ne 0 ]; then echo "missing:$$missing; install with: apt-get install$$missing" >&2; exit 1; fi; \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing
 
 # What the Vulkan runtime is compiled and tested with, a driver only where there is none. Nothing else needs it: where it

@@ -1,8 +1,8 @@
 """Starts a command in this bundle with the Python that runs this file.
 
     python3 run.py                                                      what is here
-    python3 run.py -m tvm_attn.generate artifacts/demo --prompt "Return"
-    python3 run.py -m tvm_attn.verify artifacts/gpt2 --device cuda:0
+    python3 run.py -m tvm_attn generate artifacts/demo --prompt "Return"
+    python3 run.py -m tvm_attn verify artifacts/gpt2 --device cuda:0
     python3 run.py -m pytest tests/gpu
     python3 run.py -m benchmarks.gpu
 

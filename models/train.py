@@ -289,11 +289,7 @@ Losses are of the stored float16 weights, computed in float32 over consecutive w
 `validation.txt` is the beginning of every validation document, joined by `<|endoftext|>`. A passage that several files
 share word for word was kept once, so no validation passage was trained on; near-duplicates may have been.
 
-Unedited: the first continuation of "{prompt}" with seed {seed}, temperature 0.8, top_k 40:
-
-```text
-{sample}
-```
+`make demo` compiles it and prints a continuation of "Return the".
 
 Made by the command below, with the standard library of the Python that runs it: another version gives another model.
 Under `--minutes` the number of steps, hence the weights, also depends on the speed of the machine.
@@ -314,21 +310,6 @@ def hugging_face_weights(best: dict[str, Tensor]) -> dict[str, Tensor]:
         f"transformer.{name}": (weight.T if name.endswith(linear) else weight).half().contiguous()
         for name, weight in best.items()
     }
-
-
-@torch.no_grad()
-def sample(model: GPT2, tokenizer: Tokenizer, prompt: str, count: int, seed: int) -> str:
-    """Prompt and continuation of at most `count` tokens, at temperature 0.8 from the 40 likeliest."""
-    model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([[tokenizer.token_to_id(EOT), *tokenizer.encode(prompt).ids]])
-    for _ in range(count):
-        values, candidates = model(ids)[0, -1].topk(40)
-        choice = candidates[torch.multinomial((values / 0.8).softmax(0), 1, generator=generator)]
-        if choice.item() == tokenizer.token_to_id(EOT):
-            break
-        ids = torch.cat([ids, choice[None]], 1)
-    return tokenizer.decode(ids[0].tolist())
 
 
 def excerpt(document: str, length: int = 5_000) -> str:
@@ -371,9 +352,7 @@ def export(args: argparse.Namespace, config: Config, tokenizer: Tokenizer, state
     }
     record |= {key: getattr(args, key) for key in ("seed", "batch", "lr", "dropout", "weight_decay", "threads")}
     command = f"python models/train.py --minutes {args.minutes:g} --seed {args.seed} --threads {args.threads}"
-    prompt = "Return the"
-    values = record | asdict(config) | {"millions": record["parameters"] / 1e6, "prompt": prompt, "command": command}
-    card = CARD.format(**values, sample=sample(model, tokenizer, prompt, 150, args.seed))
+    card = CARD.format(**record, **asdict(config), millions=record["parameters"] / 1e6, command=command)
 
     gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
     gpt2 |= {"bos_token_id": end, "eos_token_id": end, "tie_word_embeddings": True, "torch_dtype": "float16"}

@@ -1,5 +1,6 @@
 """The distribution: what the wheel holds, and that it works away from the source tree."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import tvm_attn
 from tvm_attn._resources import resource_dir
 from tvm_attn.errors import TvmAttnError
 
@@ -18,11 +20,11 @@ VULKAN_RUNTIME = "tvm_attn/vulkan/libtvm_attn_vulkan.so"
 VULKAN_SOURCES = "tvm_attn/vulkan/src/"
 
 
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command away from the source tree and require exit status 0."""
+def run(*command: str | Path, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command away from the source tree and require its exit status."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == status, f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
@@ -115,6 +117,27 @@ print(tvm.base._RUNTIME_ONLY, "tvm_attn.vulkan" in sys.modules, "tvm_attn.vulkan
     assert modules.split() == [str(runtime_only == "1"), "True", "False"]
 
 
+def test_the_package_needs_nothing_beside_it() -> None:
+    """benchmarks/ and tests/ are in no wheel."""
+    for path in files_under("tvm_attn"):
+        if path.endswith(".py"):
+            for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not {name.partition(".")[0] for name in names} & {"benchmarks", "tests", "models"}, path
+
+
+def test_installed_wheel_has_one_command(installed_python: Path, tmp_path: Path) -> None:
+    script = installed_python.with_name("tvm-attn")
+    page = run(script, "--help", cwd=tmp_path).stdout
+    assert page == run(installed_python, "-m", "tvm_attn", cwd=tmp_path).stdout
+    assert run(script, "--version", cwd=tmp_path).stdout == f"tvm-attn {tvm_attn.__version__}\n"
+    line = run(installed_python, "-c", "import tvm_attn, benchmarks", cwd=tmp_path, status=1).stderr.splitlines()[-1]
+    assert line == "ModuleNotFoundError: No module named 'benchmarks'"
+    compare = run(script, "bench", "dist/x", "--against", "torch", cwd=tmp_path, status=2).stderr
+    assert "from a checkout of the sources: python -m benchmarks.compare dist/x --against torch" in compare
+
+
 @pytest.mark.slow
 def test_installed_wheel_builds_and_generates(installed_python: Path, tmp_path: Path) -> None:
     code = "import tvm_attn, tvm_attn._resources as r; print(tvm_attn.__file__); print(r.resource_dir('models/demo'))"
@@ -124,11 +147,10 @@ def test_installed_wheel_builds_and_generates(installed_python: Path, tmp_path: 
     assert demo.is_relative_to(venv)
 
     artifact = tmp_path / "artifact"
-    options: tuple[str | Path, ...] = ("--model", demo, "--target", "cpu", "--out", artifact)
-    built = run(installed_python, "-m", "tvm_attn.build", *options, cwd=tmp_path)
+    script = installed_python.with_name("tvm-attn")
+    built = run(script, "build", "--model", demo, "--target", "cpu", "--out", artifact, cwd=tmp_path)
     prompt = "Return the"
-    options = (artifact, "--prompt", prompt, "--max-new-tokens", "5")
-    generated = run(installed_python, "-m", "tvm_attn.generate", *options, cwd=tmp_path)
+    generated = run(script, "generate", artifact, "--prompt", prompt, "--max-new-tokens", "5", cwd=tmp_path)
 
     assert generated.stdout.startswith(prompt)
     assert len(generated.stdout.strip()) > len(prompt)

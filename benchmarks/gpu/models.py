@@ -31,7 +31,7 @@ _TOKENS = 24
 
 
 def verify(folder: Path, device: str) -> Iterator[Entry]:
-    """Every comparison of `tvm_attn.verify`."""
+    """Every comparison of `tvm-attn verify`."""
     report = verify_artifact(folder, device)
     for check in report.checks:
         yield {"what": "verify", "artifact": folder.name, **asdict(check)}
