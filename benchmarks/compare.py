@@ -9,6 +9,7 @@ stopped or asleep.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -241,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
 def _compare_with(args: argparse.Namespace) -> int:
     artifact, _ = cases.open_artifact(bench.options(args))
     precision = artifact.dtype if artifact.quantization == "none" else artifact.quantization
+    if shutil.which(args.peer_python) is None:
+        raise BenchmarkError(f"--peer-python {args.peer_python}: there is no such program")
     wanted = {text: parse_peer(text, precision, args.device) for text in args.against}
 
     @contextmanager

@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pack(args: argparse.Namespace) -> int:
     pythons = tuple(dict.fromkeys(version.strip() for version in args.python.split(",")))
+    for folder in args.artifacts:
+        Artifact(folder)  # what is none is refused before the work
     with tempfile.TemporaryDirectory(prefix="tvm-attn-pack-") as scratch, progress() as show:
         top = Path(scratch) / TOP
         show("collecting TVM's runtime and other packages")

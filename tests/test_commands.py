@@ -11,7 +11,7 @@ import pytest
 import tvm_attn
 from benchmarks import compare
 from tvm_attn import __main__ as entry
-from tvm_attn import bench, build, devices, generate, tune, verify
+from tvm_attn import bench, build, cli, devices, generate, tune, verify
 
 COMMANDS = {
     "build": build,
@@ -222,6 +222,17 @@ def test_what_are_no_token_ids(given: str, place: Path, capsys: pytest.CaptureFi
     assert "is no list of integers such as 1,2,3" in refused("generate", ["x", "--prompt-ids", given], capsys)
 
 
+def test_an_artifact_is_no_checkpoint(demo_artifact: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("build", "tune"):
+        line = refused(command, ["--target", "cpu", "--model", str(demo_artifact)], capsys)
+        assert f"{demo_artifact} is an artifact, which is built already" in line
+
+
+def test_standard_input_is_one_prompt(demo_artifact: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused("generate", [str(demo_artifact), "--prompt", "-", "--prompt", "-"], capsys)
+    assert line == "error: two prompts are '-', and standard input can be read once"
+
+
 def test_comparing_has_moved(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused("bench", ["dist/x", "--against", "torch,onnxruntime"], capsys)
     assert "python -m benchmarks.compare dist/x --against torch,onnxruntime" in line
@@ -322,3 +333,30 @@ def test_modules_run_as_commands(module: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: tvm-attn ")
+
+
+# --- progress ---
+
+
+def test_progress_off_a_terminal_is_a_line_for_each_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with cli.progress() as show:
+        show("compiling", 0.1)
+        show("compiling", 0.2, ": 3 of 7")
+        show("checking")
+    assert capsys.readouterr() == ("", "compiling\nchecking\n")
+    with cli.progress(quiet=True) as show:
+        show("compiling")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_is_a_bar_that_goes_away() -> None:
+    code = "from tvm_attn.cli import progress\nwith progress() as show: show('compiling [x]', 0.5, ': 3 of 7')"
+    parent, child = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run([sys.executable, "-c", code], stderr=child, timeout=300, check=False, env=environment)
+    os.close(child)
+    drawn = os.read(parent, 1 << 16).decode()
+    os.close(parent)
+    assert done.returncode == 0
+    assert "compiling [x]: 3 of 7" in drawn and "50%" in drawn
+    assert drawn.endswith("\x1b[2K")  # the line is cleared

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tvm_attn.cli import Parser, existing_folder, integer, open_artifact, progress, real, run
-from tvm_attn.errors import GenerationError, TokenizerError
+from tvm_attn.errors import GenerationError, TokenizerError, UsageError
 from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def _generate(args: argparse.Namespace) -> int:
             f"artifact {args.artifact} has no tokenizer: give token ids, as in --prompt-ids 1,2,3, or build it from a "
             "checkpoint that has one"
         )
+    if args.prompt and args.prompt.count("-") > 1:
+        raise UsageError("two prompts are '-', and standard input can be read once")
     prompts: list[Any] = args.prompt_ids or [_read_stdin() if text == "-" else text for text in args.prompt]
 
     import tvm_attn

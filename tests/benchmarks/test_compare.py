@@ -113,6 +113,7 @@ def test_another_model_is_not_timed(
         (["--against", "onnxruntime:int3"], "onnxruntime cannot run 'int3' here; it can run float32"),
         (["--against", ","], "',' names nothing"),
         (["--against", "torch", "--prefill", "257"], "--prefill 257 does not fit the model"),
+        (["--against", "torch", "--peer-python", "/nowhere/python"], "/nowhere/python: there is no such program"),
         ([], "--against"),
     ],
 )

@@ -28,6 +28,7 @@ from tvm_attn.model.generation import read_generation_config
 from tvm_attn.model.hub import CheckpointUnavailable, hub_id, hub_snapshot
 from tvm_attn.model.tokenizer import CheckpointTokenizer, read_tokenizer
 from tvm_attn.quantization import relative_error
+from tvm_attn.runtime.artifact import MANIFEST
 from tvm_attn.storage import numpy_dtype
 
 __all__ = [
@@ -161,6 +162,8 @@ def read_config(folder: Path) -> GPT2Config:
     Raises CheckpointError where it is missing or unreadable, ConfigError where it is unsupported.
     """
     path = folder / "config.json"
+    if exists(folder / MANIFEST, CheckpointError):
+        raise CheckpointError(f"{shorten_path(folder)} is an artifact, which is built already; name its checkpoint")
     if not exists(path, CheckpointError):
         raise CheckpointError(
             f"{shorten_path(folder)} has no config.json; a checkpoint needs it beside its safetensors files"
