@@ -3,8 +3,8 @@
     python -m benchmarks.pack dist/gpt2 dist/demo --kernels cuda --python 3.12 --out dist/tvm-attn.tar.xz
 
 The archive holds TVM's runtime without its compiler, tvm_attn, the artifacts, tests and benchmarks for a GPU, and
-`run.py`, which starts a command with the Python there; that has to have NumPy, and PyTorch for what compares with it.
-Parameters that are random stay behind: `run.py` makes them anew.
+`run.py`, which starts a command with the Python there; that needs NumPy, and PyTorch for comparisons with it.
+Random parameters are not packed: `run.py` makes them again from their seed.
 """
 
 from __future__ import annotations

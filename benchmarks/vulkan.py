@@ -1,8 +1,8 @@
-"""Everything that is worth measuring on a Vulkan device, in one command: `python -m benchmarks.vulkan`.
+"""All measurements of a Vulkan device, in one command: `python -m benchmarks.vulkan`.
 
 Checks the compiled models against PyTorch, then measures decoding, memory, matrix products, and what a dispatch costs;
 where PyTorch has CUDA, the same on it. `--quick` takes smaller sizes, for software renderers. The result is a JSON
-file; a part that fails is recorded with its error and the others go on.
+file; a part that fails is recorded with its error, and the others still run.
 """
 
 from __future__ import annotations

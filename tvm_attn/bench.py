@@ -51,7 +51,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the artifact and what is measured of it."""
+    """Adds the arguments that `measure` takes."""
     parser.add_argument("artifact", metavar="ARTIFACT", type=existing_folder, help="folder that tvm-attn build wrote")
     parser.add_argument(
         "--prefill", type=integers(), metavar="T,...", help="prompt lengths; default: 1,16,128,512,1023 where they fit"

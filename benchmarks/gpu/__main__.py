@@ -1,12 +1,12 @@
-"""Everything that is worth checking and measuring on an NVIDIA GPU, in one command of under 8 minutes.
+"""All checks and measurements of an NVIDIA GPU, in one command of under 8 minutes.
 
     python -m benchmarks.gpu --artifacts dist --kernels dist/kernels
 
-First what is right: single kernels against NumPy float64, artifacts against PyTorch, graphs against none. Then what is
-fast: matrix products against cuBLAS, attention against PyTorch's, whole models against PyTorch eager, with CUDA graphs
-and compiled, and the time from nothing to the first token. Every part is a process of its own with a limit of time: one
-that crashes or hangs is recorded with its error, and the others go on. The result is a JSON file. The exit status is 1
-where something is not right.
+Correctness first: single kernels against NumPy float64, artifacts against PyTorch, decoding with graphs and without.
+Then speed: matrix products against cuBLAS, attention against PyTorch's, whole models against PyTorch eager, with CUDA
+graphs and compiled, and the time from nothing to the first token. Every part is a process of its own with a limit of
+time: one that crashes or hangs is recorded with its error, and the others still run. The result is a JSON file. The
+exit status is 1 if a check failed.
 
 Needs TVM's runtime, PyTorch, artifacts and kernels that were compiled elsewhere; `python -m benchmarks.pack` packs
 them.

@@ -21,7 +21,7 @@ class TorchGpuSystem(GreedySystem):
     Args:
         model: the model.
         precision: its dtype.
-        name: for people.
+        name: what tables call it.
         captured: whether decode steps are CUDA graphs.
     """
 

@@ -22,7 +22,7 @@ _BUCKET = 128
 """Steps of the number of positions that a captured decode step looks at."""
 
 BACKENDS = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
-"""PyTorch's names of the kernels behind scaled_dot_product_attention."""
+"""PyTorch's names of the kernels that scaled_dot_product_attention can use."""
 
 
 def attention_backend(name: str | None) -> AbstractContextManager[Any]:

@@ -58,7 +58,7 @@ class TorchPeer:
 
     Attributes:
         name: as `--against` names it.
-        description: for people.
+        description: what tables call it.
         backend: of attention, see `TorchModel`.
         captured: decode steps are CUDA graphs.
         compiled: blocks go through torch.compile.

@@ -14,7 +14,7 @@ from benchmarks.peers.weights import Weights
 from tvm_attn.benchmark.system import MAX_CALLS, MIN_CALLS, Case, Float32Array, Int32Array, System, prompts
 
 _STEPS = 16
-"""Tokens that are generated behind a context to time decoding."""
+"""Tokens that are generated after a context to time decoding."""
 
 
 class CTranslate2System(System):
@@ -51,7 +51,7 @@ class CTranslate2System(System):
         return {"prefill": np.array(rows, np.float32)[0, -1]}
 
     def time(self, case: Case, seconds: float) -> list[float]:
-        """See `System.time`. Decode: the times between the tokens of a generation behind the context."""
+        """See `System.time`. Decode: the times between the tokens of a generation after the context."""
         inputs = prompts(case, self.vocabulary)
         times: list[float] = []
         end = None

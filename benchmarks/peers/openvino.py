@@ -111,7 +111,7 @@ def _model(weights: Weights) -> Any:
         return opset15.transpose(split, constant([0, 2, 1, 3]))
 
     def cached(x: Any, name: str, batch: Any) -> Any:
-        """The cache with x behind it."""
+        """The cache followed by x."""
         shape = [-1, config.n_head, -1, config.head_dim]
         info = VariableInfo()
         info.data_shape, info.data_type, info.variable_id = PartialShape(shape), openvino.Type.f32, name

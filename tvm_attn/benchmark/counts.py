@@ -88,7 +88,7 @@ def _vectors(config: GPT2Config) -> int:
 def _forward(
     config: GPT2Config, rows: int, last_rows: int, pairs: tuple[int, int], keys: int, storage: Storage
 ) -> Work:
-    """A forward pass of `rows` tokens; of those whose logits nobody wants, the last layer needs keys and values only.
+    """A forward pass of `rows` tokens; for those without logits the last layer computes keys and values only.
 
     Args:
         config: the model.

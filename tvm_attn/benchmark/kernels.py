@@ -27,7 +27,7 @@ class KernelTime:
     Attributes:
         name: its name in the library.
         family: its family.
-        sizes: its main sizes, for people.
+        sizes: its main sizes, as text to print.
         calls: times that a call of the model calls it.
         seconds: all of those together, the median over several calls of the model.
         work: all of those together, padding rows included; None where it is not known.

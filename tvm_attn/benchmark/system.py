@@ -1,4 +1,4 @@
-"""What is measured: a case, a system that runs it, and the clock around its calls.
+"""A case to measure, a system that runs it, and the clock around its calls.
 
 Every peer runs this file in its own process and maybe its own Python, so it needs NumPy only.
 """
