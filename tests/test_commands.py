@@ -65,7 +65,7 @@ ARTIFACTS = {
     "checkpoint": "checkpoint is a checkpoint: build it first: tvm-attn build --model checkpoint --target cpu",
     "": "the folder's name is empty",
     LONG_NAME: "",
-    "a\nb": "no such folder: a b",
+    "a\nb": r"no such folder: 'a\nb'",
 }
 GENERATE = ["ARTIFACT", "--prompt-ids", "1"]
 TAKES_ARTIFACT = {

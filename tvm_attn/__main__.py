@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 
 from tvm_attn.cli import run
-from tvm_attn.errors import UsageError
+from tvm_attn.errors import UsageError, shorten
 
 COMMANDS = {
     "build": ("tvm_attn.build", "compile a checkpoint, check it against PyTorch, write an artifact"),
@@ -44,7 +44,7 @@ def _without_command(words: list[str]) -> int:
         what = "option" if words[0].startswith("-") else "command"
         near = difflib.get_close_matches(words[0][:40], COMMANDS, 1)
         meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise UsageError(f"unknown {what} {words[0]!r:.80}; {meant}")
+        raise UsageError(f"unknown {what} {shorten(words[0])}; {meant}")
     return 0
 
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from tvm_attn.errors import TvmAttnError, UsageError
+from tvm_attn.errors import TvmAttnError, UsageError, shorten
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,9 +91,9 @@ def integer(least: int | None = 1, most: int | None = None) -> Callable[[str], i
     def read(text: str) -> int:
         number = _number(text, int)
         if least is not None and number < least:
-            raise argparse.ArgumentTypeError(f"{_shown(text)} must be at least {least}")
+            raise argparse.ArgumentTypeError(f"{shorten(text)} must be at least {least}")
         if most is not None and number > most:
-            raise argparse.ArgumentTypeError(f"{_shown(text)} must be at most {most}")
+            raise argparse.ArgumentTypeError(f"{shorten(text)} must be at most {most}")
         return number
 
     return read
@@ -115,14 +115,14 @@ def _number(text: str, kind: Callable[[str], float]) -> int:
         return kind(text)  # type: ignore[return-value]
     except ValueError:  # also more digits than Python reads
         what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a {what}") from None
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is not a {what}") from None
 
 
 def names(text: str) -> tuple[str, ...]:
     """Reads names separated by commas."""
     found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not found:
-        raise argparse.ArgumentTypeError(f"{_shown(text)} names nothing")
+        raise argparse.ArgumentTypeError(f"{shorten(text)} names nothing")
     return found
 
 
@@ -133,11 +133,11 @@ def output_file(text: str) -> Path:
     if not text:
         problem = "the file's name is empty"
     elif os.path.isdir(path):
-        problem = f"{_shown(text)} is a folder"
+        problem = f"{shorten(text, 120)} is a folder"
     elif not os.path.isdir(path.parent):
-        problem = f"no such folder: {_shown(str(path.parent))}"
+        problem = f"no such folder: {shorten(str(path.parent), 120)}"
     elif not os.access(path.parent, os.W_OK | os.X_OK):
-        problem = f"the folder {_shown(str(path.parent))} cannot be written to"
+        problem = f"the folder {shorten(str(path.parent), 120)} cannot be written to"
     if problem:
         raise argparse.ArgumentTypeError(f"{problem}; name another file")
     return path
@@ -150,20 +150,18 @@ def output_folder(text: str) -> str:
     above = Path(os.path.abspath(text))
     try:
         if above.exists() and not above.is_dir():
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is a file; name a folder")
+            raise argparse.ArgumentTypeError(f"{shorten(text, 120)} is a file; name a folder")
         while not above.exists():
             above = above.parent
     except OSError as error:  # a name that is too long, or a folder that may not be searched
-        raise argparse.ArgumentTypeError(f"{_shown(text)} cannot be used ({error.strerror}); name another") from None
+        raise argparse.ArgumentTypeError(
+            f"{shorten(text, 120)} cannot be used ({error.strerror}); name another"
+        ) from None
     if not above.is_dir():
-        raise argparse.ArgumentTypeError(f"{_shown(str(above))} is a file; name a folder elsewhere")
+        raise argparse.ArgumentTypeError(f"{shorten(str(above), 120)} is a file; name a folder elsewhere")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"the folder {_shown(str(above))} cannot be written to; name another")
+        raise argparse.ArgumentTypeError(f"the folder {shorten(str(above), 120)} cannot be written to; name another")
     return text
-
-
-def _shown(text: str) -> str:
-    return _shortened(repr(text), 80)
 
 
 def existing_folder(text: str) -> Path:

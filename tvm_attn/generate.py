@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tvm_attn.cli import Parser, existing_folder, integer, open_artifact, progress, real, run
-from tvm_attn.errors import GenerationError, TokenizerError, UsageError
+from tvm_attn.errors import GenerationError, TokenizerError, UsageError, shorten
 from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def _token_ids(text: str) -> list[int]:
     try:
         return [int(token_id) for token_id in text.split(",")]
     except ValueError:
-        shown = text if len(text) <= 40 else f"{text[:40]}..."
-        raise argparse.ArgumentTypeError(f"{shown!r} is no list of integers such as 1,2,3") from None
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no list of integers such as 1,2,3") from None
 
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}

@@ -168,10 +168,10 @@ def test_missing_files_are_named(demo_artifact: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nothing", "there is no folder .*nothing; python -m tvm_attn.build makes"),
-        ("a file", "a file is not a folder"),
-        ("an empty folder", r"manifest\.json is missing, so this is no artifact; build it again"),
-        ("a checkpoint", r"demo is a checkpoint; build it first: python -m tvm_attn.build --model .*demo$"),
+        ("nothing", "no such folder: .*nothing; tvm-attn build writes"),
+        ("a file", "a file is a file; name the folder"),
+        ("an empty folder", r"is no artifact, manifest\.json is missing; name a folder"),
+        ("a checkpoint", r"demo is a checkpoint: build it first: tvm-attn build --model .*demo --target cpu$"),
         ("a name\0with zero", "cannot be opened: embedded null"),
         ("n" * 300, "nnn cannot be opened: File name too long"),
         ("long/" * 50_000, "cannot be opened: File name too long"),

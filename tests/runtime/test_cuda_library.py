@@ -101,7 +101,7 @@ def test_no_library_for_the_device(
 def test_device_that_is_absent_comes_before_its_capability(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     with_code(artifact, [SM90])
     monkeypatch.setattr(cuda, "obstacle", lambda index: f"there is no device cuda:{index}")
-    with pytest.raises(DeviceError, match=r"device cuda:3: there is no device cuda:3; python -m tvm_attn\.devices"):
+    with pytest.raises(DeviceError, match=r"device cuda:3: there is no device cuda:3; tvm-attn devices"):
         device.choose_device(artifact, "cuda:3")
 
 

@@ -251,10 +251,10 @@ class Artifact:
         """
         of_device = [library for library in self.libraries if library.device == device]
         if not of_device:
-            available = ", ".join(library.target for library in self.libraries)
+            targets = [library.target for library in self.libraries]
             raise ArtifactError(
-                f"artifact {shorten_path(self.folder)} holds no library for {device!r}, only for {available}; "
-                f"to add one, build it again with --target {available.replace(', ', ',')},{device}"
+                f"artifact {shorten_path(self.folder)} holds no library for {device!r} (it has: "
+                f"{', '.join(targets) or 'none'}); build it again with --target {','.join([*targets, device])}"
             )
         usable = [library for library in of_device if library.obstacle(capability) is None]
         if not usable:

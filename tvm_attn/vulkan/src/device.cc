@@ -39,7 +39,7 @@ Device& Device::Get(int index) {
   const size_t count = Count();
   if (index < 0 || static_cast<size_t>(index) >= count) {
     TVM_FFI_THROW(DeviceError) << "no device vulkan:" << index << ": there are " << count
-                               << ", listed by python -m tvm_attn.devices";
+                               << ", listed by tvm-attn devices";
   }
   return *Open(index);
 }
