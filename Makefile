@@ -44,7 +44,7 @@ dist/demo/manifest.json: $(VENV)/.installed-verify $(SOURCES)
 	$(BIN)/tvm-attn build --model models/demo --target cpu --out dist/demo
 
 dist/gpt2-random/manifest.json: $(VENV)/.installed-verify $(SOURCES)
-	$(BIN)/tvm-attn build --model gpt2 --random-weights --target cpu --out dist/gpt2-random
+	$(BIN)/tvm-attn build --model gpt2 --random-weights --target cpu
 
 # $(VENV)/.installed-EXTRA: this checkout, editable, with one extra of pyproject.toml. Compiles the Vulkan runtime where
 # the machine has what it takes.

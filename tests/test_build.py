@@ -151,20 +151,20 @@ def test_published_size_without_weights(
 
 
 def test_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Compiled and checked, in dist/MODEL; before it begins a note says what they are good for."""
+    """Compiled and checked, in dist/MODEL-random; before it begins a note says what they are good for."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(weights, "open_checkpoint", unavailable)
     monkeypatch.setitem(weights.PRESETS, "gpt2-xl", TINY)
     assert build.main(["--model", "gpt2-xl", "--target", "cpu", "--random-weights"]) == 0
     printed = capsys.readouterr()
     assert printed.err.startswith("note: random weights: ") and "no tokenizer" in printed.err.splitlines()[0]
-    assert printed.out.splitlines()[-1].startswith("built dist/gpt2-xl (random weights, seed 0, float32) in ")
-    artifact = Artifact(tmp_path / "dist" / "gpt2-xl")
+    assert printed.out.splitlines()[-1].startswith("built dist/gpt2-xl-random (random weights, seed 0, float32) in ")
+    artifact = Artifact(tmp_path / "dist" / "gpt2-xl-random")
     assert artifact.config == TINY
     assert artifact.tokenizer_json() is None
     model = tvm_attn.load(artifact.folder)
     assert len(model.generate([1, 2], max_new_tokens=3).token_ids) == 3
-    assert generate.main(["dist/gpt2-xl", "--prompt", "text"]) == 2
+    assert generate.main(["dist/gpt2-xl-random", "--prompt", "text"]) == 2
     assert "--prompt-ids 1,2,3" in error_line(capsys)
 
 

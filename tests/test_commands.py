@@ -84,6 +84,12 @@ def test_what_is_no_artifact(command: str, given: str, place: Path, capsys: pyte
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("command", ["build", "tune"])
+def test_a_checkpoint_that_may_not_be_read(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Permission denied" in refused(command, ["--target", "cpu", "--model", "locked"], capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("command", TAKES_ARTIFACT)
 def test_a_folder_that_may_not_be_read(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["locked" if word == "ARTIFACT" else word for word in TAKES_ARTIFACT[command]]
@@ -204,6 +210,8 @@ def test_a_folder_that_is_no_artifact_is_not_replaced(place: Path, capsys: pytes
         (["--target", "cpu", "--model", ""], "the model's name is empty"),
         (["--target", "cpu", "--model", "./nowhere"], "no such folder: ./nowhere"),
         (["--target", "cpu", "--model", "file"], "file is a file; pass the folder that holds it"),
+        (["--target", "cpu", "--model", "/" + LONG_NAME], "cannot be read (File name too long)"),
+        (["--target", "cpu", "--model", LONG_NAME], "cannot be read (File name too long)"),
         (["--target", "cpu", "--model", "empty"], "empty has no config.json"),
         (["--target", "cpu", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["--target", "cpu", "more"], "unrecognized arguments: more"),

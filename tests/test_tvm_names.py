@@ -10,11 +10,12 @@ import pytest
 import tvm
 from tvm import ir, relax, s_tir, tirx
 
+import benchmarks
 import tvm_attn
 
 MODULES: dict[str, ModuleType] = {"ir": ir, "relax": relax, "s_tir": s_tir, "tirx": tirx, "tvm": tvm}
 PACKAGE = Path(tvm_attn.__file__).parent
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *Path(benchmarks.__file__).parent.rglob("*.py")])
 
 
 def imported_modules(tree: ast.AST) -> dict[str, ModuleType]:
@@ -40,7 +41,7 @@ def missing_names(tree: ast.AST) -> Iterator[str]:
             yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
 def test_names_exist(path: Path) -> None:
     assert not set(missing_names(ast.parse(path.read_text(encoding="utf-8"))))
 

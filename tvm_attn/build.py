@@ -46,7 +46,10 @@ def _parser() -> argparse.ArgumentParser:
         help="store matrices as integers, 32 of them to a scale; default: %(default)s",
     )
     parser.add_argument(
-        "--out", type=output_folder, metavar="FOLDER", help="the artifact's folder; default: dist/MODEL"
+        "--out",
+        type=output_folder,
+        metavar="FOLDER",
+        help="the artifact's folder; default: dist/MODEL, or dist/MODEL-random",
     )
     parser.add_argument(
         "--random-weights",

@@ -12,7 +12,7 @@ import numpy as np
 
 from tvm_attn._resources import resource_dir
 from tvm_attn.config import PRESETS, GPT2Config
-from tvm_attn.errors import CheckpointError, GenerationError, one_line
+from tvm_attn.errors import CheckpointError, GenerationError, one_line, shorten
 from tvm_attn.model.checkpoint import (
     RANDOM_SOURCE,
     Checkpoint,
@@ -28,10 +28,6 @@ _RANDOM = (
     "random weights: right for measuring speed, but the text means nothing; the artifact will have no tokenizer: "
     "prompts are token ids (--prompt-ids 1,2,3)"
 )
-_NO_TOKENIZER = (
-    "the checkpoint has no tokenizer, nor will the artifact: prompts and completions are token ids; for text, put its "
-    "tokenizer.json, or vocab.json and merges.txt, into the folder and build again"
-)
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Weights:
     """A model to build.
 
     Attributes:
-        name: a short name, that of the artifact's folder.
+        name: a short name, by default that of the artifact's folder; of random weights another than the checkpoint's.
         config: its configuration.
         source: where the parameters come from.
         checkpoint: what holds them; None for random ones.
@@ -82,17 +78,17 @@ def open_weights(model: str | Path, random: bool = False, on_download: Callable[
         raise CheckpointError("the model's name is empty; name a size such as gpt2, a folder, or demo")
     if str(model) == "demo" and not Path(model).is_dir():
         model = resource_dir("models/demo")
-    if random:
-        return Weights(name, _config(model), RANDOM_SOURCE, None, notes=(_RANDOM,))
     try:
+        if random:
+            return Weights(f"{name}-random", _config(model), RANDOM_SOURCE, None, notes=(_RANDOM,))
         checkpoint = open_checkpoint(model, on_download=on_download)
     except CheckpointUnavailable as error:
         if str(model) not in PRESETS:
             raise
         raise CheckpointUnavailable(f"{error}; or measure its speed with --random-weights") from None
+    except OSError as error:  # of a name that is too long, or a folder that may not be searched
+        raise CheckpointError(f"{shorten(str(model), 120)} cannot be read ({error.strerror}); name another") from None
     generation, notes = dict(checkpoint.generation), [*checkpoint.notes, *checkpoint.tokenizer.notes]
-    if checkpoint.tokenizer.text is None:
-        notes.append(_NO_TOKENIZER)
     try:
         GenerationOptions(**generation)
     except GenerationError as error:
@@ -107,15 +103,18 @@ def open_config(model: str | Path) -> GPT2Config:
     Raises:
         CheckpointError, ConfigError: there is none, or it is not usable.
     """
-    if str(model) in PRESETS and not (Path(model) / "config.json").is_file():
-        return PRESETS[str(model)]
-    return open_weights(model).config
+    return _preset(model) or open_weights(model).config
+
+
+def _preset(model: str | Path) -> GPT2Config | None:
+    """A published size, unless a folder of that name is a checkpoint."""
+    return None if str(model) not in PRESETS or (Path(model) / "config.json").is_file() else PRESETS[str(model)]
 
 
 def _config(model: str | Path) -> GPT2Config:
     folder = Path(model)
-    if str(model) in PRESETS and not (folder / "config.json").is_file():
-        return PRESETS[str(model)]
+    if preset := _preset(model):
+        return preset
     if not folder.is_dir():
         raise CheckpointError(
             f"random weights need a size, and {model} is neither a folder nor one of {', '.join(PRESETS)}"
