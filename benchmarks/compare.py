@@ -135,7 +135,6 @@ class RunningPeers:
         self.skipped: list[str] = []
         self._ours = ours
         self._peers: dict[str, Peer] = {}
-        self._prepared: tuple[Case | None, set[str]] = None, set()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tvm-attn-weights-")))
         on_gpu = ours.device.startswith("cuda")
         if not on_gpu:
@@ -160,15 +159,12 @@ class RunningPeers:
     def take_turn(self, measurement: Measurement, progress: Callable[[str], None]) -> None:
         """See `Peers.take_turn`. A peer that fails is dropped, and `skipped` says why."""
         case = measurement.case
-        if self._prepared[0] != case:
-            self._prepared = case, set()
         for label, peer in list(self._peers.items()):
             progress(f"{case}: {label}")
             self._ours.settle()
             try:
-                if label not in self._prepared[1] and not _prepare(peer, case):
+                if label not in measurement.rounds and not _prepare(peer, case):
                     continue
-                self._prepared[1].add(label)
                 times = peer.time(case, session.ROUND_SECONDS)
                 measurement.rounds.setdefault(label, []).append(times)
             except PeerUnavailable as reason:

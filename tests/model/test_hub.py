@@ -146,7 +146,7 @@ def test_a_hub_that_is_out_of_reach(tmp_path: Path) -> None:
         assert said.startswith(
             "CheckpointUnavailable some/model is not on this machine, and the hub cannot be reached ("
         )
-        assert said.endswith("; or pass a folder that holds it")
+        assert said.endswith("; or name a folder that holds it")
         assert "\n" not in said
 
 
@@ -158,7 +158,7 @@ def test_a_hub_that_never_answers(tmp_path: Path) -> None:
 
 def test_says_how_to_get_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # `import huggingface_hub` raises ImportError
-    with pytest.raises(CheckpointUnavailable, match=r"some/model .* pip install 'tvm-attn\[hub\]'; or pass a folder"):
+    with pytest.raises(CheckpointUnavailable, match=r"some/model .* pip install huggingface_hub .*; or name a folder"):
         hub_snapshot("some/model", Path.is_dir)
 
 
