@@ -193,6 +193,15 @@ def test_no_artifact(place: str, message: str, tmp_path: Path, demo_model_dir: P
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("folder", [None, 3, "", 2.5, ["a"], {}, np.zeros(3), "x" * 100_000], ids=range(8))
+def test_what_is_no_folder(folder: Any) -> None:
+    for use in (tvm_attn.load, verification.verify_artifact, Artifact):
+        with pytest.raises(ArtifactError) as caught:
+            use(folder)
+        assert len(str(caught.value)) < 600
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_files_of_100_gib_are_not_read(altered: Path) -> None:
     """Sparse ones, that the manifest describes rightly."""
     for name in (SHARD, INDEX, library_of(altered), "tokenizer.json", "manifest.json"):
@@ -230,13 +239,13 @@ def as_nobody(place: str) -> Iterator[None]:
 
 
 def test_a_long_name_is_not_echoed(altered: Path) -> None:
-    long = "x" * 100_000
+    long, before = "x" * 100_000, json.loads((altered / "manifest.json").read_bytes())
     for change in ({"dtype": long}, {"quantization": long}, {"format": long}, {"libraries": [{"file": long}]}):
         edit_manifest(altered, lambda manifest, change=change: manifest.update(change))
         with pytest.raises(ArtifactError) as caught:
             tvm_attn.load(altered)
         assert len(str(caught.value)) < 800
-        edit_manifest(altered, lambda manifest: manifest.update(dtype="float32", quantization="none", format=4))
+        edit_manifest(altered, lambda manifest: manifest.update(before))
 
 
 @pytest.mark.parametrize(

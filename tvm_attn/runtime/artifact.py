@@ -125,7 +125,7 @@ class Artifact:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = _path(folder)
         self._descriptor = self._open_folder()
         weakref.finalize(self, os.close, self._descriptor)
         self.manifest = self._read_manifest()
@@ -328,17 +328,24 @@ def open_artifact(folder: str | Path, use: Callable[[Artifact], _T]) -> _T:
     Raises:
         ArtifactError: as `Artifact` and `use` do.
     """
+    place = _path(folder)
     for left in reversed(range(_TRIES)):
-        before = _version(folder)
+        before = _version(place)
         try:
-            return use(Artifact(folder))
+            return use(Artifact(place))
         except ArtifactError:
-            if not left or _version(folder) == before:
+            if not left or _version(place) == before:
                 raise
     raise AssertionError("the last try returns or raises")
 
 
-def _version(folder: str | Path) -> tuple[int, ...] | None:
+def _path(folder: str | Path) -> Path:
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise ArtifactError(f"an artifact is given as its folder, not {shorten(folder)}")
+    return Path(folder)
+
+
+def _version(folder: Path) -> tuple[int, ...] | None:
     """Differs between a folder and the one that replaced it; None where there is none."""
     try:
         status = os.stat(folder)

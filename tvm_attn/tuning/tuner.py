@@ -140,8 +140,15 @@ def tune(
     program = build_program(config, layout_for(config, resolved, dtype, quant), config.n_positions, 1)
     chosen = _chosen([kernel for kernel in program.kernels.values() if isinstance(kernel, PortableKernel)], kernels)
     folder = records_folder(out, resolved.name)
-    work = Path(work) if work is not None else Path.home() / ".cache" / "tvm-attn" / "tune" / resolved.name
-    return search(chosen, resolved, trials, folder, work, progress)
+    place = Path(work) if work is not None else _home() / ".cache" / "tvm-attn" / "tune" / resolved.name
+    return search(chosen, resolved, trials, folder, place, progress)
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a container with a user that nobody has named
+        raise TuningError("this user has no home folder; choose a folder for the measurements (--work)") from None
 
 
 def _chosen(kernels: list[PortableKernel], families: Sequence[str] | None) -> list[PortableKernel]:
