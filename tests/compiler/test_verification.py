@@ -317,10 +317,12 @@ SMALL = GPT2Config(vocab_size=300, n_positions=40, n_embd=64, n_layer=2, n_head=
 
 
 def build_with(changes: dict[str, float], folder: Path, **options: Any) -> None:
-    """Builds a random model in which some biases have one value, or some weights are multiplied."""
+    """Builds a random model with biases of one value, or weights that are multiplied, all or every 32nd channel."""
     params = dict(random_params(SMALL))
     for name, value in changes.items():
-        if name.endswith(".weight"):
+        if name.endswith("/32"):
+            params[name.removesuffix("/32")][..., ::32] *= np.float32(value)
+        elif name.endswith(".weight"):
             params[name] = params[name] * np.float32(value)
         else:
             params["h.1.attn.c_attn.bias"][{"q": 0, "k": 64, "v": 128}[name] :][:64] = value
@@ -346,6 +348,12 @@ def test_a_format_that_does_not_hold_the_model(
         build_with(changes, tmp_path, dtype=dtype)
     assert "bug" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_activations_that_8_bits_do_not_hold(tmp_path: Path) -> None:
+    """Channels that nothing reads take the whole range of a scale."""
+    with pytest.raises(VerificationError, match=r"int8 is too coarse for this model's activations: .* --quant$"):
+        build_with({"ln_f.weight/32": 1000.0, "wte.weight/32": 0.0}, tmp_path, quant="int8")
 
 
 def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
