@@ -11,19 +11,27 @@ JOBS   ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find tvm_attn targets schedules models/demo -type f -not -name '*.pyc' -not -name '*.so*')
+VULKAN_TESTS := tests/vulkan tests/schedule/test_gpu.py tests/schedule/test_gpu_subgroups.py tests/compiler/test_vulkan.py
+SWIFTSHADER := $(abspath $(VENV))/swiftshader/icd.json
 VULKAN_SOURCES := CMakeLists.txt hatch_build.py $(wildcard tvm_attn/vulkan/src/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean system system-vulkan
+.PHONY: help demo test test-slow lint bench clean swiftshader system system-vulkan
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: dist/demo/manifest.json ## build the bundled demo model for this CPU, check it, generate text
 	$(BIN)/tvm-attn generate dist/demo --prompt "Return the" --max-new-tokens 60 --temperature 0.8 --top-k 40 --seed 0
 
-test: $(VENV)/.installed-test ## run the tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+test: $(VENV)/.installed-test ## run the tests but the long ones
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(VENV)/.installed-test swiftshader ## run the long tests, and those of Vulkan on a second driver
+	$(PYTEST) -m slow
+	if [ -e $(SWIFTSHADER) ]; then VK_DRIVER_FILES=$(SWIFTSHADER) $(PYTEST) -m 'not slow' $(VULKAN_TESTS); fi
 
 lint: $(VENV)/.installed-dev ## check style, format and types; print the lines of the package by folder
 	$(BIN)/ruff check
@@ -85,3 +93,21 @@ system-vulkan: | system
 	if [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; then exit 0; fi; \
 	echo "missing for Vulkan:$$missing; tests are skipped until: apt-get install$$missing" >&2
+
+# The second Vulkan driver is taken out of Debian's package of Chromium (30 MB); nothing is installed. Where it cannot be had,
+# the tests go on without it.
+swiftshader: ## fetch the second Vulkan driver that test-slow runs on
+	@[ ! -e $(SWIFTSHADER) ] || exit 0; \
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && mkdir -p $(dir $(SWIFTSHADER)) && cd "$$scratch" || exit 0; \
+	[ "$$(id -u)" -ne 0 ] || apt-get update -qq; \
+	for package in chromium-common chromium; do \
+		apt-get download -qq -o APT::Sandbox::User=root $$package 2>/dev/null && \
+			dpkg-deb --fsys-tarfile $${package}_*.deb | tar -x ./usr/lib/chromium/libvk_swiftshader.so 2>/dev/null && break; \
+	done; \
+	if [ -s usr/lib/chromium/libvk_swiftshader.so ]; then \
+		mv usr/lib/chromium/libvk_swiftshader.so $(dir $(SWIFTSHADER)) && \
+		echo '{"file_format_version": "1.0.0", "ICD": {"library_path": "./libvk_swiftshader.so", "api_version": "1.3.0"}}' \
+			> icd.json && mv icd.json $(SWIFTSHADER); \
+	else \
+		echo "no SwiftShader: Debian's package chromium-common cannot be had; its tests are left out" >&2; \
+	fi

@@ -3,11 +3,13 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,31 @@ def _cuda_device_exists() -> bool:
     return cuda.obstacle(0) is None
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     if item.get_closest_marker("gpu") and not _cuda_device_exists():
         pytest.skip("needs a CUDA device")
+    with _skip_what_the_device_lacks():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with _skip_what_the_device_lacks():
+        yield
+
+
+@contextmanager
+def _skip_what_the_device_lacks() -> Iterator[None]:
+    """Skips a test of a kernel that needs more than vulkan:0 has, as the runtime says. Which kernels need nothing is
+    tested in `tests/vulkan/test_needs.py`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if lacking := re.match(r"vulkan:0 \(.*\) lacks .*(?=, which )", str(error)):
+            pytest.skip(lacking[0])
+        raise
 
 
 def _validation() -> tuple[int, list[str]]:

@@ -32,21 +32,6 @@ def vulkan() -> Any:
 
 
 @pytest.fixture(scope="session")
-def skip_unless_it_fits(vulkan: Any) -> Callable[[Any], None]:
-    """skip_unless_it_fits(executable) skips a test whose program needs more than vulkan:0 has."""
-    from tvm_attn import vulkan as backend
-    from tvm_attn.errors import DeviceError
-
-    def skip(executable: Any) -> None:
-        try:
-            backend.require_device(executable.mod)
-        except DeviceError as error:
-            pytest.skip(str(error).partition(", which")[0])
-
-    return skip
-
-
-@pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """run_python(code, silent=True, **environment) runs `code` in a process of its own, with this checkout's package,
     TVM's runtime alone and no PyTorch.
