@@ -23,15 +23,16 @@ from tvm_attn.compiler import cuda_module
 from tvm_attn.compiler.cuda import compile_fatbin
 from tvm_attn.compiler.pipeline import tvm_target
 from tvm_attn.errors import ScheduleError, TargetError
-from tvm_attn.kernels import Case, Kernel, cuda
+from tvm_attn.kernels import Advance, Case, Head, Kernel, Linear, PrefillAttention, QKVLinear, ResidualLinear
 from tvm_attn.kernels.base import shape_of
+from tvm_attn.kernels.template import activations_of
 from tvm_attn.schedule import RecordBook, schedule, template_for
 from tvm_attn.targets import CudaTarget, GpuTarget, Target
 
 _KERNELS_PER_LIBRARY = 16
 """A library that the device refuses takes no more than these with it."""
 _LARGEST_CASE = 1 << 17
-"""Bytes of the arrays of a case of a portable kernel; larger ones stay where they are tested on other devices."""
+"""Bytes of the arrays of a case that is not for tensor cores; larger ones are tested on other devices."""
 
 
 _LEAST_FLOAT32_BOUND = 1e-12
@@ -52,12 +53,11 @@ class Timed:
 
 
 def all_cases() -> Iterator[Case]:
-    """Every case of the tensor-core kernels, and the small ones of the portable kernels, float32 models' among them."""
-    for family in cuda.FAMILIES:
-        yield from family.cases()
-    for portable in kernels.FAMILIES:
-        for case in portable.cases():
-            if sum(array.nbytes for array in (*case.inputs, *case.outputs, *case.expected)) <= _LARGEST_CASE:
+    """Every case for tensor cores, and the small ones of the other kernels, float32 models' among them."""
+    for family in kernels.FAMILIES:
+        for case in family.cases():
+            is_small = sum(array.nbytes for array in (*case.inputs, *case.outputs, *case.expected)) <= _LARGEST_CASE
+            if is_small or family is Advance or activations_of(case.kernel) != "float32":
                 yield case
 
 
@@ -65,15 +65,17 @@ def timed_kernels() -> list[Timed]:
     """What `python -m benchmarks.gpu` compares with PyTorch: a square product, the layers of 124M, its attention."""
     found = []
     for dtype in ("float16", "bfloat16"):
-        found.append(Timed(f"matmul 8192 {dtype}", cuda.Linear(8192, 8192, 8, dtype, dtype, most_rows=8192)))
+        kernel = Linear(8192, 8192, 8, 1, dtype, activations=dtype, max_groups=1024)
+        found.append(Timed(f"matmul 8192 {dtype}", kernel))
     dtype, width = "float16", 768
+    common: dict[str, Any] = {"rows": 8, "columns": 1, "weights": dtype, "activations": dtype}
     found += [
-        Timed("qkv", cuda.QKVLinear(width, 3 * width, 8, dtype, dtype, heads=12, context=1024)),
-        Timed("projection", cuda.ResidualLinear(width, width, 8, dtype, dtype)),
-        Timed("mlp in", cuda.Linear(width, 4 * width, 8, dtype, dtype, activation="gelu_new")),
-        Timed("mlp out", cuda.ResidualLinear(4 * width, width, 8, dtype, dtype)),
-        Timed("head", cuda.Head(width, 50257, 8, dtype, dtype)),
-        Timed("attention", cuda.PrefillAttention(12, 64, 1024, 8, dtype, 0.125)),
+        Timed("qkv", QKVLinear(width, 3 * width, **common, heads=12, context=1024, cache_dtype=dtype)),
+        Timed("projection", ResidualLinear(width, width, **common)),
+        Timed("mlp in", Linear(width, 4 * width, **common, activation="gelu_new")),
+        Timed("mlp out", ResidualLinear(4 * width, width, **common)),
+        Timed("head", Head(width, 50257, **common)),
+        Timed("attention", PrefillAttention(12, 64, 1024, 8, dtype, 0.125, dtype)),
     ]
     return found
 

@@ -52,7 +52,7 @@ def _product_entry(library: KernelLibrary, product: Product, device: str, clock:
     import torch
 
     function, kernel = library.timed_function(product.purpose)
-    k, n, group, dtype = kernel["in_features"], kernel["out_features"], kernel["rows"], kernel["dtype"]
+    k, n, group, dtype = kernel["in_features"], kernel["out_features"], kernel["rows"], kernel["activations"]
     operands = Operands(device, getattr(torch, dtype), product.rows, k, n, group, kernel)
     ours, theirs = operands.call(function), operands.torch_call()
     ours()
@@ -84,7 +84,7 @@ def _product_entry(library: KernelLibrary, product: Product, device: str, clock:
 
 
 class Operands:
-    """PyTorch tensors for a layer of `tvm_attn.kernels.cuda.linear`, with unquantized weights.
+    """PyTorch tensors for a layer of `tvm_attn.kernels.linear`, with unquantized weights.
 
     Args:
         device, dtype: of the tensors.
@@ -103,14 +103,14 @@ class Operands:
         self.weight = (torch.randn(n, k, 1, device=device) / math.sqrt(k)).to(dtype)
         self.bias = torch.randn(n, device=device)
         family = kernel["family"]
-        if family == "cuda_head":
+        if family == "head":
             self.out = torch.empty(*shape, n, device=device)
             self.arguments = [self.x, self.weight, self.out]
-        elif family == "cuda_residual_linear":
+        elif family == "residual_linear":
             self.residual = torch.randn(*shape, n, device=device)
             self.out = torch.empty(*shape, n, device=device)
             self.arguments = [self.x, self.weight, self.bias, self.residual, self.out]
-        elif family == "cuda_qkv_linear":
+        elif family == "qkv_linear":
             heads, context = kernel["heads"], kernel["context"]
             positions = torch.arange(rows, dtype=torch.int32, device=device)
             slots, places = (positions // context).reshape(shape), (positions % context).reshape(shape)
@@ -132,18 +132,18 @@ class Operands:
         functional, family = self._torch.nn.functional, self._kernel["family"]
         x, weight = self.x, self.weight.reshape(self.weight.shape[:2])
         bias = self.bias.to(x.dtype)
-        if family == "cuda_head":
+        if family == "head":
             return lambda: functional.linear(x, weight)
-        if family == "cuda_residual_linear":
+        if family == "residual_linear":
             return lambda: functional.linear(x, weight, bias) + self.residual
-        if family == "cuda_linear" and self._kernel["activation"] == "gelu_new":
+        if family == "linear" and self._kernel["activation"] == "gelu_new":
             return lambda: functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
         return lambda: functional.linear(x, weight, bias)
 
     def result(self) -> Any:
         """Our result as (M, N) float32: of queries, keys and values from where they were written."""
         out = self.out.float().reshape(-1, self.out.shape[-1])
-        if self._kernel["family"] != "cuda_qkv_linear":
+        if self._kernel["family"] != "qkv_linear":
             return out
         written = self.cache.permute(1, 0, 3, 2, 4).reshape(2, -1, out.shape[-1])[:, : len(out)]
         return self._torch.cat([out, written[0].float(), written[1].float()], 1)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cuda.overflow import overflows
 from tvm_attn import targets
-from tvm_attn.kernels import Kernel, cuda
+from tvm_attn.kernels import Advance, DecodeAttention, Head, Kernel, LayerNorm, PrefillAttention, QKVLinear
 from tvm_attn.schedule import schedule
 
 SLOTS, CONTEXT, HEADS, WIDTH, VOCABULARY = 64, 1024, 25, 1600, 50257
@@ -25,16 +25,23 @@ ELEMENTS = {
 }
 
 ATTENTION = (HEADS, 64, CONTEXT)
-ONE_GROUP: dict[str, Any] = {"dtype": "float16", "weights": "int8", "groups": 1, "epsilon": 1e-5}
+ONE_GROUP: dict[str, Any] = {
+    "rows": 8,
+    "columns": 1,
+    "weights": "int8",
+    "groups": 1,
+    "activations": "float16",
+    "epsilon": 1e-5,
+}
 KERNELS: list[Kernel] = [
-    cuda.PrefillAttention(*ATTENTION, 8, "float16", 0.125),
-    cuda.DecodeAttention(*ATTENTION, 8, "float16", 0.125),
-    cuda.DecodeAttention(*ATTENTION, 1, "float16", 0.125, 1),
-    cuda.DecodeAttention(*ATTENTION, 8, "float16", 0.125, 1),
-    cuda.LayerNorm(WIDTH, 1e-5, 8, "float16"),
-    cuda.QKVLinear(WIDTH, 3 * WIDTH, 8, heads=HEADS, context=CONTEXT, **ONE_GROUP),
-    cuda.Head(WIDTH, VOCABULARY, 8, **ONE_GROUP),
-    cuda.Advance(VOCABULARY, VOCABULARY, 8),
+    PrefillAttention(*ATTENTION, 8, "float16", 0.125, "float16"),
+    DecodeAttention(*ATTENTION, 8, "float16", 0.125, None, "float16"),
+    DecodeAttention(*ATTENTION, 1, "float16", 0.125, 1, "float16"),
+    DecodeAttention(*ATTENTION, 8, "float16", 0.125, 1, "float16"),
+    LayerNorm(WIDTH, 1e-5, 8, activations="float16"),
+    QKVLinear(WIDTH, 3 * WIDTH, heads=HEADS, context=CONTEXT, cache_dtype="float16", **ONE_GROUP),
+    Head(WIDTH, VOCABULARY, **ONE_GROUP),
+    Advance(VOCABULARY, VOCABULARY, 8),
 ]
 
 

@@ -53,13 +53,13 @@ def test_activations_hold_what_the_planner_places(tensor_cores: bool) -> None:
     from tvm import relax
 
     from tvm_attn.model.gpt2 import build_program
-    from tvm_attn.model.module import Layout
+    from tvm_attn.model.layout import Layout
 
     config = GPT2Config.from_dict({**PRESETS["gpt2"].to_dict(), "n_layer": 2, "vocab_size": 999})
     rows, batch = 1024, 64
     dtype = "float16" if tensor_cores else "float32"
     columns = 1 if tensor_cores else 64
-    layout = Layout(8, columns, dtype, dtype, fuse_layers=False, group_kernels=tensor_cores, tensor_cores=tensor_cores)
+    layout = Layout(8, columns, dtype, dtype, fuse_layers=False, group_kernels=tensor_cores, activations=dtype)
     module = build_program(config, layout, rows, batch).module
     passes = ("ToNonDataflow", "RemovePurityChecking", "CallTIRRewrite", "StaticPlanBlockMemory")
     module = tvm.transform.Sequential([getattr(relax.transform, name)() for name in passes])(module)

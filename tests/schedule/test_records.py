@@ -4,29 +4,33 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tvm
 import tvm_ffi
 
 import tvm_attn
+from tests.kernels import devices
 from tvm_attn import kernels, targets
-from tvm_attn.compiler.build import build, layout_for
+from tvm_attn.compiler.build import build
 from tvm_attn.compiler.pipeline import compile_program
-from tvm_attn.config import GPT2Config
+from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import ScheduleError
-from tvm_attn.kernels import Case, DecodeAttention, Head, Linear, PackPlain, PrefillAttention
-from tvm_attn.kernels.base import shape_of
+from tvm_attn.kernels import Advance, Case, DecodeAttention, Head, Linear, PackPlain, PrefillAttention, cpu, cuda, gpu
+from tvm_attn.kernels.base import TENSOR_CORE_DTYPES, shape_of
+from tvm_attn.kernels.template import Template
 from tvm_attn.model.checkpoint import random_params
 from tvm_attn.model.gpt2 import build_program
+from tvm_attn.model.layout import layout_for
 from tvm_attn.model.module import Program
-from tvm_attn.schedule import Record, RecordBook, Template, cpu, gpu, records, schedule, template_for
+from tvm_attn.schedule import Record, RecordBook, records, schedule, supports, template_for
+from tvm_attn.schedule.plan import plan
+from tvm_attn.storage import QUANTIZATIONS
 from tvm_attn.targets import CpuTarget, Target
 
 CONFIG = GPT2Config(
@@ -77,14 +81,33 @@ def test_every_family_has_one_template(name: str) -> None:
     for family in kernels.FAMILIES:
         kernel = next(iter(family.cases())).kernel
         assert isinstance(kernel, family)
-        assert family.family in template_for(kernel, target).families
+        if family is not Advance or target.device == "cuda":
+            assert template_for(kernel, target).takes(kernel)
 
 
-@pytest.mark.parametrize("templates", [cpu.TEMPLATES, gpu.TEMPLATES], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("templates", [cpu.TEMPLATES, gpu.TEMPLATES, cuda.TEMPLATES], ids=["cpu", "gpu", "cuda"])
 def test_templates_of_a_device_class(templates: tuple[Template, ...]) -> None:
-    scheduled = [family for template in templates for family in template.families]
-    assert sorted(scheduled) == sorted(family.family for family in kernels.FAMILIES)
+    """A kernel has one at most: a greedy step is for tensor cores only, whose other kernels have two."""
+    scheduled = [
+        (family, dtype) for template in templates for family in template.families for dtype in template.activations
+    ]
+    wanted = [(family.family, "float32") for family in kernels.FAMILIES if family is not Advance]
+    if templates is cuda.TEMPLATES:
+        wanted.append(("advance", "float32"))
+        families = {family.family for family in kernels.FAMILIES if "activations" in {f.name for f in fields(family)}}
+        wanted += [(family, dtype) for family in families for dtype in TENSOR_CORE_DTYPES]
+    assert sorted(scheduled) == sorted(wanted)
     assert len({template.name for template in templates}) == len(templates)
+
+
+def test_what_a_target_has_no_template_for() -> None:
+    kernel = replace(KERNEL, weights="float16", activations="float16")
+    for name in ("cpu-x86-64", "vulkan-generic"):
+        assert not supports(kernel, targets.read(name))
+        with pytest.raises(ScheduleError, match="no schedule template for kernel 'linear' with float16 activations"):
+            schedule(kernel, targets.read(name))
+    assert supports(kernel, targets.read("cuda"))
+    assert not supports(replace(KERNEL, weights="bfloat16"), targets.read("vulkan-generic"))
 
 
 def test_missing_template_is_named() -> None:
@@ -107,7 +130,7 @@ def small_cases() -> Iterator[Case]:
         Linear(32, 64, 8, 32, "float32", activation="relu"),
         Linear(96, 24, 8, 8, "int8"),
         Head(128, 1021, 1, 32, "float32", groups=1),
-        PrefillAttention(3, 20, 45, 8, "float32", 0.3, dim_tile=4),
+        PrefillAttention(3, 20, 45, 8, "float32", 0.3),
         DecodeAttention(2, 64, 600, 8, "float16", 0.125),
     )
     for kernel in wanted:
@@ -132,13 +155,8 @@ def choices_of(case: Case, target: Target) -> dict[str, list[int]]:
 
 
 def assert_correct(case: Case, target: Target, decisions: dict[str, int]) -> None:
-    module = tvm.IRModule({"main": schedule(case.kernel, target, decisions).with_attr("global_symbol", "main")})
-    inputs, outputs = ([tvm.runtime.tensor(array) for array in arrays] for arrays in (case.inputs, case.outputs))
-    tvm.tirx.build(module, target=tvm.target.Target(target.tvm))["main"](*inputs, *outputs)
-    results = [inputs[index] for index in case.in_place] + outputs
-    for result, expected in zip(results, case.expected, strict=True):
-        difference = result.numpy().astype(np.float64) - expected
-        assert np.square(difference).sum() <= case.nmse * np.square(expected).sum(), decisions
+    function = devices.build(schedule(case.kernel, target, decisions), target)
+    devices.assert_close(case, devices.run(function, case, tvm.cpu()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel.family}-{case.name}")
@@ -157,7 +175,8 @@ def test_every_template_with_choices_is_tested() -> None:
     tested = {template_for(case.kernel, target).name for case in CASES}
     for family in kernels.FAMILIES:
         for case in islice(family.cases(), 2):
-            assert not choices_of(case, target) or template_for(case.kernel, target).name in tested
+            if supports(case.kernel, target):
+                assert not choices_of(case, target) or template_for(case.kernel, target).name in tested
 
 
 # --- records ---
@@ -276,16 +295,40 @@ def test_the_last_of_two_records_counts(book_folder: Path) -> None:
     assert RecordBook.load("cpu-x").find(MATMUL, KERNEL) == newer
 
 
-def test_bundled_records_fit_their_templates() -> None:
-    """Every line in schedules/ is a record of a template that exists, for a target that exists."""
-    folder = Path(__file__).parents[2] / "schedules"
-    versions = {template.name: template.version for template in (*cpu.TEMPLATES, *gpu.TEMPLATES)}
-    for path in folder.glob("*/*.jsonl"):
-        assert path.parent.name in targets.names()
-        for record in records.read_records(path):
-            assert path.stem == record.template
-            assert record.version <= versions[record.template]
-    assert {path.name for path in folder.iterdir()} <= {"README.md", *targets.names()}
+BUNDLED = Path(__file__).parents[2] / "schedules"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in BUNDLED.iterdir() if path.is_dir()))
+def test_every_bundled_record_is_that_of_a_kernel(name: str) -> None:
+    """For each line there is a published model whose kernel finds it, and its template takes the decisions."""
+    target, book = targets.read(name), RecordBook.load(name)
+    found = {}
+    for config in (replace(config, n_layer=1) for config in PRESETS.values()):
+        for dtype, quant in product(target.dtypes, QUANTIZATIONS):
+            for kernel in build_program(config, layout_for(config, target, dtype, quant)).kernels.values():
+                record = book.find(template_for(kernel, target), kernel)
+                if record is not None and record.key not in found:
+                    found[record.key] = plan(kernel, target, book)
+    lines = [(path, record) for path in sorted((BUNDLED / name).iterdir()) for record in records.read_records(path)]
+    assert len({record.key for _, record in lines}) == len(lines)
+    for path, record in lines:
+        assert path.name == f"{record.template}.jsonl"
+        planned = found.pop(record.key)
+        assert planned.record == record
+        taken = {decision.name: decision.value for decision in planned.decisions}
+        assert taken == record.decisions
+        assert all(decision.source == "record" for decision in planned.decisions)
+    assert not found
+
+
+def test_keys_hold_no_tiles() -> None:
+    """A kernel's fields are sizes and dtypes: a template can have another tile, or another default."""
+    names = {field.name for family in kernels.FAMILIES for field in fields(family)}
+    assert names == {
+        *("in_features", "out_features", "width", "rows", "columns", "groups", "max_groups", "vocabulary", "context"),
+        *("heads", "head_dim", "weights", "dtype", "cache_dtype", "activations", "activation", "epsilon", "scale"),
+        "transposed",
+    }
 
 
 # --- the compiler ---

@@ -1,18 +1,33 @@
 """The calls that a search measures: that every kernel has some, and how much work they are."""
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
 
 from tvm_attn import targets
-from tvm_attn.compiler.build import layout_for
 from tvm_attn.config import PRESETS
 from tvm_attn.errors import TuningError
-from tvm_attn.kernels import DecodeAttention, Head, LayerNorm, Linear, PackPlain, PrefillAttention, QKVLinear
+from tvm_attn.kernels import (
+    FAMILIES,
+    DecodeAttention,
+    Head,
+    Kernel,
+    LayerNorm,
+    Linear,
+    PackPairs,
+    PackPlain,
+    PrefillAttention,
+    QKVLinear,
+    QuantizeRows,
+    ResidualLinear,
+)
+from tvm_attn.kernels.base import label
 from tvm_attn.model.gpt2 import build_program
+from tvm_attn.model.layout import layout_for
 from tvm_attn.targets import Peak
-from tvm_attn.tuning.calls import calls_of, label
+from tvm_attn.tuning.calls import calls_of
 from tvm_attn.tuning.space import Space
 
 
@@ -23,12 +38,16 @@ from tvm_attn.tuning.space import Space
         ("cpu-znver4", "float32", "none"),
         ("cpu-znver4", "bfloat16", "none"),
         ("cpu-znver4", "float32", "int4"),
+        ("vulkan-generic", "float16", "int8"),
+        ("cuda-sm90", "float32", "none"),
+        ("cuda-sm90", "float16", "none"),
+        ("cuda-sm90", "bfloat16", "int4"),
     ],
 )
 def test_every_kernel_with_choices_has_calls(target: str, dtype: str, quant: str) -> None:
     resolved = targets.read(target)
     config = replace(PRESETS["gpt2"], n_layer=1)
-    program = build_program(config, layout_for(config, resolved, dtype, quant), config.n_positions, 1)
+    program = build_program(config, layout_for(config, resolved, dtype, quant))
     one_of_each = {(kernel.family, getattr(kernel, "groups", None)): kernel for kernel in program.kernels.values()}
     tuned = [kernel for kernel in one_of_each.values() if Space.of(kernel, resolved).size > 1]
     assert {kernel.family for kernel in tuned} >= {"linear", "qkv_linear", "head", "prefill_attention"}
@@ -36,9 +55,21 @@ def test_every_kernel_with_choices_has_calls(target: str, dtype: str, quant: str
         assert calls_of(kernel), label(kernel)
 
 
-def test_a_family_without_sizes_is_named() -> None:
-    with pytest.raises(TuningError, match="layer_norm"):
+def test_a_family_without_sizes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerNorm, "family", "unknown")
+    with pytest.raises(TuningError, match="unknown"):
         calls_of(LayerNorm(64, 1e-5, 8))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.family)
+def test_calls_make_cases_of_their_kernel(family: type[Kernel]) -> None:
+    """Of every class of kernels, for float32 activations and for tensor cores."""
+    kernels = {getattr(case.kernel, "activations", ""): case.kernel for case in islice(family.cases(), 200)}
+    for kernel in kernels.values():
+        for call in calls_of(kernel):
+            case = call.case()
+            assert case.kernel == kernel
+            assert call.bytes > 0 and (call.flops is None or call.flops >= 0)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +80,11 @@ def test_a_family_without_sizes_is_named() -> None:
         Linear(64, 96, 8, 32, "int4"),
         Head(64, 101, 8, 32, "float16"),
         PackPlain(48, 101, 32, "float32", transposed=True),
+        Linear(64, 96, 8, 1, "float16", activations="float16"),
+        ResidualLinear(64, 96, 8, 1, "int8", activations="bfloat16", max_groups=2),
+        Head(64, 101, 1, 1, "int4", groups=1, activations="float16", epsilon=1e-5),
+        PackPairs(96, 8),
+        QuantizeRows(96, 8, "int4", groups=1),
     ],
     ids=label,
 )

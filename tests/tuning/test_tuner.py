@@ -11,13 +11,14 @@ import pytest
 import tvm
 
 from tvm_attn import targets
-from tvm_attn.compiler.build import layout_for
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.config import PRESETS
 from tvm_attn.errors import TargetError, TuningError, VerificationError
-from tvm_attn.kernels import Linear
+from tvm_attn.kernels import Linear, cpu
+from tvm_attn.kernels.template import Template
 from tvm_attn.model.gpt2 import build_program
-from tvm_attn.schedule import Template, cpu, records, schedule
+from tvm_attn.model.layout import layout_for
+from tvm_attn.schedule import records, schedule
 from tvm_attn.schedule.records import read_records
 from tvm_attn.tuning import tuner, workers
 from tvm_attn.tuning.calls import calls_of

@@ -138,15 +138,19 @@ def kernel_work(
     family = kernel["family"]
     if family in ("linear", "residual_linear", "qkv_linear", "head"):
         k, n = kernel["in_features"], kernel["out_features"]
-        input_bytes = k * _INPUT_BYTES.get(storage.weights, _FLOAT32)
-        output_bytes = n * _FLOAT32 * (2 if family == "residual_linear" else 1)
+        activations = _WEIGHT_BYTES[kernel.get("activations", "float32")]
+        input_bytes = k * (_INPUT_BYTES.get(storage.weights, _FLOAT32) if activations == _FLOAT32 else activations)
+        output_bytes = n * {"residual_linear": 2 * _FLOAT32, "head": _FLOAT32}.get(family, activations)
         return Work(2 * rows * k * n, 0, round(k * n * storage.weight_bytes + rows * (input_bytes + output_bytes)))
     if family in ("prefill_attention", "decode_attention"):
         width = kernel["heads"] * kernel["head_dim"]
         pairs = sum(count * first + count * (count + 1) // 2 for count, first in spans)
         keys = sum(first + count for count, first in spans)
         queries = sum(count for count, _ in spans)
-        moved = round(2 * keys * width * storage.cache_bytes) + 2 * queries * width * _FLOAT32
+        moved = round(
+            2 * keys * width * storage.cache_bytes
+            + 2 * queries * width * _WEIGHT_BYTES[kernel.get("activations", "float32")]
+        )
         return Work(0, 4 * pairs * width, moved)
     bytes_of_row = {
         "layer_norm": lambda: 2 * kernel["width"] * _FLOAT32,
@@ -154,6 +158,7 @@ def kernel_work(
         "gather_rows": lambda: 2 * kernel["width"] * _FLOAT32,
         "pack_pairs": lambda: kernel["width"] * (_FLOAT32 + 2),
         "quantize_rows": lambda: round(kernel["width"] * (_FLOAT32 + _INPUT_BYTES[kernel["weights"]])),
+        "advance": lambda: kernel["columns"] * _FLOAT32,
         "argmax": lambda: kernel["columns"] * _FLOAT32,
     }
     return Work(0, 0, rows * bytes_of_row[family]()) if family in bytes_of_row else None

@@ -18,7 +18,6 @@ from tvm_attn.errors import ArtifactError
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.logits import DeviceLogits
 
-_HEADS = ("head", "cuda_head")
 _SETTLED = 0.1
 """Share of one core below which the thread pool counts as asleep."""
 
@@ -126,5 +125,5 @@ def _manifest_kernels(artifact: Artifact, file: str) -> dict[str, dict[str, Any]
 
 def _weight_format(kernels: Mapping[str, Mapping[str, Any]], precision: str) -> str:
     """The format that the head takes its weight in."""
-    formats = [kernel.get("weights", precision) for kernel in kernels.values() if kernel["family"] in _HEADS]
+    formats = [kernel.get("weights", precision) for kernel in kernels.values() if kernel["family"] == "head"]
     return str(formats[0]) if formats else precision

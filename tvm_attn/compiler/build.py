@@ -24,18 +24,16 @@ from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError
 from tvm_attn.inventory import obstacle as gpu_obstacle
 from tvm_attn.kernels.base import shape_of
-from tvm_attn.model.gpt2 import build_program
-from tvm_attn.model.module import Layout, Program, padded_vocabulary
+from tvm_attn.model.gpt2 import MAX_BATCH, build_program
+from tvm_attn.model.layout import check_types, layout_for
+from tvm_attn.model.module import Program, padded_vocabulary
 from tvm_attn.model.params import stored_params
 from tvm_attn.model.weights import Weights, open_weights
 from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.machine import set_threads
-from tvm_attn.storage import QUANTIZATIONS, stored_types
-from tvm_attn.targets import CpuTarget, CudaTarget, GpuTarget, Target
-
-MAX_BATCH = 64
-"""Most sequences of one decode call that libraries are planned for."""
+from tvm_attn.storage import stored_types
+from tvm_attn.targets import CudaTarget, GpuTarget, Target
 
 
 @dataclass(frozen=True)
@@ -116,12 +114,7 @@ def _check_choices(resolved: list[Target], dtype: str, quant: str) -> None:
     if len({entry.name for entry in resolved}) != len(resolved):
         raise TargetError("a target is named twice")
     for entry in resolved:
-        if dtype not in entry.dtypes:
-            raise TargetError(
-                f"dtype {dtype!r} is not available for {entry.name}; available: {', '.join(entry.dtypes)}"
-            )
-    if quant not in QUANTIZATIONS:
-        raise TargetError(f"quantization {quant!r} is not available; available: {', '.join(QUANTIZATIONS)}")
+        check_types(entry, dtype, quant)
 
 
 def _manifest(weights: Weights, dtype: str, quant: str) -> dict[str, Any]:
@@ -138,30 +131,12 @@ def _manifest(weights: Weights, dtype: str, quant: str) -> dict[str, Any]:
     }
 
 
-def _weight_format(config: GPT2Config, target: Target, dtype: str, quant: str) -> str:
-    """How a target's kernels take the matrices, see `tvm_attn.kernels.weights`."""
-    if quant != "none":
-        return quant
-    native = isinstance(target, CpuTarget) and "avx512_bf16" in target.features
-    even = config.n_embd % 2 == 0 and config.n_inner % 2 == 0
-    return "bfloat16_pairs" if dtype == "bfloat16" and native and even else dtype
-
-
-def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str) -> Layout:
-    """The layout of a model's library for a target."""
-    rows, weights, on_cpu = target.tile_rows, _weight_format(config, target, dtype, quant), target.device == "cpu"
-    if target.device == "cuda" and dtype != "float32":
-        return Layout(rows, 1, dtype, weights, fuse_layers=False, group_kernels=True, tensor_cores=True)
-    return Layout(rows, target.tile_columns, dtype, weights, fuse_layers=on_cpu, group_kernels=on_cpu)
-
-
 def _compile(
     config: GPT2Config, target: Target, dtype: str, quant: str, folder: Path, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Compiles the library of one target and describes it for the manifest."""
     layout = layout_for(config, target, dtype, quant)
-    max_prefill_rows = -(-config.n_positions // layout.rows) * layout.rows
-    program = build_program(config, layout, max_prefill_rows, MAX_BATCH)
+    program = build_program(config, layout)
     library = Library(
         file=f"lib-{target.name}.so",
         target=target.name,
@@ -170,7 +145,7 @@ def _compile(
         features=target.features,
         rows=layout.rows,
         vocabulary=padded_vocabulary(config, layout),
-        max_prefill_rows=max_prefill_rows,
+        max_prefill_rows=layout.whole_groups(config.n_positions),
         max_batch=MAX_BATCH,
         parameters=tuple(program.parameters),
         architectures=target.architectures if isinstance(target, CudaTarget) else (),

@@ -19,7 +19,8 @@ from tvm_attn.compiler.fusion import fuse_primitive_functions
 from tvm_attn.compiler.workspaces import plan_workspaces
 from tvm_attn.errors import CompileError, TargetError, one_line
 from tvm_attn.model.module import Program
-from tvm_attn.schedule import Record, RecordBook, schedule, template_for
+from tvm_attn.schedule import Record, RecordBook
+from tvm_attn.schedule.plan import plan
 from tvm_attn.targets import CudaTarget, GpuTarget, Target
 
 
@@ -31,11 +32,10 @@ def _schedule_kernels(program: Program, target: Target) -> tuple[tvm.IRModule, l
         kernel = program.kernels.get(variable.name_hint)
         if kernel is None:
             continue
-        record = book.find(template_for(kernel, target), kernel)
-        if record:
-            used.append(record)
-        function = schedule(kernel, target, record.decisions if record else None)
-        functions[variable] = function.with_attr("global_symbol", variable.name_hint)
+        planned = plan(kernel, target, book)
+        if planned.record:
+            used.append(planned.record)
+        functions[variable] = planned.function.with_attr("global_symbol", variable.name_hint)
     return tvm.IRModule(functions), used
 
 

@@ -1,4 +1,8 @@
-"""What is computed: GPT-2's kernels in TensorIR, one family a file.
+"""GPT-2's kernels: what each computes, one family a file; how, by device class in `cpu`, `gpu` and `cuda`.
+
+The file of a family holds its dataclasses, their float64 references and their cases. The loops and templates of a
+device class lie in the file of the same name in its folder; `unscheduled` has the TensorIR that several of them
+schedule.
 
 Shape letters: g = row groups (symbolic), R = rows of a group, E = n_embd, H = heads, D = head_dim, P = n_positions,
 V = vocabulary, K/N = input/output features of a linear layer, C = columns of a packed weight strip, S = KV-cache slots.
@@ -8,17 +12,17 @@ no predicate, whatever the number of tokens; the caller pads with rows whose pos
 the KV cache.
 """
 
-from tvm_attn.kernels.base import Case, Kernel, PortableKernel
+from tvm_attn.kernels.base import Case, Kernel
 from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.embedding import Embedding, GatherRows
-from tvm_attn.kernels.matmul import Head, Linear, QKVLinear, ResidualLinear
+from tvm_attn.kernels.linear import Head, Linear, LinearKernel, QKVLinear, ResidualLinear
 from tvm_attn.kernels.norm import LayerNorm
 from tvm_attn.kernels.prefill_attention import PrefillAttention
 from tvm_attn.kernels.quant import PackPairs, QuantizeRows
-from tvm_attn.kernels.sampling import Argmax
+from tvm_attn.kernels.sampling import Advance, Argmax
 from tvm_attn.kernels.weights import PackPlain, PackWords
 
-FAMILIES: tuple[type[PortableKernel], ...] = (
+FAMILIES: tuple[type[Kernel], ...] = (
     Embedding,
     GatherRows,
     LayerNorm,
@@ -33,10 +37,12 @@ FAMILIES: tuple[type[PortableKernel], ...] = (
     PrefillAttention,
     DecodeAttention,
     Argmax,
+    Advance,
 )
 
 __all__ = [
     "FAMILIES",
+    "Advance",
     "Argmax",
     "Case",
     "DecodeAttention",
@@ -46,10 +52,10 @@ __all__ = [
     "Kernel",
     "LayerNorm",
     "Linear",
+    "LinearKernel",
     "PackPairs",
     "PackPlain",
     "PackWords",
-    "PortableKernel",
     "PrefillAttention",
     "QKVLinear",
     "QuantizeRows",

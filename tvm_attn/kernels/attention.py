@@ -1,4 +1,4 @@
-"""What prefill and decode attention share: the mask and the float64 reference.
+"""What prefill and decode attention share: the mask, the float64 reference, random operands.
 
 Keys and values are read from the KV cache, (S, 2, H, P, D), in their storage dtype; scores, softmax and sums are
 float32. What lies in the cache beyond a sequence's length may be anything: masked scores are replaced before the
@@ -14,12 +14,26 @@ from tvm_attn.storage import numpy_dtype
 # Below every score that float32 can reach in practice, and far enough from its limit that differences stay finite.
 MASKED = -1.0e30
 
+OVERFLOWING = 16.0
+"""Standard deviation of queries and keys whose scores are of order 1000, far beyond what exp takes in float32."""
+
 
 def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
     """Softmax attention of one query in float64: q (D,), keys and values (T, D) -> (D,)."""
     scores = keys.astype(np.float64) @ q.astype(np.float64) * scale
     weights = np.exp(scores - scores.max())
     return (weights / weights.sum()) @ values.astype(np.float64)
+
+
+def attend_heads(q: np.ndarray, cache: np.ndarray, scale: float) -> np.ndarray:
+    """The same for all heads of a row: q (H, D), cache (2, H, T, D) -> (H * D,)."""
+    return np.concatenate([attend(q[h], cache[0, h], cache[1, h], scale) for h in range(len(q))])
+
+
+def random_queries(shape: tuple[int, int, int], dtype: str, magnitude: float) -> np.ndarray:
+    """Queries (rows, H, D), normally distributed with that standard deviation."""
+    q = np.random.default_rng(1).standard_normal(shape, dtype=np.float32) * np.float32(magnitude)
+    return q.astype(numpy_dtype(dtype))
 
 
 def random_cache(shape: tuple[int, int, int, int, int], dtype: str, magnitude: float) -> np.ndarray:
@@ -35,7 +49,7 @@ def forget(cache: np.ndarray, slot: int, length: int) -> None:
 
 
 def error_bound(magnitude: float) -> float:
-    """Bound on the normalised mean squared error of attention over such a cache.
+    """Bound on the normalised mean squared error of attention over such a cache, computed in float32.
 
     At magnitude 256 a score is of order 1e5, and float32 resolves it to about 1e-2.
     """

@@ -1,18 +1,26 @@
 """The protocol that every kernel meets.
 
-A kernel is a frozen dataclass of its static sizes. It says what is computed, does the same thing in NumPy float64, and
-lists the cases that tests and benchmarks share. A portable kernel builds its TensorIR function, which templates of
-every device class schedule; those of `tvm_attn.kernels.cuda` are for one class, and their templates build functions.
+A kernel is a frozen dataclass of its static sizes and dtypes. It says what is computed, does the same thing in NumPy
+float64, and lists the cases that tests and benchmarks share. How it is computed is up to the templates of each device
+class (`tvm_attn.kernels.template`): tiles, vector widths and instructions are theirs, and no field here is about them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from tvm import ir, tirx
+
+ROUNDED = {"float32": 0.0, "float16": 2.0**-22, "bfloat16": 2.0**-16}
+"""Normalised mean squared error of rounding to a dtype, at most: half a unit in the last place of 24, 11 or 8 bits,
+squared. Results in float32 are bounded by the order of their sums instead."""
+
+
+TENSOR_CORE_DTYPES = ("float16", "bfloat16")
+"""Dtypes of activations that tensor cores multiply with float32 sums; everywhere else activations are float32."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,11 @@ class Case:
     nmse: float = 1e-12
 
 
-@runtime_checkable
 class Kernel(Protocol):
     """A function of GPT-2 with its static sizes.
 
     Attributes:
-        family: the family's name; schedule templates are found by it.
+        family: the family's name; templates are found by it.
     """
 
     family: ClassVar[str]
@@ -54,18 +61,25 @@ class Kernel(Protocol):
         ...
 
 
-@runtime_checkable
-class PortableKernel(Kernel, Protocol):
-    """A kernel for every target."""
-
-    def prim_func(self) -> tirx.PrimFunc:
-        """The TensorIR function, unscheduled, for any target."""
-        ...
-
-
 def shape_of(kernel: Any) -> dict[str, Any]:
     """A kernel's family and static sizes as a plain dictionary, which keys the tuned records."""
     return {"family": kernel.family} | {field.name: getattr(kernel, field.name) for field in fields(kernel)}
+
+
+def label(kernel: Any) -> str:
+    """A short name, e.g. "linear 768x3072, one row"."""
+    if hasattr(kernel, "in_features"):
+        size = f"{kernel.in_features}x{kernel.out_features}"
+    elif hasattr(kernel, "heads"):
+        size = f"{kernel.heads}x{kernel.head_dim}"
+    else:
+        size = str(getattr(kernel, "width", ""))
+    rows = ""
+    if getattr(kernel, "groups", None) == 1:
+        rows = ", one row" if kernel.rows == 1 else f", {kernel.rows} rows"
+    elif getattr(kernel, "max_groups", None) is not None:
+        rows = f", up to {kernel.max_groups * kernel.rows} rows"
+    return f"{kernel.family} {size}".strip() + rows
 
 
 def row_groups(groups: int | None) -> int | tirx.Var:
@@ -80,3 +94,10 @@ def without_unused(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """
     used = [parameter for parameter in function.params if not isinstance(parameter.ty, ir.PointerType)]
     return tirx.PrimFunc(used, function.body, function.ret_type, function.attrs)
+
+
+def largest_power(extent: int, most: int) -> int:
+    """The largest power of two up to `most`, a power of two, that divides `extent`."""
+    while extent % most:
+        most //= 2
+    return most

@@ -1,8 +1,4 @@
-"""Causal attention of one token a row over the KV cache.
-
-Flash-Decoding (Dao et al., 2023): the keys of a row are split into chunks that are independent work, and their results
-are merged. A chunk's scores are kept until all of them are known, so that there is one maximum and nothing to rescale.
-"""
+"""Causal attention of one token a row over the KV cache: Flash-Decoding (Dao et al., 2023)."""
 
 from __future__ import annotations
 
@@ -11,33 +7,36 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from tvm import tirx
-from tvm.script import tirx as T
 
-from tvm_attn.kernels.activation import exp
-from tvm_attn.kernels.attention import MASKED, attend, error_bound, forget, random_cache
-from tvm_attn.kernels.base import Case, row_groups
+from tvm_attn.kernels.attention import (
+    OVERFLOWING,
+    attend_heads,
+    error_bound,
+    forget,
+    random_cache,
+    random_queries,
+)
+from tvm_attn.kernels.base import ROUNDED, Case
 from tvm_attn.storage import numpy_dtype
-
-_LINE_BYTES = 64
-
-
-def _sum_of_lanes(vector: tirx.Buffer, lanes: int) -> tirx.Expr:
-    """The sum of a buffer of a power of two of elements, in pairs: a chain of additions would wait for each."""
-    total = vector[tirx.Ramp(0, 1, lanes)] if lanes > 1 else vector[0]
-    while lanes > 1:
-        lanes //= 2
-        halves = (tirx.Shuffle([total], list(range(first, first + lanes))) for first in (0, lanes))
-        total = next(halves) + next(halves)
-    return total
 
 
 @dataclass(frozen=True)
 class DecodeAttention:
     """Attention of one query a row over its slot, up to and including its own position.
 
-    Parameters of the function: q (g, R, E) float32, cache (S, 2, H, P, D) dtype, slots (g, R) int32,
-    positions (g, R) int32, o (g, R, E) float32. A row whose position is -1 gets zeros.
+    Parameters of the function: q (g, R, E) activations; cache (S, 2, H, P, D) dtype; slots (g, R) int32; positions
+    (g, R) int32, of the row's token, whose key and value are written; o (g, R, E) activations. A row whose position is
+    -1 is padding and gets zeros.
+
+    Attributes:
+        heads: H.
+        head_dim: D.
+        context: P, the positions of a cache slot.
+        rows: R, the rows of a group.
+        dtype: of the cache.
+        scale: what scores are multiplied with, positive.
+        groups: a static number of row groups, or None for a symbolic one.
+        activations: dtype of q and o.
     """
 
     family: ClassVar[str] = "decode_attention"
@@ -49,231 +48,39 @@ class DecodeAttention:
     dtype: str
     scale: float
     groups: int | None = None
-    key_chunk: int = 256
-    """Keys of one piece of work."""
-    key_block: int = 16
-    """Keys whose scores are one vector, a divisor of `key_chunk`."""
-    lanes: int = 16
-    """Partial sums of a dot product kept side by side, a divisor of D."""
-    prefetch: str | None = None
-    """A function of an address that fetches its cache line, which a template imports. With it, values are fetched
-    while keys are read, and the next head's keys while values are: a head's run of either is too short for the
-    hardware to fetch ahead."""
-
-    def prim_func(self) -> tirx.PrimFunc:
-        """See `PortableKernel.prim_func`; blocks "chunk" and "merge"."""
-        heads, head_dim, context, rows, dtype = self.heads, self.head_dim, self.context, self.rows, self.dtype
-        width, scale, g = heads * head_dim, self.scale, row_groups(self.groups)
-        key_chunk, key_block, lanes = self.key_chunk, self.key_block, self.lanes
-        chunks = -(-context // key_chunk)
-        prefetches, function = self.prefetch is not None, self.prefetch or ""
-        per_line = _LINE_BYTES // numpy_dtype(dtype).itemsize
-
-        @T.inline
-        def fetch_row(cache, slot, kind, head, position):
-            for line in T.unroll((head_dim + per_line - 1) // per_line):
-                element = T.meta_var(cache[slot, kind, head, position, line * per_line])
-                T.evaluate(T.call_extern("int32", function, T.address_of(element)))
-
-        @T.prim_func(s_tir=True)
-        def decode_attention(
-            q_handle: T.handle,
-            cache_handle: T.handle,
-            slots_handle: T.handle,
-            positions_handle: T.handle,
-            o_handle: T.handle,
-        ):
-            T.func_attr({"tirx.noalias": True})
-            cache_slots = T.int32()
-            q = T.match_buffer(q_handle, (g, rows, width), "float32")
-            cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
-            slots = T.match_buffer(slots_handle, (g, rows), "int32")
-            positions = T.match_buffer(positions_handle, (g, rows), "int32")
-            o = T.match_buffer(o_handle, (g, rows, width), "float32")
-            outputs = T.sblock_alloc_buffer((g, rows, heads, chunks, head_dim), "float32")
-            maxima = T.sblock_alloc_buffer((g, rows, heads, chunks), "float32")
-            totals = T.sblock_alloc_buffer((g, rows, heads, chunks), "float32")
-            for group, row, head, chunk in T.grid(g, rows, heads, chunks):
-                with T.sblock("chunk"):
-                    vg, vr, vh, vk = T.axis.remap("SSSS", [group, row, head, chunk])
-                    T.reads(
-                        q[vg, vr, vh * head_dim : vh * head_dim + head_dim],
-                        cache[0:cache_slots, 0:2, vh, 0:context, 0:head_dim],
-                        slots[vg, vr],
-                        positions[vg, vr],
-                    )
-                    T.writes(outputs[vg, vr, vh, vk, 0:head_dim], maxima[vg, vr, vh, vk], totals[vg, vr, vh, vk])
-                    scores = T.sblock_alloc_buffer((key_chunk,), "float32", scope="local")
-                    # As many of them as a block has keys; added up at the end.
-                    maxima_of_lanes = T.sblock_alloc_buffer((key_block,), "float32", scope="local")
-                    totals_of_lanes = T.sblock_alloc_buffer((key_block,), "float32", scope="local")
-                    maximum = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                    total = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                    output = T.sblock_alloc_buffer((head_dim,), "float32", scope="local")
-                    slot: T.let[T.int32] = slots[vg, vr]
-                    first: T.let[T.int32] = vk * key_chunk
-                    count: T.let[T.int32] = T.max(T.min(positions[vg, vr] + 1 - first, key_chunk), 0)
-                    # Nothing reads what belongs to a chunk without keys.
-                    if count > 0:
-                        for j in range(key_block):
-                            with T.sblock("init_maxima"):
-                                vj = T.axis.spatial(key_block, j)
-                                maxima_of_lanes[vj] = T.float32(MASKED)
-                        for block in range((count + key_block - 1) // key_block):
-                            with T.sblock("key_block"):
-                                vb = T.axis.opaque((count + key_block - 1) // key_block, block)
-                                if prefetches:
-                                    for j in T.unroll(key_block):
-                                        fetch_row(cache, slot, 1, vh, T.min(first + vb * key_block + j, context - 1))
-                                for j in range(key_block):
-                                    with T.sblock("key"):
-                                        vj = T.axis.spatial(key_block, j)
-                                        partial = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
-                                        for d, lane in T.grid(head_dim // lanes, lanes):
-                                            with T.sblock("products"):
-                                                vd, vl = T.axis.remap("RS", [d, lane])
-                                                with T.init():
-                                                    partial[vl] = T.float32(0.0)
-                                                # The last block of the last positions would read past the slot.
-                                                partial[vl] = partial[vl] + q[
-                                                    vg, vr, vh * head_dim + vd * lanes + vl
-                                                ] * T.Cast(
-                                                    "float32",
-                                                    cache[
-                                                        slot,
-                                                        0,
-                                                        vh,
-                                                        T.min(first + vb * key_block + vj, context - 1),
-                                                        vd * lanes + vl,
-                                                    ],
-                                                )
-                                        scores[vb * key_block + vj] = _sum_of_lanes(partial, lanes)
-                                for j in range(key_block):
-                                    with T.sblock("mask"):
-                                        vj = T.axis.spatial(key_block, j)
-                                        scores[vb * key_block + vj] = T.Select(
-                                            vb * key_block + vj < count,
-                                            scores[vb * key_block + vj] * T.float32(scale),
-                                            T.float32(MASKED),
-                                        )
-                                for j in range(key_block):
-                                    with T.sblock("maxima"):
-                                        vj = T.axis.spatial(key_block, j)
-                                        maxima_of_lanes[vj] = T.max(maxima_of_lanes[vj], scores[vb * key_block + vj])
-                        maximum[0] = T.float32(MASKED)
-                        for j in range(key_block):
-                            with T.sblock("maximum"):
-                                vj = T.axis.reduce(key_block, j)
-                                maximum[0] = T.max(maximum[0], maxima_of_lanes[vj])
-                        for j in range(key_block):
-                            with T.sblock("init_totals"):
-                                vj = T.axis.spatial(key_block, j)
-                                totals_of_lanes[vj] = T.float32(0.0)
-                        for block in range((count + key_block - 1) // key_block):
-                            with T.sblock("probability_block"):
-                                vb = T.axis.opaque((count + key_block - 1) // key_block, block)
-                                for j in range(key_block):
-                                    with T.sblock("probabilities"):
-                                        vj = T.axis.spatial(key_block, j)
-                                        scores[vb * key_block + vj] = exp(scores[vb * key_block + vj] - maximum[0])
-                                for j in range(key_block):
-                                    with T.sblock("totals"):
-                                        vj = T.axis.spatial(key_block, j)
-                                        totals_of_lanes[vj] = totals_of_lanes[vj] + scores[vb * key_block + vj]
-                        total[0] = T.float32(0.0)
-                        for j in range(key_block):
-                            with T.sblock("total"):
-                                vj = T.axis.reduce(key_block, j)
-                                total[0] = total[0] + totals_of_lanes[vj]
-                        for d in range(head_dim):
-                            with T.sblock("init_output"):
-                                vd = T.axis.spatial(head_dim, d)
-                                output[vd] = T.float32(0.0)
-                        for j in range(count):
-                            if prefetches:
-                                fetch_row(cache, slot, 0, T.min(vh + 1, heads - 1), first + j)
-                            for d in range(head_dim):
-                                with T.sblock("accumulate"):
-                                    vj = T.axis.reduce(count, j)
-                                    vd = T.axis.spatial(head_dim, d)
-                                    output[vd] = output[vd] + scores[vj] * T.Cast(
-                                        "float32", cache[slot, 1, vh, first + vj, vd]
-                                    )
-                        for d in range(head_dim):
-                            with T.sblock("keep_output"):
-                                vd = T.axis.spatial(head_dim, d)
-                                outputs[vg, vr, vh, vk, vd] = output[vd]
-                        maxima[vg, vr, vh, vk] = maximum[0]
-                        totals[vg, vr, vh, vk] = total[0]
-            for group, row, head in T.grid(g, rows, heads):
-                with T.sblock("merge"):
-                    vg, vr, vh = T.axis.remap("SSS", [group, row, head])
-                    T.reads(
-                        positions[vg, vr],
-                        outputs[vg, vr, vh, 0:chunks, 0:head_dim],
-                        maxima[vg, vr, vh, 0:chunks],
-                        totals[vg, vr, vh, 0:chunks],
-                    )
-                    T.writes(o[vg, vr, vh * head_dim : vh * head_dim + head_dim])
-                    maximum = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                    weights = T.sblock_alloc_buffer((chunks,), "float32", scope="local")
-                    total = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                    output = T.sblock_alloc_buffer((head_dim,), "float32", scope="local")
-                    used: T.let[T.int32] = (positions[vg, vr] + key_chunk) // key_chunk
-                    maximum[0] = T.float32(MASKED)
-                    total[0] = T.float32(0.0)
-                    for chunk in range(used):
-                        with T.sblock("merge_maximum"):
-                            vk = T.axis.reduce(used, chunk)
-                            maximum[0] = T.max(maximum[0], maxima[vg, vr, vh, vk])
-                    for chunk in range(used):
-                        with T.sblock("merge_weights"):
-                            vk = T.axis.spatial(used, chunk)
-                            weights[vk] = exp(maxima[vg, vr, vh, vk] - maximum[0])
-                    for chunk in range(used):
-                        with T.sblock("merge_total"):
-                            vk = T.axis.reduce(used, chunk)
-                            total[0] = total[0] + weights[vk] * totals[vg, vr, vh, vk]
-                    for d in range(head_dim):
-                        with T.sblock("merge_init"):
-                            vd = T.axis.spatial(head_dim, d)
-                            output[vd] = T.float32(0.0)
-                    for chunk, d in T.grid(used, head_dim):
-                        with T.sblock("merge_outputs"):
-                            vk, vd = T.axis.remap("RS", [chunk, d])
-                            output[vd] = output[vd] + weights[vk] * outputs[vg, vr, vh, vk, vd]
-                    for d in range(head_dim):
-                        with T.sblock("store"):
-                            vd = T.axis.spatial(head_dim, d)
-                            # A padding row has seen no key: 0 / 1 instead of 0 / 0.
-                            o[vg, vr, vh * head_dim + vd] = output[vd] / T.Select(
-                                positions[vg, vr] >= 0, total[0], T.float32(1.0)
-                            )
-
-        return decode_attention
+    activations: str = "float32"
 
     @staticmethod
     def cases() -> Iterator[Case]:
         """See `Kernel.cases`."""
         for dtype in ("float32", "float16", "bfloat16"):
             kernel = DecodeAttention(2, 64, 600, 8, dtype, 0.125)
-            yield _decode_case(kernel, "ragged, chunk borders", (0, 1, 15, 16, 255, 256, 599, 511, 512, -1, -1, 7))
+            yield _case(kernel, "ragged, chunk borders", (0, 1, 15, 16, 255, 256, 599, 511, 512, -1, -1, 7))
             kernel = DecodeAttention(12, 64, 1024, 1, dtype, 0.125, groups=1)
-            yield _decode_case(kernel, "one row, full context", (1023,))
-            yield _decode_case(kernel, "magnitude 256", (100,), magnitude=256.0)
-        yield _decode_case(DecodeAttention(3, 20, 45, 8, "float32", 0.3, lanes=4), "odd head_dim", (44, 3))
-        yield _decode_case(DecodeAttention(1, 64, 8, 1, "float32", 0.125, groups=1), "first token", (0,))
+            yield _case(kernel, "one row, full context", (1023,))
+            yield _case(kernel, "magnitude 256", (100,), magnitude=256.0)
+        yield _case(DecodeAttention(3, 20, 45, 8, "float32", 0.3), "odd head_dim", (44, 3))
+        yield _case(DecodeAttention(1, 64, 8, 1, "float32", 0.125, groups=1), "first token", (0,))
+        kernel = DecodeAttention(2, 64, 600, 8, "float16", 0.125, activations="float16")
+        yield _case(kernel, "ragged, padding", (0, 1, 15, 16, 63, 64, 599, 511, 512, -1, -1, 7))
+        kernel = DecodeAttention(3, 64, 1024, 1, "bfloat16", 0.125, 1, "bfloat16")
+        for position in (0, 64, 1023):
+            yield _case(kernel, f"one row at position {position}", (position,))
+        yield _case(kernel, "scores of order 1000", (300,), OVERFLOWING)
+        kernel = DecodeAttention(2, 64, 300, 8, "float16", 0.125, 1, "float16")
+        yield _case(kernel, "one group with padding", (299, -1, 0, 131, -1))
+        for head_dim, dtype in ((48, "bfloat16"), (96, "float16"), (128, "bfloat16")):
+            kernel = DecodeAttention(2, head_dim, 75, 1, dtype, head_dim**-0.5, 1, dtype)
+            yield _case(kernel, f"head_dim {head_dim}", (74,))
 
 
-def _decode_case(kernel: DecodeAttention, name: str, positions: tuple[int, ...], magnitude: float = 1.0) -> Case:
+def _case(kernel: DecodeAttention, name: str, positions: tuple[int, ...], magnitude: float = 1.0) -> Case:
+    """One row a position, in slots in another order than rows; the rest of the last group is padding."""
     heads, head_dim, rows = kernel.heads, kernel.head_dim, kernel.rows
     groups = -(-len(positions) // rows)
-    rng = np.random.default_rng(1)
-    q = rng.standard_normal((groups * rows, heads, head_dim), dtype=np.float32) * np.float32(magnitude)
+    q = random_queries((groups * rows, heads, head_dim), kernel.activations, magnitude)
     cache = random_cache((len(positions), 2, heads, kernel.context, head_dim), kernel.dtype, magnitude)
-    slots = np.zeros(groups * rows, np.int32)
-    ends = np.full(groups * rows, -1, np.int32)
-    # Slots in another order than rows.
+    slots, ends = np.zeros(groups * rows, np.int32), np.full(groups * rows, -1, np.int32)
     slots[: len(positions)] = np.arange(len(positions))[::-1]
     ends[: len(positions)] = positions
     expected = np.zeros((groups * rows, heads * head_dim))
@@ -281,21 +88,15 @@ def _decode_case(kernel: DecodeAttention, name: str, positions: tuple[int, ...],
         if end < 0:
             continue
         forget(cache, int(slot), end + 1)
-        for head in range(heads):
-            keys, values = cache[slot, :, head, : end + 1]
-            result = attend(q[row, head], keys, values, kernel.scale)
-            expected[row, head * head_dim : (head + 1) * head_dim] = result
+        expected[row] = attend_heads(q[row], cache[slot, :, :, : end + 1], kernel.scale)
     shape = (groups, rows, heads * head_dim)
-    inputs = (
-        q.reshape(shape),
-        cache,
-        slots.reshape(groups, rows),
-        ends.reshape(groups, rows),
-    )
-    output = np.zeros(shape, np.float32)
-    return Case(kernel, name, inputs, (output,), (expected.reshape(shape),), nmse=error_bound(magnitude))
+    inputs = (q.reshape(shape), cache, slots.reshape(groups, rows), ends.reshape(groups, rows))
+    output = np.full(shape, np.nan, numpy_dtype(kernel.activations))
+    # Only the result is rounded.
+    bound = ROUNDED[kernel.activations] or error_bound(magnitude)
+    return Case(kernel, name, inputs, (output,), (expected.reshape(shape),), nmse=bound)
 
 
-def random_decode_case(kernel: DecodeAttention, positions: tuple[int, ...]) -> Case:
+def random_case(kernel: DecodeAttention, positions: tuple[int, ...]) -> Case:
     """A case of one row a position with random operands, of the sizes that a search measures."""
-    return _decode_case(kernel, f"{len(positions)} rows", positions)
+    return _case(kernel, f"{len(positions)} rows", positions)

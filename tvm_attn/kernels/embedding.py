@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from tvm import tirx
-from tvm.script import tirx as T
 
-from tvm_attn.kernels.base import Case, row_groups, without_unused
-from tvm_attn.kernels.weights import PLAIN, element, pack, pack_words, packed_types
+from tvm_attn.kernels.base import Case
+from tvm_attn.kernels.weights import PLAIN, pack, pack_words
 from tvm_attn.quantization import dequantize, quantize
 from tvm_attn.storage import numpy_dtype
 
@@ -37,40 +35,6 @@ class Embedding:
     dtype: str
     """Of wpe."""
     groups: int | None = None
-
-    def prim_func(self) -> tirx.PrimFunc:
-        """See `PortableKernel.prim_func`; block "embed"."""
-        rows, columns, width, context = self.rows, self.columns, self.width, self.context
-        dtype, weights, g = self.dtype, self.weights, row_groups(self.groups)
-        types = packed_types(weights, width, self.vocabulary, columns)
-
-        scaled = len(types) == 2
-
-        def token(wte, scales, token_id, column):
-            return element(weights, [wte, scales], width, token_id // columns, column, token_id % columns)
-
-        @T.prim_func(s_tir=True)
-        def embedding(
-            token_ids_handle: T.handle,
-            positions_handle: T.handle,
-            wte: T.Buffer(types[0][0], types[0][1]),
-            scales_handle: T.handle,
-            wpe: T.Buffer((context, width), dtype),
-            x_handle: T.handle,
-        ):
-            T.func_attr({"tirx.noalias": True})
-            token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
-            positions = T.match_buffer(positions_handle, (g, rows), "int32")
-            scales = T.meta_var(T.match_buffer(scales_handle, types[1][0], types[1][1]) if scaled else None)
-            x = T.match_buffer(x_handle, (g, rows, width), "float32")
-            for group, row, column in T.grid(g, rows, width):
-                with T.sblock("embed"):
-                    vg, vr, vc = T.axis.remap("SSS", [group, row, column])
-                    x[vg, vr, vc] = token(wte, scales, token_ids[vg, vr], vc) + T.Cast(
-                        "float32", wpe[T.max(positions[vg, vr], 0), vc]
-                    )
-
-        return without_unused(embedding)
 
     @staticmethod
     def cases() -> Iterator[Case]:
@@ -118,35 +82,25 @@ class GatherRows:
     width: int
     rows: int
 
-    def prim_func(self) -> tirx.PrimFunc:
-        """See `PortableKernel.prim_func`; block "gather"."""
-        rows, width = self.rows, self.width
-
-        @T.prim_func(s_tir=True)
-        def gather_rows(x_handle: T.handle, indices_handle: T.handle, y_handle: T.handle):
-            T.func_attr({"tirx.noalias": True})
-            g = T.int32()
-            q = T.int32()
-            x = T.match_buffer(x_handle, (g, rows, width), "float32")
-            indices = T.match_buffer(indices_handle, (q, rows), "int32")
-            y = T.match_buffer(y_handle, (q, rows, width), "float32")
-            for group, row, column in T.grid(q, rows, width):
-                with T.sblock("gather"):
-                    vg, vr, vc = T.axis.remap("SSS", [group, row, column])
-                    T.reads(indices[vg, vr], x[0:g, 0:rows, vc])
-                    T.writes(y[vg, vr, vc])
-                    y[vg, vr, vc] = x[indices[vg, vr] // rows, indices[vg, vr] % rows, vc]
-
-        return gather_rows
-
     @staticmethod
     def cases() -> Iterator[Case]:
         """See `Kernel.cases`."""
-        rng = np.random.default_rng(0)
-        for width, groups, wanted in ((96, 5, 2), (77, 1, 1)):
-            kernel = GatherRows(width, 8)
-            x = rng.standard_normal((groups, 8, width), dtype=np.float32)
-            indices = rng.integers(0, groups * 8, (wanted, 8), dtype=np.int32)
-            expected = x.reshape(-1, width)[indices].astype(np.float64)
-            y = np.zeros((wanted, 8, width), np.float32)
-            yield Case(kernel, f"width {width}", (x, indices), (y,), (expected,), nmse=0.0)
+        yield _gather_case(GatherRows(96, 8), "width 96", 5, 2)
+        yield _gather_case(GatherRows(77, 8), "width 77", 1, 1)
+
+
+def _gather_case(kernel: GatherRows, name: str, groups: int, wanted: int) -> Case:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((groups, kernel.rows, kernel.width), dtype=np.float32)
+    indices = rng.integers(0, groups * kernel.rows, (wanted, kernel.rows), dtype=np.int32)
+    expected = x.reshape(-1, kernel.width)[indices].astype(np.float64)
+    y = np.zeros((wanted, kernel.rows, kernel.width), np.float32)
+    return Case(kernel, name, (x, indices), (y,), (expected,), nmse=0.0)
+
+
+def random_case(kernel: Embedding | GatherRows, groups: int) -> Case:
+    """A case of `groups` row groups with random operands, of the sizes that a search measures."""
+    name = f"{groups * kernel.rows} rows"
+    if isinstance(kernel, Embedding):
+        return _embedding_case(kernel, groups, name)
+    return _gather_case(kernel, name, groups, groups)

@@ -2,11 +2,12 @@
 
 Every packed format is cut into strips of C columns, so that the inner loop reads C neighbours with unit stride.
 
-| format | canonical (K, N) | packed | what a word holds | |---|---|---|---| | float32, float16, bfloat16 | the dtype
-| (N/C, K, C) of the dtype | - | | bfloat16_pairs | bfloat16 | (N/C, K/2, C) int32 | rows p and p + K/2: one step of a
-bfloat16 dot product | | int8 | int8, scales float16 (K/G, N) | (N/C, K/4, C) int32, scales (N/C, K/G, C) | 4 rows of
-a group, as unsigned bytes | | int4 | uint8 (K/2, N), scales as above | (N/C, K/8, C) int32, scales | 8 rows of a
-group, as nibbles |
+| format | canonical (K, N) | packed | what a word holds |
+|---|---|---|---|
+| float32, float16, bfloat16 | the dtype | (N/C, K, C) of the dtype | - |
+| bfloat16_pairs | bfloat16 | (N/C, K/2, C) int32 | rows p and p + K/2: one step of a bfloat16 dot product |
+| int8 | int8, scales float16 (K/G, N) | (N/C, K/4, C) int32, scales (N/C, K/G, C) | 4 rows of a group, unsigned bytes |
+| int4 | uint8 (K/2, N), scales as above | (N/C, K/8, C) int32, scales as above | 8 rows of a group, as nibbles |
 
 G = 32 rows share a scale; quantization is symmetric, ``weight = scale * q`` with q in -127..127 or -7..7. Bytes hold
 q + 128 and nibbles q + 8, because the dot product instructions multiply unsigned by signed bytes. Word p of a group has
@@ -21,8 +22,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from tvm import tirx
-from tvm.script import tirx as T
 
 from tvm_attn.kernels.base import Case
 from tvm_attn.quantization import quantize, to_nibbles
@@ -34,14 +33,6 @@ OFFSETS = {"int8": 128, "int4": 8}
 _ROWS_PER_WORD = {"bfloat16_pairs": 2, "int8": 4, "int4": 8}
 
 
-def strip_columns(out_features: int, preferred: int) -> int:
-    """The widest strip of at most `preferred` (a power of two) columns that divides `out_features`."""
-    columns = preferred
-    while out_features % columns:
-        columns //= 2
-    return columns
-
-
 def packed_types(weights: str, k: int, n: int, columns: int) -> list[tuple[tuple[int, int, int], str]]:
     """Shape and dtype of each tensor of a packed (K, N) weight."""
     strips = -(-n // columns)
@@ -49,44 +40,6 @@ def packed_types(weights: str, k: int, n: int, columns: int) -> list[tuple[tuple
         return [((strips, k, columns), weights)]
     words = ((strips, k // _ROWS_PER_WORD[weights], columns), "int32")
     return [words] if weights == "bfloat16_pairs" else [words, ((strips, k // GROUP, columns), "float16")]
-
-
-def low_half(word: tirx.Expr) -> tirx.Expr:
-    """The bfloat16 in the low half of an int32 word, as float32."""
-    return T.reinterpret("float32", word << T.int32(16))
-
-
-def high_half(word: tirx.Expr) -> tirx.Expr:
-    """The bfloat16 in the high half of an int32 word, as float32."""
-    return T.reinterpret("float32", word & T.int32(-65536))
-
-
-def element(
-    weights: str,
-    packed: list[tirx.Buffer],
-    features: int,
-    strip: tirx.Expr,
-    row: tirx.Expr,
-    column: tirx.Expr,
-) -> tirx.Expr:
-    """One element of a packed weight with K = `features`, as float32."""
-    words = packed[0]
-    if weights in PLAIN:
-        return T.Cast("float32", words[strip, row, column])
-    if weights == "bfloat16_pairs":
-        half = features // 2
-        word = words[strip, row % half, column]
-        # No T.Select: TVM simplifies `row % half` by the condition inside each of its branches, and then reads both.
-        return high_half(word << (T.int32(16) - row // half * T.int32(16)))
-    group, place = row // GROUP, row % GROUP
-    byte, word_index = place // 8, place % 8
-    if weights == "int8":
-        word, shift, mask = words[strip, group * 8 + word_index, column], byte * 8, 255
-    else:
-        word = words[strip, group * 4 + word_index % 4, column]
-        shift, mask = byte * 8 + word_index // 4 * 4, 15
-    value = ((word >> shift) & T.int32(mask)) - T.int32(OFFSETS[weights])
-    return T.Cast("float32", value) * T.Cast("float32", packed[1][strip, group, column])
 
 
 # ---- references ----
@@ -134,26 +87,6 @@ class PackPlain:
     dtype: str
     transposed: bool = False
 
-    def prim_func(self) -> tirx.PrimFunc:
-        """See `PortableKernel.prim_func`; block "pack"."""
-        columns, k, n, dtype = self.columns, self.in_features, self.out_features, self.dtype
-        transposed, strips = self.transposed, -(-self.out_features // self.columns)
-        shape = (n, k) if transposed else (k, n)
-
-        def value(weight, row, column):
-            inside = weight[column, row] if transposed else weight[row, column]
-            return inside if n % columns == 0 else T.if_then_else(column < n, inside, T.Cast(dtype, T.float32(0.0)))
-
-        @T.prim_func(s_tir=True)
-        def pack_plain(weight: T.Buffer(shape, dtype), packed: T.Buffer((strips, k, columns), dtype)):
-            T.func_attr({"tirx.noalias": True})
-            for strip, row, column in T.grid(strips, k, columns):
-                with T.sblock("pack"):
-                    vs, vk, vc = T.axis.remap("SSS", [strip, row, column])
-                    packed[vs, vk, vc] = value(weight, vk, vs * columns + vc)
-
-        return pack_plain
-
     @staticmethod
     def cases() -> Iterator[Case]:
         """See `Kernel.cases`."""
@@ -183,56 +116,6 @@ class PackWords:
     columns: int
     weights: str
     transposed: bool = False
-
-    def prim_func(self) -> tirx.PrimFunc:
-        """See `PortableKernel.prim_func`; block "pack"."""
-        columns, k, n, weights, transposed = (
-            self.columns,
-            self.in_features,
-            self.out_features,
-            self.weights,
-            self.transposed,
-        )
-        (packed_shape, _), *_ = packed_types(weights, k, n, columns)
-        strips, words, _ = packed_shape
-        stored_rows = k // 2 if weights == "int4" else k
-        shape = (n, stored_rows) if transposed else (stored_rows, n)
-        dtype = {"bfloat16_pairs": "bfloat16", "int8": "int8", "int4": "uint8"}[weights]
-
-        def bits(weight, row, column):
-            """The unsigned value of one row, int32; the neutral value past N."""
-            if weights == "bfloat16_pairs":
-                stored = weight[column, row] if transposed else weight[row, column]
-                value, neutral = T.Cast("int32", T.reinterpret("uint16", stored)), 0
-            elif weights == "int8":
-                stored = weight[column, row] if transposed else weight[row, column]
-                value, neutral = T.Cast("int32", stored) + T.int32(128), 128
-            else:
-                stored = weight[column, row // 2] if transposed else weight[row // 2, column]
-                value, neutral = (T.Cast("int32", stored) >> (row % 2 * 4)) & T.int32(15), 8
-            return value if n % columns == 0 else T.if_then_else(column < n, value, T.int32(neutral))
-
-        def word(weight, index, column):
-            if weights == "bfloat16_pairs":
-                return bits(weight, index, column) | (bits(weight, index + k // 2, column) << 16)
-            per_group = 8 if weights == "int8" else 4
-            group, place = index // per_group, index % per_group
-            value = T.int32(0)
-            for byte in range(4):
-                value = value | (bits(weight, group * GROUP + byte * 8 + place, column) << (8 * byte))
-                if weights == "int4":
-                    value = value | (bits(weight, group * GROUP + byte * 8 + place + 4, column) << (8 * byte + 4))
-            return value
-
-        @T.prim_func(s_tir=True)
-        def pack_words(weight: T.Buffer(shape, dtype), packed: T.Buffer(packed_shape, "int32")):
-            T.func_attr({"tirx.noalias": True})
-            for strip, row, column in T.grid(strips, words, columns):
-                with T.sblock("pack"):
-                    vs, vk, vc = T.axis.remap("SSS", [strip, row, column])
-                    packed[vs, vk, vc] = word(weight, vk, vs * columns + vc)
-
-        return pack_words
 
     @staticmethod
     def cases() -> Iterator[Case]:

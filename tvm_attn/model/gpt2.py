@@ -25,10 +25,10 @@ from __future__ import annotations
 from tvm import relax, tirx
 
 from tvm_attn.config import GPT2Config
-from tvm_attn.kernels import Argmax, cuda
+from tvm_attn.kernels import Advance, Argmax
 from tvm_attn.model.forward import Forward
-from tvm_attn.model.forward_tensor_cores import TensorCoreForward
-from tvm_attn.model.module import Layout, Module, Program, padded_vocabulary
+from tvm_attn.model.layout import Layout
+from tvm_attn.model.module import Module, Program, padded_vocabulary
 
 
 class _Tuples:
@@ -63,10 +63,6 @@ def _sequences() -> relax.Var:
     return relax.Var("sequences", relax.TensorType((tirx.Var("b", "int64"), 4), "int32"))
 
 
-def _forward_class(module: Module) -> type[Forward]:
-    return TensorCoreForward if module.layout.tensor_cores else Forward
-
-
 def _add_logits(module: Module, max_groups: int) -> None:
     """Adds logits, of all rows."""
     rows, builder, tuples, g = module.layout.rows, module.builder, _Tuples(module), tirx.Var("g", "int64")
@@ -75,7 +71,7 @@ def _add_logits(module: Module, max_groups: int) -> None:
     attributes = {"tir_var_upper_bound": {"g": max_groups}}
     with builder.function("logits", [*inputs, sequences, tuples.kv, tuples.params], attrs=attributes):
         with builder.dataflow():
-            forward = _forward_class(module)(module, g, rows, max_groups * rows, inputs, tuples.cache, tuples.param)
+            forward = Forward(module, g, rows, max_groups, inputs, tuples.cache, tuples.param)
             x = forward.embed()
             for layer in range(module.config.n_layer):
                 _, x = forward.block(x, layer, sequences)
@@ -86,8 +82,8 @@ def _add_logits(module: Module, max_groups: int) -> None:
 def _add_prefill(module: Module, max_groups: int, max_last_groups: int) -> None:
     """Adds prefill, which gives the logits of chosen rows.
 
-    What the other rows are to these, they are through their keys and values. So the last layer is their keys and
-    values, and a layer of decode for the chosen rows, which writes its own keys and values a second time.
+    The other rows matter to these only through their keys and values. So the last layer computes just those, and then
+    runs a layer of decode for the chosen rows, which writes their keys and values a second time.
     """
     rows, builder, tuples, final = module.layout.rows, module.builder, _Tuples(module), module.config.n_layer - 1
     g, q = (tirx.Var(letter, "int64") for letter in "gq")
@@ -96,20 +92,21 @@ def _add_prefill(module: Module, max_groups: int, max_last_groups: int) -> None:
     attributes = {"tir_var_upper_bound": {"g": max_groups, "q": max_last_groups}}
     with builder.function("prefill", [*inputs, sequences, *chosen, tuples.kv, tuples.params], attrs=attributes):
         with builder.dataflow():
-            forward_class = _forward_class(module)
-            forward = forward_class(module, g, rows, max_groups * rows, inputs, tuples.cache, tuples.param)
+            forward = Forward(module, g, rows, max_groups, inputs, tuples.cache, tuples.param)
             x = forward.embed()
             for layer in range(final):
                 _, x = forward.block(x, layer, sequences)
             cache, _ = forward.qkv(x, final)
             last_inputs = (None, last_positions, last_slots)
-            last = forward_class(module, q, rows, max_last_groups * rows, last_inputs, lambda _: cache, tuples.param)
+            last = Forward(module, q, rows, max_last_groups, last_inputs, lambda _: cache, tuples.param)
             _, x = last.block(last.gather(x, last_rows), final, None)
             logits = builder.emit_output(last.head(x))
         builder.emit_func_output(logits)
 
 
-def _add_decode_layer(module: Module, name: str, layer: int, rows: int, groups: int | None) -> relax.GlobalVar:
+def _add_decode_layer(
+    module: Module, name: str, layer: int, rows: int, groups: int | None, max_groups: int
+) -> relax.GlobalVar:
     """Adds one layer of decode as a function that becomes one kernel: (x, positions, slots, cache, parameters of the
     layer) -> (cache, x)."""
     config, builder = module.config, module.builder
@@ -127,9 +124,8 @@ def _add_decode_layer(module: Module, name: str, layer: int, rows: int, groups: 
     arguments = [x, positions, slots, cache, *(tensor for tensors in params.values() for tensor in tensors)]
     with builder.function(name, arguments, attrs={"Primitive": True}, private=True):
         with builder.dataflow():
-            forward = _forward_class(module)(
-                module, g, rows, rows, (None, positions, slots), lambda _: cache, params.__getitem__
-            )
+            inputs = (None, positions, slots)
+            forward = Forward(module, g, rows, max_groups, inputs, lambda _: cache, params.__getitem__)
             outputs = builder.emit_output(relax.Tuple(list(forward.block(x, layer, None))))
         return builder.emit_func_output(outputs)
 
@@ -156,8 +152,10 @@ class _Decode:
         if module.layout.fuse_layers:  # layers differ in nothing but their scale
             for scale in dict.fromkeys(self._scales):
                 layer = self._scales.index(scale)
-                self._layers[scale] = _add_decode_layer(module, f"{name}_layer_{layer}", layer, rows, groups)
-        self.rows, self._most_rows = rows, max_groups * rows
+                self._layers[scale] = _add_decode_layer(
+                    module, f"{name}_layer_{layer}", layer, rows, groups, max_groups
+                )
+        self.rows, self._max_groups = rows, max_groups
         self.groups = tirx.Var("g", "int64") if groups is None else groups
         self.inputs = _row_inputs(self.groups, rows)
         self.arguments = [*self.inputs, self._tuples.kv, self._tuples.params]
@@ -166,9 +164,7 @@ class _Decode:
         """Emits the pass, inside the function."""
         module, tuples = self._module, self._tuples
         emit, (_, positions, slots) = module.builder.emit, self.inputs
-        forward = _forward_class(module)(
-            module, self.groups, self.rows, self._most_rows, self.inputs, tuples.cache, tuples.param
-        )
+        forward = Forward(module, self.groups, self.rows, self._max_groups, self.inputs, tuples.cache, tuples.param)
         x = forward.embed()
         for layer, scale in enumerate(self._scales):
             if self._layers:
@@ -203,7 +199,7 @@ def _add_step(module: Module, name: str, rows: int, groups: int | None, max_grou
         with builder.dataflow():
             logits = decode.logits()
             token_ids, positions, _ = decode.inputs
-            kernel = cuda.Advance(config.vocab_size, columns, rows, groups)
+            kernel = Advance(config.vocab_size, columns, rows, groups)
             module.call(kernel, [logits, token_ids, positions], [token_ids.ty, positions.ty], in_place=[1, 2])
             logits = builder.emit_output(logits)
         builder.emit_func_output(logits)
@@ -236,17 +232,24 @@ def _add_transform_params(module: Module) -> None:
         builder.emit_func_output(output)
 
 
-def build_program(config: GPT2Config, layout: Layout, max_prefill_rows: int, max_batch: int) -> Program:
+MAX_BATCH = 64
+"""Most sequences of one decode call that libraries are planned for."""
+
+
+def build_program(
+    config: GPT2Config, layout: Layout, max_prefill_rows: int | None = None, max_batch: int = MAX_BATCH
+) -> Program:
     """GPT-2 as a Relax module over declared kernels.
 
     Args:
         config: the model.
         layout: the target's layout and the storage dtype.
-        max_prefill_rows: most rows of one call of prefill or logits.
+        max_prefill_rows: most rows of one call of prefill or logits; default: one whole context.
         max_batch: most rows of one call of decode.
     """
     module, rows = Module(config, layout), layout.rows
-    prefill_groups, decode_groups = -(-max_prefill_rows // rows), -(-max_batch // rows)
+    prefill_rows = config.n_positions if max_prefill_rows is None else max_prefill_rows
+    prefill_groups, decode_groups = -(-prefill_rows // rows), -(-max_batch // rows)
     _add_prefill(module, prefill_groups, decode_groups)
     _add_logits(module, prefill_groups)
     _add_decode(module, "decode", rows, None, decode_groups)

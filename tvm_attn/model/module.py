@@ -1,4 +1,4 @@
-"""What GPT-2's Relax module is made of: the layout of its tensors, its parameters, and the calls of its kernels."""
+"""What GPT-2's Relax module is made of: its parameters, and the calls of its kernels."""
 
 from __future__ import annotations
 
@@ -9,31 +9,10 @@ from tvm import IRModule, relax, tirx
 
 from tvm_attn.config import GPT2Config, param_shapes
 from tvm_attn.kernels import Kernel, PackPlain, PackWords
-from tvm_attn.kernels.weights import PLAIN, packed_types, strip_columns
+from tvm_attn.kernels.base import largest_power
+from tvm_attn.kernels.weights import PLAIN, packed_types
+from tvm_attn.model.layout import Layout
 from tvm_attn.storage import GROUP, TABLES, is_quantizable, scales_name, stored_types
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How activations and weights lie in memory; a property of the target.
-
-    Attributes:
-        rows: R, the rows of a group.
-        columns: C, the widest strip of packed columns, a power of two.
-        dtype: storage dtype of the KV cache and the position table: float32, float16 or bfloat16.
-        weights: format of the other matrices, see `tvm_attn.kernels.weights`.
-        fuse_layers: whether a layer of decode is one kernel, see `tvm_attn.compiler.fusion`.
-        group_kernels: whether decode has kernels made for one group of rows.
-        tensor_cores: whether the kernels are those of `tvm_attn.kernels.cuda`; then C is 1, and dtype no float32.
-    """
-
-    rows: int
-    columns: int
-    dtype: str
-    weights: str
-    fuse_layers: bool
-    group_kernels: bool
-    tensor_cores: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +21,7 @@ class Program:
 
     Attributes:
         module: the Relax functions, and a declaration of each kernel, which has no body.
-        kernels: the kernel behind each declaration, by its name there; the compiler puts its scheduled function there.
+        kernels: the kernel that each declaration stands for, by name; the compiler puts its scheduled function there.
         parameters: names of the canonical tensors that `transform_params` asks for, by its index.
     """
 
@@ -78,7 +57,7 @@ def _parameter(name: str, shape: tuple[int, ...], layout: Layout, types: dict[st
     # Token table and head are (V, E) and padded; linear layers are (in, out) and have strips that divide them.
     table, weights = name in TABLES, layout.weights
     k, n = (shape[1], shape[0]) if table else shape
-    columns = layout.columns if table else strip_columns(n, layout.columns)
+    columns = layout.columns if table else largest_power(n, layout.columns)
     sizes = (k, n, columns)
     packed: list[Type] = [*packed_types(weights, k, n, columns)]
     if weights in PLAIN:
@@ -109,7 +88,7 @@ class Module:
         self.builder = relax.BlockBuilder()
         self.kernels: dict[str, Kernel] = {}
         self._variables: dict[Kernel, relax.GlobalVar] = {}
-        types = stored_types(config, layout.dtype, layout.weights if layout.weights in ("int8", "int4") else "none")
+        types = stored_types(config, layout.dtype, layout.quantization)
         shapes = param_shapes(config)
         self.parameters = {name: _parameter(name, shape, layout, types) for name, shape in shapes.items()}
 

@@ -1,43 +1,16 @@
-"""The template protocol, and finding the template for a kernel and a target."""
+"""Finding the template for a kernel and a target, and replaying decisions."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
 
 from tvm import tirx
 
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels import Kernel
+from tvm_attn.kernels.template import Template, activations_of
 from tvm_attn.targets import Target
-
-
-class Chooser(Protocol):
-    """Takes a template's decisions."""
-
-    def __call__(self, name: str, candidates: Sequence[int], default: int) -> int:
-        """One of `candidates` for the decision `name`; `default` (a candidate) where nothing is known."""
-        ...
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a device class computes the kernels of some families.
-
-    Attributes:
-        name: e.g. "cpu.matmul"; with `version` it keys tuned records.
-        version: raised when the meaning of a decision changes, which retires the records made before.
-        families: the kernel families that it schedules.
-        apply: builds the kernel's scheduled function for a target, its decisions taken by the chooser.
-    """
-
-    name: str
-    version: int
-    families: tuple[str, ...]
-    # Each function takes the kernel classes of its families, and the target class of its devices.
-    apply: Callable[[Any, Any, Chooser], tirx.PrimFunc]
 
 
 class FixedChooser:
@@ -64,24 +37,40 @@ class FixedChooser:
         return value
 
 
-_MODULES = {"cpu": "cpu", "cuda": "cuda", "vulkan": "gpu"}
+_FOLDERS = {"cpu": "cpu", "cuda": "cuda", "vulkan": "gpu"}
+"""By device class, the folder of `tvm_attn.kernels` with its templates."""
+
+
+def templates_of(target: Target) -> tuple[Template, ...]:
+    """The templates of a target's device class; of several for a kernel the first counts."""
+    if target.device not in _FOLDERS:
+        return ()
+    # Those of one device class are enough, and importing them takes a while.
+    templates: tuple[Template, ...] = importlib.import_module(f"tvm_attn.kernels.{_FOLDERS[target.device]}").TEMPLATES
+    return templates
+
+
+def supports(kernel: Kernel, target: Target) -> bool:
+    """Whether a target can compute a kernel: it has a template, and the dtypes that the kernel stores."""
+    dtypes = {getattr(kernel, field, "float32").removesuffix("_pairs") for field in ("weights", "dtype", "cache_dtype")}
+    stored = dtypes - {"float32", "int8", "int4"}
+    return stored <= set(target.dtypes) and any(template.takes(kernel) for template in templates_of(target))
 
 
 def template_for(kernel: Kernel, target: Target) -> Template:
-    """The template of the target's device class for a kernel's family.
+    """The template of the target's device class for a kernel.
 
     Raises:
         ScheduleError: there is none.
     """
-    # Templates import the functions of this module, and those of one device class are enough.
-    if target.device in _MODULES:
-        module = importlib.import_module(f"tvm_attn.schedule.{_MODULES[target.device]}")
-        for template in module.TEMPLATES:
-            if kernel.family in template.families:
-                return template
+    for template in templates_of(target):
+        if template.takes(kernel):
+            return template
+    activations = activations_of(kernel)
+    dtype = "" if activations == "float32" else f" with {activations} activations"
     raise ScheduleError(
-        f"no schedule template for kernel {kernel.family!r} on device class {target.device!r}; "
-        "add one to tvm_attn/schedule/"
+        f"no schedule template for kernel {kernel.family!r}{dtype} on device class {target.device!r}; "
+        "add one to tvm_attn/kernels/"
     )
 
 

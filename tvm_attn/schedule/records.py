@@ -18,7 +18,7 @@ from tvm_attn.errors import ScheduleError
 from tvm_attn.jsonfile import CONFIG_BYTES, parse_json, read_text, shorten_path
 from tvm_attn.kernels import Kernel
 from tvm_attn.kernels.base import shape_of
-from tvm_attn.schedule.base import Template
+from tvm_attn.kernels.template import Template
 
 
 @dataclass(frozen=True)

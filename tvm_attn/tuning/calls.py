@@ -11,21 +11,31 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tvm import tirx
-
 from tvm_attn.errors import TuningError
 from tvm_attn.kernels import (
+    Advance,
+    Argmax,
     Case,
     DecodeAttention,
-    PortableKernel,
+    Embedding,
+    Head,
+    Kernel,
+    LinearKernel,
+    PackPairs,
     PrefillAttention,
+    QKVLinear,
+    ResidualLinear,
     decode_attention,
-    matmul,
+    embedding,
+    linear,
+    norm,
     prefill_attention,
+    quant,
+    sampling,
     weights,
 )
 from tvm_attn.kernels.weights import PLAIN
-from tvm_attn.storage import numpy_dtype
+from tvm_attn.storage import GROUP, numpy_dtype
 from tvm_attn.targets import Peak
 
 _ROWS = (128, 1023)
@@ -57,7 +67,7 @@ class Call:
         return max(self.flops / (peak.float32_gflops * 1e9), self.bytes / (peak.memory_gbytes * 1e9))
 
 
-def calls_of(kernel: PortableKernel) -> tuple[Call, ...]:
+def calls_of(kernel: Kernel) -> tuple[Call, ...]:
     """The calls to measure.
 
     Raises:
@@ -68,51 +78,63 @@ def calls_of(kernel: PortableKernel) -> tuple[Call, ...]:
     return _CALLS[kernel.family](kernel)
 
 
-def label(kernel: Any) -> str:
-    """A short name for people, e.g. "linear 768x3072, one row"."""
-    if hasattr(kernel, "in_features"):
-        size = f"{kernel.in_features}x{kernel.out_features}"
-    elif hasattr(kernel, "heads"):
-        size = f"{kernel.heads}x{kernel.head_dim}"
-    else:
-        size = str(getattr(kernel, "width", ""))
-    one_row = getattr(kernel, "groups", None) == 1 and kernel.rows == 1
-    return f"{kernel.family} {size}".strip() + (", one row" if one_row else "")
+def _bytes(dtype: str) -> int:
+    return numpy_dtype(dtype).itemsize
 
 
-def _buffer_bytes(function: tirx.PrimFunc, groups: int) -> int:
-    """Bytes of a function's parameters; a buffer with a symbolic size other than the row groups counts as nothing."""
-    total = 0
-    for buffer in function.params:
-        sizes = [groups if getattr(size, "name", None) == "g" else size for size in buffer.shape]
-        if all(isinstance(size, (int, tirx.IntImm)) for size in sizes):
-            total += math.prod(map(int, sizes)) * numpy_dtype(str(buffer.dtype)).itemsize
-    return total
+def _tensor_bytes(types: list[tuple[tuple[int, int, int], str]]) -> int:
+    return sum(math.prod(shape) * _bytes(dtype) for shape, dtype in types)
 
 
-def _matmul_calls(kernel: Any) -> tuple[Call, ...]:
+def _group_counts(kernel: Any) -> tuple[int, ...]:
+    """Numbers of row groups to measure: of a batch or a short prompt and of prompts, as many as the kernel takes."""
     if kernel.groups is not None:
-        counts: tuple[int, ...] = (kernel.groups,)
-    elif isinstance(kernel, matmul.Head):
+        return (kernel.groups,)
+    most = getattr(kernel, "max_groups", None) or math.inf
+    if isinstance(kernel, Head):
         # Logits of a prompt are those of its last row, or of all its rows.
-        counts = (1, -(-_ROWS[0] // kernel.rows))
+        counts = [1, -(-_ROWS[0] // kernel.rows)]
     else:
-        counts = (_GROUPS, *(-(-rows // kernel.rows) for rows in _ROWS))
-    function, calls = kernel.prim_func(), []
-    for groups in counts:
+        counts = [_GROUPS, *(-(-rows // kernel.rows) for rows in _ROWS)]
+    return tuple(sorted({int(min(count, most)) for count in counts}))
+
+
+def _linear_row_bytes(kernel: LinearKernel) -> int:
+    """What a row reads and writes: x, y, the residual, or its place in the cache."""
+    k, width = kernel.in_features, kernel.strips * kernel.columns
+    if kernel.epsilon is not None:
+        x = 4 * k
+    elif kernel.activations != "float32" or kernel.weights in PLAIN:
+        x = k * _bytes(kernel.activations)
+    else:
+        x = 2 * k if kernel.weights == "bfloat16_pairs" else k + k // GROUP * 8
+    if isinstance(kernel, QKVLinear):
+        third = kernel.out_features // 3
+        return x + third * _bytes(kernel.activations) + 2 * third * _bytes(kernel.cache_dtype) + 8
+    return x + width * _bytes(kernel.output_dtype) + (4 * width if isinstance(kernel, ResidualLinear) else 0)
+
+
+def _linear_calls(kernel: LinearKernel) -> tuple[Call, ...]:
+    once = _tensor_bytes(kernel.weight_types) + 4 * kernel.strips * kernel.columns * kernel.has_bias
+    once += 8 * kernel.in_features if kernel.epsilon is not None else 0
+    calls = []
+    for groups in _group_counts(kernel):
         rows = groups * kernel.rows
-        traffic = _buffer_bytes(function, groups)
-        if isinstance(kernel, matmul.QKVLinear):
-            traffic += rows * kernel.out_features // 3 * 2 * numpy_dtype(kernel.cache_dtype).itemsize
         flops: int | None = 2 * rows * kernel.in_features * kernel.strips * kernel.columns
-        if kernel.weights not in PLAIN:
+        if kernel.weights not in PLAIN or kernel.activations != "float32":
             flops = 0 if rows == 1 else None  # one row is bound by memory whatever the instructions
-        calls.append(Call(f"{rows} rows", flops, traffic, partial(matmul.random_case, kernel, groups)))
+        case = partial(linear.random_case, kernel, groups)
+        calls.append(Call(f"{rows} rows", flops, once + rows * _linear_row_bytes(kernel), case))
     return tuple(calls)
 
 
 def _pack_calls(kernel: Any) -> tuple[Call, ...]:
-    return (Call("all", 0, _buffer_bytes(kernel.prim_func(), 1), partial(weights.random_case, kernel)),)
+    k, n, columns = kernel.in_features, kernel.out_features, kernel.columns
+    kind = getattr(kernel, "weights", None) or kernel.dtype
+    packed = weights.packed_types(kind, k, n, columns)[:1]
+    stored = {"bfloat16_pairs": 2 * k * n, "int8": k * n, "int4": k * n // 2}
+    given = stored[kind] if kind in stored else k * n * _bytes(kind)
+    return (Call("all", 0, given + _tensor_bytes(packed), partial(weights.random_case, kernel)),)
 
 
 def _prefill_calls(kernel: PrefillAttention) -> tuple[Call, ...]:
@@ -120,9 +142,9 @@ def _prefill_calls(kernel: PrefillAttention) -> tuple[Call, ...]:
     width, calls = kernel.heads * kernel.head_dim, []
     for length in lengths:
         flops = 2 * width * length * (length + 1)  # two products of D for every pair of a query and a key
-        traffic = 2 * length * width * (4 + numpy_dtype(kernel.dtype).itemsize)
-        case = partial(prefill_attention.random_prefill_case, kernel, length)
-        calls.append(Call(f"{length} rows", flops, traffic, case))
+        traffic = 2 * length * width * (_bytes(kernel.activations) + _bytes(kernel.dtype))
+        case = partial(prefill_attention.random_case, kernel, length)
+        calls.append(Call(f"{length} rows", flops if kernel.activations == "float32" else None, traffic, case))
     return tuple(calls)
 
 
@@ -131,19 +153,58 @@ def _decode_calls(kernel: DecodeAttention) -> tuple[Call, ...]:
     lengths = sorted({min(_ROWS[0], kernel.context), max(kernel.context - 1, 1)})
     width, calls = kernel.heads * kernel.head_dim, []
     for length in lengths:
-        traffic = 2 * rows * width * (length * numpy_dtype(kernel.dtype).itemsize + 4)
-        case = partial(decode_attention.random_decode_case, kernel, (length - 1,) * rows)
+        traffic = 2 * rows * width * (length * _bytes(kernel.dtype) + _bytes(kernel.activations))
+        case = partial(decode_attention.random_case, kernel, (length - 1,) * rows)
         calls.append(Call(f"{rows} rows, context {length}", 4 * rows * width * length, traffic, case))
     return tuple(calls)
 
 
+def _row_calls(row_bytes: Callable[[Any], int], random_case: Callable[[Any, int], Case]) -> Callable[[Any], Any]:
+    """Calls of a kernel that takes one row after another, and reads and writes so many bytes for each."""
+
+    def calls(kernel: Any) -> tuple[Call, ...]:
+        counts = (_GROUPS, -(-_ROWS[1] // kernel.rows)) if getattr(kernel, "groups", None) is None else (kernel.groups,)
+        return tuple(
+            Call(
+                f"{groups * kernel.rows} rows",
+                0,
+                groups * kernel.rows * row_bytes(kernel),
+                partial(random_case, kernel, groups),
+            )
+            for groups in counts
+        )
+
+    return calls
+
+
+def _embedding_bytes(kernel: Embedding) -> int:
+    table = _tensor_bytes(weights.packed_types(kernel.weights, kernel.width, kernel.columns, kernel.columns))
+    return 8 + table // kernel.columns + kernel.width * (_bytes(kernel.dtype) + 4)
+
+
+def _packed_row_bytes(kernel: Any) -> int:
+    packed = kernel.width * 2 if isinstance(kernel, PackPairs) else kernel.width + kernel.width // GROUP * 8
+    return kernel.width * 4 + packed
+
+
+def _logit_bytes(kernel: Argmax | Advance) -> int:
+    return 4 * kernel.vocabulary
+
+
 _CALLS: dict[str, Callable[[Any], tuple[Call, ...]]] = {
-    "linear": _matmul_calls,
-    "residual_linear": _matmul_calls,
-    "qkv_linear": _matmul_calls,
-    "head": _matmul_calls,
+    "linear": _linear_calls,
+    "residual_linear": _linear_calls,
+    "qkv_linear": _linear_calls,
+    "head": _linear_calls,
     "pack_plain": _pack_calls,
     "pack_words": _pack_calls,
     "prefill_attention": _prefill_calls,
     "decode_attention": _decode_calls,
+    "layer_norm": _row_calls(lambda kernel: kernel.width * (4 + _bytes(kernel.activations)), norm.random_case),
+    "embedding": _row_calls(_embedding_bytes, embedding.random_case),
+    "gather_rows": _row_calls(lambda kernel: 4 + 8 * kernel.width, embedding.random_case),
+    "pack_pairs": _row_calls(_packed_row_bytes, quant.random_case),
+    "quantize_rows": _row_calls(_packed_row_bytes, quant.random_case),
+    "argmax": _row_calls(_logit_bytes, sampling.random_case),
+    "advance": _row_calls(_logit_bytes, sampling.random_case),
 }

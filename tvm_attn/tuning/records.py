@@ -43,7 +43,7 @@ def to_record(space: Space, measurement: Measurement) -> Record:
         template=space.template.name,
         version=space.template.version,
         shape=shape_of(space.kernel),
-        decisions=space.decisions(measurement.indices),
+        decisions=space.at(measurement.indices).decisions,
         time_us=float(f"{mean_seconds(measurement) * 1e6:.4g}"),
         fraction_of_peak=round(_geometric_mean(shares), 3) if len(shares) == len(limits) else None,
         tvm=tvm.__version__,

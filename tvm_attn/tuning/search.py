@@ -29,7 +29,7 @@ from tvm_attn.errors import TuningError
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.tuning import workers
 from tvm_attn.tuning.calls import calls_of
-from tvm_attn.tuning.space import Candidate, Space, indices_of
+from tvm_attn.tuning.space import Candidate, Space, indices_of, to_schedule
 
 _TIMEOUT_SECONDS = 30
 # MetaSchedule stores this time for a candidate that failed.
@@ -214,7 +214,7 @@ class Session:
                 self._workload(space),
                 target=tvm.target.Target({**space.target.tvm, "num-cores": self._threads}),
                 space_generator=ms.space_generator.ScheduleFn(
-                    lambda _: [space.to_schedule(candidate) for candidate in candidates],
+                    lambda _: [to_schedule(candidate) for candidate in candidates],
                     sch_rules=[],
                     postprocs=[],
                     mutator_probs={},
@@ -256,7 +256,7 @@ class Session:
             "threads": self._threads,
             "target": space.target.tvm,
         }
-        function = space.kernel.prim_func().with_attr("global_symbol", "main")
+        function = space.function.with_attr("global_symbol", "main")
         # MetaSchedule's own count, which its log shows, stops at vector shuffles.
         function = function.with_attr("estimated_flops", sum(call.flops or 0 for call in calls_of(space.kernel)))
         return tvm.IRModule({"main": function.with_attr("tvm_attn.search", json.dumps(key, sort_keys=True))})

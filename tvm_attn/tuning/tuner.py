@@ -13,16 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tvm_attn import targets
-from tvm_attn.compiler.build import layout_for
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError, TuningError
-from tvm_attn.kernels import PortableKernel
+from tvm_attn.kernels import Kernel
+from tvm_attn.kernels.base import label
 from tvm_attn.model.gpt2 import build_program
+from tvm_attn.model.layout import check_types, layout_for
 from tvm_attn.model.weights import open_config
 from tvm_attn.runtime.machine import usable_cores
 from tvm_attn.schedule import Record
 from tvm_attn.targets import Target
-from tvm_attn.tuning.calls import label
 from tvm_attn.tuning.records import mean_seconds, merge, records_folder, require_mergeable, to_record
 from tvm_attn.tuning.search import Measurement, Session, note, worker_environment
 from tvm_attn.tuning.space import Candidate, Space
@@ -121,7 +121,7 @@ def tune(
         What was found. Ctrl-C ends the search early, with what was found until then written.
 
     Raises:
-        TargetError: the target is unknown or does not fit this machine.
+        TargetError: the target is unknown or does not fit this machine, or does not have the dtype or quantization.
         TuningError: an argument is wrong, or no candidate could be measured.
         CheckpointError, ConfigError: the model is unknown.
         ScheduleError: a kernel has no template, or a record file is malformed.
@@ -134,11 +134,10 @@ def tune(
     resolved = targets.resolve(target)
     if not resolved.fits_this_machine():
         raise TargetError(f"{resolved.name} cannot be measured on this machine; run the search on such hardware")
-    if dtype not in resolved.dtypes:
-        raise TargetError(f"dtype {dtype!r} is not available for {resolved.name}: {', '.join(resolved.dtypes)}")
+    check_types(resolved, dtype, quant)
     config = model if isinstance(model, GPT2Config) else open_config(model)
-    program = build_program(config, layout_for(config, resolved, dtype, quant), config.n_positions, 1)
-    chosen = _chosen([kernel for kernel in program.kernels.values() if isinstance(kernel, PortableKernel)], kernels)
+    program = build_program(config, layout_for(config, resolved, dtype, quant))
+    chosen = _chosen(list(program.kernels.values()), kernels)
     folder = records_folder(out, resolved.name)
     place = Path(work) if work is not None else _home() / ".cache" / "tvm-attn" / "tune" / resolved.name
     return search(chosen, resolved, trials, folder, place, progress)
@@ -151,7 +150,7 @@ def _home() -> Path:
         raise TuningError("this user has no home folder; choose a folder for the measurements (--work)") from None
 
 
-def _chosen(kernels: list[PortableKernel], families: Sequence[str] | None) -> list[PortableKernel]:
+def _chosen(kernels: list[Kernel], families: Sequence[str] | None) -> list[Kernel]:
     available = sorted({kernel.family for kernel in kernels})
     unknown = sorted(set(families or ()) - set(available))
     if unknown:
@@ -160,7 +159,7 @@ def _chosen(kernels: list[PortableKernel], families: Sequence[str] | None) -> li
 
 
 def search(
-    kernels: Sequence[PortableKernel],
+    kernels: Sequence[Kernel],
     target: Target,
     trials: int,
     folder: Path,

@@ -16,7 +16,7 @@ import tvm
 from tvm.tirx import build as build_module
 
 from tvm_attn.errors import VerificationError
-from tvm_attn.kernels import Case, PortableKernel
+from tvm_attn.kernels import Case, Kernel
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.tuning.calls import Call, calls_of
 
@@ -53,7 +53,7 @@ def start(log: str) -> None:
     os.close(file)
 
 
-def start_runner(log: str, kernel: PortableKernel) -> None:
+def start_runner(log: str, kernel: Kernel) -> None:
     """Begins a worker that measures candidates of a kernel: makes the inputs."""
     start(log)
     set_threads(None)

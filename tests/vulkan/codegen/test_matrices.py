@@ -16,7 +16,7 @@ from tvm_attn import targets
 from tvm_attn import vulkan as backend
 from tvm_attn.errors import DeviceError
 from tvm_attn.kernels import Linear
-from tvm_attn.kernels.matmul import random_case
+from tvm_attn.kernels.linear import random_case
 from tvm_attn.schedule import schedule
 from tvm_attn.vulkan.codegen import disassemble
 

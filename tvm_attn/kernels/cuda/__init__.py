@@ -1,34 +1,17 @@
-"""Kernels for NVIDIA GPUs with tensor cores (sm_80 and later), as TIRx functions.
+"""The loops and templates of NVIDIA GPUs with tensor cores (sm_80 and later), in TIRx and PTX; one file a family.
 
-A kernel here is, like its siblings in `tvm_attn.kernels`, a frozen dataclass of static sizes with a float64 reference
-and cases. Its loops depend on its tiles, which `tvm_attn.schedule.cuda` chooses.
+They take float16 and bfloat16 activations. Everything else has the loops that it has on any GPU.
 """
 
-from tvm_attn.kernels.base import Kernel
-from tvm_attn.kernels.cuda.attention import DecodeAttention, PrefillAttention
-from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
-from tvm_attn.kernels.cuda.norm import LayerNorm
-from tvm_attn.kernels.cuda.sampling import Advance
+from tvm_attn.kernels import gpu
+from tvm_attn.kernels.cuda import decode_attention, linear, norm, prefill_attention, sampling
 
-FAMILIES: tuple[type[Kernel], ...] = (
-    LayerNorm,
-    Linear,
-    ResidualLinear,
-    QKVLinear,
-    Head,
-    PrefillAttention,
-    DecodeAttention,
-    Advance,
+TEMPLATES = (
+    linear.TEMPLATE,
+    norm.TEMPLATE,
+    prefill_attention.TEMPLATE,
+    decode_attention.TEMPLATE,
+    sampling.TEMPLATE,
+    *gpu.TEMPLATES,
 )
-
-__all__ = [
-    "FAMILIES",
-    "Advance",
-    "DecodeAttention",
-    "Head",
-    "LayerNorm",
-    "Linear",
-    "PrefillAttention",
-    "QKVLinear",
-    "ResidualLinear",
-]
+"""The templates of this device class."""

@@ -19,19 +19,18 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.attention import MASKED
-from tvm_attn.kernels.base import row_groups
-from tvm_attn.kernels.cuda.attention import DecodeAttention, shuffle_xor
+from tvm_attn.kernels.base import TENSOR_CORE_DTYPES, largest_power, row_groups
+from tvm_attn.kernels.cuda.attention import check_head
+from tvm_attn.kernels.cuda.lanes import shuffle_xor
+from tvm_attn.kernels.cuda.limits import REGISTERS, UNIT_ELEMENTS
 from tvm_attn.kernels.cuda.ptx import exp2, load_global, pack, reciprocal
-from tvm_attn.kernels.weights import strip_columns as largest_power
-
-_UNIT = 8
-"""Elements in 16 bytes."""
+from tvm_attn.kernels.cuda.tiles import choose_tiles
+from tvm_attn.kernels.decode_attention import DecodeAttention
+from tvm_attn.kernels.template import Chooser, Template
+from tvm_attn.targets import CudaTarget
 
 _KEY_LANES = 8
 """Most lanes that share a key: each more costs a shuffle, and fewer read from more rows at a time."""
-
-_REGISTERS = 65536
-"""Of a multiprocessor."""
 
 _BLOCKS = 384
 """Blocks of threads that a split aims at: no more than three for each multiprocessor of a large device."""
@@ -96,19 +95,19 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
     # exp(scale * x) = 2**(exponent * x)
     g, exponent = row_groups(kernel.groups), kernel.scale * math.log2(math.e)
     warps, splits, threads = tiles.warps, tiles.splits, tiles.threads
-    units = head_dim // _UNIT
+    units = head_dim // UNIT_ELEMENTS
     key_lanes = largest_power(units, _KEY_LANES)
     lane_units, key_groups = units // key_lanes, 32 // key_lanes
     batch = max(1, tiles.loads // lane_units)
     warp_keys = key_groups * batch
     block_keys = warps * warp_keys
     # Words of 32 bits, two numbers each.
-    head_words, unit_words = head_dim // 2, _UNIT // 2
+    head_words, unit_words = head_dim // 2, UNIT_ELEMENTS // 2
     # What is merged: the outputs, the maximum and the sum.
     numbers = head_dim + 2
     # Blocks of a multiprocessor that registers must allow: without a number, ptxas spills some to allow for more.
     needed = max(8 * batch * lane_units + 16 * lane_units + 16, 4 * max(warps, splits) + 32)
-    blocks = max(1, _REGISTERS // (threads * needed))
+    blocks = max(1, REGISTERS // (threads * needed))
     split, by_last = splits > 1, splits > 1 and tiles.last
     arrivals = kernel.rows * heads * (kernel.groups or 0)
 
@@ -151,8 +150,8 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
             words = T.alloc_local((unit_words,), "uint32")
             keys = T.alloc_local((batch, lane_units, unit_words), "uint32")
             values = T.alloc_local((batch, lane_units, unit_words), "uint32")
-            query = T.alloc_local((lane_units, _UNIT), "float32")
-            output = T.alloc_local((lane_units, _UNIT), "float32")
+            query = T.alloc_local((lane_units, UNIT_ELEMENTS), "float32")
+            output = T.alloc_local((lane_units, UNIT_ELEMENTS), "float32")
             scores = T.alloc_local((batch,), "float32")
             part = T.alloc_local((max(warps, splits), 4), "float32")
             result = T.alloc_local((2,), "float32")
@@ -183,7 +182,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                     for i in T.unroll(unit_words):
                         query[j, 2 * i] = low(words[i], dtype) * T.float32(exponent)
                         query[j, 2 * i + 1] = high(words[i], dtype) * T.float32(exponent)
-                    for i in T.unroll(_UNIT):
+                    for i in T.unroll(UNIT_ELEMENTS):
                         output[j, i] = T.float32(0.0)
                 maximum[0] = T.float32(MASKED)
                 total[0] = T.float32(0.0)
@@ -223,7 +222,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                     maximum[0] = largest[0]
                     total[0] = total[0] * factor[0]
                     for j in T.unroll(lane_units):
-                        for i in T.unroll(_UNIT):
+                        for i in T.unroll(UNIT_ELEMENTS):
                             output[j, i] = output[j, i] * factor[0]
                     for u in T.unroll(batch):
                         exp2(scores[u], scores[u] - maximum[0])
@@ -241,13 +240,13 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                     total[0] = total[0] * factor[0]
                     total[0] = total[0] + shuffle_xor(total[0], lanes)
                     for j in T.unroll(lane_units):
-                        for d in T.unroll(_UNIT):
+                        for d in T.unroll(UNIT_ELEMENTS):
                             output[j, d] = output[j, d] * factor[0]
                             output[j, d] = output[j, d] + shuffle_xor(output[j, d], lanes)
                 if group == 0:
                     for j in T.unroll(lane_units):
-                        for d in T.unroll(_UNIT):
-                            warp_parts[warp * numbers + (j * key_lanes + first_unit) * _UNIT + d] = output[j, d]
+                        for d in T.unroll(UNIT_ELEMENTS):
+                            warp_parts[warp * numbers + (j * key_lanes + first_unit) * UNIT_ELEMENTS + d] = output[j, d]
                     if lane == 0:
                         warp_parts[warp * numbers + head_dim] = maximum[0]
                         warp_parts[warp * numbers + head_dim + 1] = total[0]
@@ -387,3 +386,12 @@ __forceinline__ __device__ int {name}(int counter, int blocks) {{
 }}
 """
     return T.cuda.func_call(name, counter, blocks, source_code=source, return_type="int32")
+
+
+def _decode_attention(kernel: DecodeAttention, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
+    check_head(kernel)
+    tiles = choose_tiles(choose, default_decode_tiles(kernel), decode_candidates(kernel))
+    return decode_attention(kernel, tiles)
+
+
+TEMPLATE = Template("cuda.decode_attention", 1, ("decode_attention",), _decode_attention, TENSOR_CORE_DTYPES)

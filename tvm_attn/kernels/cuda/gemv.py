@@ -48,9 +48,8 @@ from tvm_attn.kernels.cuda.gemv_operands import (
     multiply_quantized_group,
     weight_format,
 )
-from tvm_attn.kernels.cuda.gemv_tiles import ROWS, STEP_UNITS, UNIT, GemvTiles, Kernel, Plan, candidates, default_tiles
+from tvm_attn.kernels.cuda.gemv_tiles import ROWS, STEP_UNITS, UNIT, GemvTiles, Plan
 from tvm_attn.kernels.cuda.lanes import registers
-from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.cuda.ptx import (
     cp_async,
     cp_async_commit,
@@ -60,12 +59,11 @@ from tvm_attn.kernels.cuda.ptx import (
     shared_address,
     uint32,
 )
+from tvm_attn.kernels.linear import Linear, LinearKernel, QKVLinear, ResidualLinear
 from tvm_attn.storage import GROUP
 
-__all__ = ["GemvTiles", "candidates", "default_tiles", "gemv"]
 
-
-def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
+def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
     """The function of a linear layer whose `groups` is 1, of at most 8 rows.
 
     Raises:
@@ -75,7 +73,8 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
         raise ScheduleError(f"this kernel takes one group of at most {ROWS} rows, not {kernel}: use matmul")
     if kernel.epsilon is not None and tiles.parts != 1:
         raise ScheduleError(f"{tiles} with LayerNorm: its rows are whole in shared memory, so parts is 1")
-    k, n, rows, dtype, epsilon = kernel.in_features, kernel.out_features, kernel.rows, kernel.dtype, kernel.epsilon
+    k, n, rows = kernel.in_features, kernel.out_features, kernel.rows
+    dtype, epsilon = kernel.activations, kernel.epsilon
     normalized, quantized, has_bias = epsilon is not None, kernel.weights != dtype, kernel.has_bias
     has_residual, is_qkv = isinstance(kernel, ResidualLinear), isinstance(kernel, QKVLinear)
     columns, splits, stages, repeats, parts = tiles.columns, tiles.splits, tiles.stages, tiles.repeats, tiles.parts
@@ -93,7 +92,7 @@ def gemv(kernel: Kernel, tiles: GemvTiles) -> tirx.PrimFunc:
     width = n // 3 if is_qkv else n
     head_dim = width // heads
     activation = EXPRESSIONS.get(kernel.activation or "") if isinstance(kernel, Linear) else None
-    out_type = "float32" if isinstance(kernel, ResidualLinear | Head) else dtype
+    out_type = kernel.output_dtype
     ring_bytes, x_bytes, sum_bytes, constant_bytes, shared_scale_bytes, norm_bytes = plan.shared
 
     def within(output: tirx.Expr, unit: tirx.Expr) -> tirx.Expr | None:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.cuda.gemv_operands import GROUP_BYTES, weight_format
-from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
+from tvm_attn.kernels.cuda.limits import SHARED_BYTES
+from tvm_attn.kernels.linear import LinearKernel
 from tvm_attn.storage import GROUP
-
-Kernel = Linear | ResidualLinear | QKVLinear | Head
 
 ROWS = 8
 """The most rows of a group: the columns of `mma.sync`."""
@@ -59,7 +58,7 @@ class GemvTiles:
         """Outputs of a block."""
         return self.outputs * self.columns * self.repeats
 
-    def shared_bytes(self, kernel: Kernel) -> int:
+    def shared_bytes(self, kernel: LinearKernel) -> int:
         """Shared memory of a block."""
         return sum(Plan.of(kernel, self).shared)
 
@@ -94,9 +93,9 @@ class Plan:
     shared: tuple[int, int, int, int, int, int]
 
     @staticmethod
-    def of(kernel: Kernel, tiles: GemvTiles) -> Plan:
+    def of(kernel: LinearKernel, tiles: GemvTiles) -> Plan:
         """The sizes of a kernel with tiles."""
-        k, rows, quantized = kernel.in_features, kernel.rows, kernel.weights != kernel.dtype
+        k, rows, quantized = kernel.in_features, kernel.rows, kernel.weights != kernel.activations
         per_unit = weight_format(kernel.weights).per_unit
         units, stage_units = k // per_unit, STEP_UNITS * tiles.steps
         k_stages = -(-units // stage_units)
@@ -124,14 +123,11 @@ class Plan:
         return Plan(units, stage_units, k_stages, iterations, part_groups, pitch, stage, x_row, sum_row, shared)
 
 
-SHARED_BYTES = 99 << 10
-"""What a block may have on every architecture (sm_86, sm_89 and sm_120 have the least)."""
-
 _IN_FLIGHT = 40 << 10
 """Bytes of weights that a multiprocessor should ask for at once: twice what an H200 needs."""
 
 
-def default_tiles(kernel: Kernel, multiprocessors: int = 132) -> GemvTiles:
+def default_tiles(kernel: LinearKernel, multiprocessors: int = 132) -> GemvTiles:
     """Tiles for a device of so many multiprocessors.
 
     Narrow layers have a block for each 8 or 16 outputs, whose warps share K; wide ones have two blocks for each
@@ -163,7 +159,7 @@ def default_tiles(kernel: Kernel, multiprocessors: int = 132) -> GemvTiles:
     return tiles
 
 
-def candidates(kernel: Kernel, multiprocessors: int = 132) -> Iterator[GemvTiles]:
+def candidates(kernel: LinearKernel, multiprocessors: int = 132) -> Iterator[GemvTiles]:
     """Tiles worth measuring, the default first: they waste no warp and ask for enough bytes, or for all at once."""
     default = default_tiles(kernel, multiprocessors)
     yield default
@@ -178,7 +174,7 @@ def candidates(kernel: Kernel, multiprocessors: int = 132) -> Iterator[GemvTiles
                             yield tiles
 
 
-def _worth_measuring(kernel: Kernel, tiles: GemvTiles, multiprocessors: int) -> bool:
+def _worth_measuring(kernel: LinearKernel, tiles: GemvTiles, multiprocessors: int) -> bool:
     plan, shared = Plan.of(kernel, tiles), tiles.shared_bytes(kernel)
     work, blocks = tiles.repeats * plan.iterations, -(-kernel.out_features // tiles.block_outputs)
     if tiles.splits > plan.k_stages or shared > SHARED_BYTES or tiles.stages - 1 > work:

@@ -24,11 +24,11 @@ from tvm.tirx.script import builder
 
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.cuda import ptx
-from tvm_attn.kernels.cuda.linear import Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.cuda.matmul_block import Block
 from tvm_attn.kernels.cuda.matmul_epilogue import Operands, epilogue
-from tvm_attn.kernels.cuda.matmul_tiles import LinearKernel, MatmulTiles
+from tvm_attn.kernels.cuda.matmul_tiles import MatmulTiles
 from tvm_attn.kernels.cuda.matmul_weights import PlainWeight, QuantizedWeight
+from tvm_attn.kernels.linear import LinearKernel, QKVLinear, ResidualLinear
 
 
 def matmul(kernel: LinearKernel, tiles: MatmulTiles) -> tirx.PrimFunc:
@@ -54,7 +54,7 @@ def matmul(kernel: LinearKernel, tiles: MatmulTiles) -> tirx.PrimFunc:
 
 def _parameters(kernel: LinearKernel) -> tuple[tirx.Buffer, list[tirx.Buffer], Operands]:
     """The function's parameters in the order that the kernel's docstring gives."""
-    k, n, dtype = kernel.in_features, kernel.out_features, kernel.dtype
+    k, n, dtype = kernel.in_features, kernel.out_features, kernel.activations
     shape = (tirx.Var("groups", "int32"), kernel.rows)
 
     def parameter(name: str, extents: tuple[tirx.Expr | int, ...], element: str) -> tirx.Buffer:
@@ -74,7 +74,7 @@ def _parameters(kernel: LinearKernel) -> tuple[tirx.Buffer, list[tirx.Buffer], O
         cache = parameter("cache", extents, dtype)
         y = parameter("q", (*shape, width), dtype)
     else:
-        y = parameter("y", (*shape, n), dtype if isinstance(kernel, Linear) else "float32")
+        y = parameter("y", (*shape, n), kernel.output_dtype)
     return x, weights, Operands(bias, residual, slots, positions, cache, y)
 
 
@@ -99,7 +99,7 @@ class _Rows:
     def __init__(self, block: Block, x: tirx.Buffer) -> None:
         self.block, tiles, k = block, block.tiles, block.kernel.in_features
         self.count, self.row_bytes = tiles.row_fragments, tiles.depth * 2
-        self.x = T.decl_buffer((ptx.int64(block.rows) * k,), block.kernel.dtype, data=x.data)
+        self.x = T.decl_buffer((ptx.int64(block.rows) * k,), block.kernel.activations, data=x.data)
         self.fragments = T.alloc_local((2 * self.count * 4,), "uint32")
         # The four matrices of a load: rows 0-7 and 8-15 with k 0-7, then with k 8-15.
         lane = block.lane
@@ -182,7 +182,7 @@ def _multiply(block: Block, x: tirx.Buffer, weights: list[tirx.Buffer]) -> tirx.
             with T.unroll(tiles.row_fragments) as row, T.unroll(tiles.column_fragments) as column:
                 index = (row * tiles.column_fragments + column) * 4
                 registers = [sums[index + i] for i in range(4)]
-                ptx.mma(registers, a.fragment(step, row), b.fragment(step, column), kernel.dtype)
+                ptx.mma(registers, a.fragment(step, row), b.fragment(step, column), kernel.activations)
     # The epilogue reuses shared memory; the last loads were of a stage that nobody multiplies.
     ptx.cp_async_wait(0)
     T.evaluate(T.cuda.cta_sync())

@@ -9,7 +9,8 @@ from tvm import DataType, tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.cuda import ptx
-from tvm_attn.kernels.cuda.matmul_tiles import LinearKernel, MatmulTiles
+from tvm_attn.kernels.cuda.matmul_tiles import MatmulTiles
+from tvm_attn.kernels.linear import LinearKernel
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import product
 
-from tvm_attn.kernels.cuda.linear import Head, Linear, ResidualLinear
-from tvm_attn.kernels.cuda.matmul_tiles import SHARED_LIMIT, LinearKernel, MatmulTiles
+from tvm_attn.kernels.cuda.limits import REGISTERS, SHARED_BYTES
+from tvm_attn.kernels.cuda.matmul_tiles import MatmulTiles
+from tvm_attn.kernels.linear import Linear, LinearKernel
 
 PROCESSORS, SCHEDULERS = 132, 4
 CLOCK = 1.755e9  # Hz
@@ -28,21 +29,21 @@ _SHARED_RATE, _L2_RATE, _MEMORY_RATE = 128.0, 64.0, 18.6  # bytes per clock and 
 _MMA = 6.4  # clocks of a tensor core for m16n8k16: 512 multiplications a clock, of which `mma.sync` gets 62 %
 _LATENCY = 800.0  # from global to shared memory, clocks
 _LAUNCH = 3000.0  # clocks, a kernel's begin and end
-_SHARED_BYTES, _REGISTERS, _THREADS = 227 * 1024, 65536, 2048
+_ALL_SHARED_BYTES, _THREADS = 227 * 1024, 2048  # of a multiprocessor
 _ALONE, _SHORT, _ROOM = 0.25, 0.15, 0.05
 _KEPT = 48
 
 
 def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int) -> float:
     """Clocks of a call with so many rows."""
-    k, n, quantized = kernel.in_features, kernel.out_features, kernel.weights != kernel.dtype
+    k, n, quantized = kernel.in_features, kernel.out_features, kernel.weights != kernel.activations
     blocks = -(-rows // tiles.rows) * -(-n // tiles.columns)
     per_processor = -(-blocks // PROCESSORS)
     registers = min(255, tiles.registers(kernel) + 8)
     resident = min(
         per_processor,
-        _SHARED_BYTES // (tiles.shared_bytes(kernel) + 1024),
-        _REGISTERS // (registers * tiles.threads),
+        _ALL_SHARED_BYTES // (tiles.shared_bytes(kernel) + 1024),
+        REGISTERS // (registers * tiles.threads),
         _THREADS // tiles.threads,
     )
     if resident == 0:
@@ -67,7 +68,7 @@ def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int) -> flo
     # A stage of one block: what a warp does in it, one thing after another.
     own = tiles.steps * (height * width * _MMA + (12 * width if quantized else 0)) + 60
     in_turn = -(-per_processor // resident) * stages * max(_LATENCY / (tiles.stages - 1), own)
-    size = 4 if isinstance(kernel, ResidualLinear | Head) else 2
+    size = 4 if kernel.output_dtype == "float32" else 2
     traffic = n * k * {"int8": 1.0625, "int4": 0.5625}.get(kernel.weights, 2) + rows * n * size
     outputs = per_processor * tiles.rows * tiles.columns
     finish = outputs * (size / 32 + (10 if isinstance(kernel, Linear) and kernel.activation else 3) / 128)
@@ -76,7 +77,7 @@ def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int) -> flo
     # Two more, for what would else be equal: a short pipeline leaves latency to chance, a long one takes room that
     # another block could have on a smaller GPU.
     flow = max(throughput, in_turn, memory) * (1 + _SHORT / (tiles.stages - 1) ** 2)
-    flow *= 1 + _ROOM * tiles.shared_bytes(kernel) / SHARED_LIMIT
+    flow *= 1 + _ROOM * tiles.shared_bytes(kernel) / SHARED_BYTES
     return _LAUNCH + -(-per_processor // resident) * _LATENCY + flow + finish / resident**0.5
 
 

@@ -15,8 +15,8 @@ from tvm.script import tirx as T
 
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.cuda import ptx
-from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.cuda.matmul_block import Block
+from tvm_attn.kernels.linear import Linear, QKVLinear
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def epilogue(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
     if block.tiles.warp_slices > 1:
         _add_slices(block, sums)
     own = block.slice == 0 if block.tiles.warp_slices > 1 else None
-    if isinstance(block.kernel, ResidualLinear | Head):
+    if block.kernel.output_dtype == "float32":
         with ptx.when(own):
             _store_float32(block, sums, operands)
         return
@@ -64,7 +64,7 @@ def _add_slices(block: Block, sums: tirx.Buffer) -> None:
         with T.unroll(count) as i, T.unroll(tiles.warp_slices - 1) as other:
             ptx.load_shared([value[0]], address + ptx.uint32((other * count + i) * (threads * 4)))
             ptx.assign(sums[i], sums[i] + value[0])
-    if isinstance(block.kernel, Linear | QKVLinear):
+    if block.kernel.output_dtype != "float32":
         T.evaluate(T.cuda.cta_sync())
 
 
@@ -189,7 +189,7 @@ def _stage(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
         if isinstance(kernel, Linear) and kernel.activation:
             for value in values:
                 _activate(kernel.activation, value)
-        ptx.pack(packed, values[0], values[1], kernel.dtype)
+        ptx.pack(packed, values[0], values[1], kernel.activations)
         ptx.store_shared(address + ptx.uint32((row * 16 + half * 8) * row_bytes + column * 16), [packed])
 
 
@@ -200,7 +200,7 @@ def _store_staged(block: Block, operands: Operands) -> None:
     width = gcd(n // 3 // kernel.heads if isinstance(kernel, QKVLinear) else n, 8)
     chunks, buffer = tiles.columns // width, T.alloc_local((width // 2,), "uint32")
     registers = [buffer[i] for i in range(width // 2)]
-    y = T.decl_buffer((_size(operands.y),), kernel.dtype, data=operands.y.data)
+    y = T.decl_buffer((_size(operands.y),), kernel.activations, data=operands.y.data)
     for index in block.spread(tiles.rows * chunks):
         tile_row, tile_column = index // chunks, index % chunks * width
         row, column = block.first_row + tile_row, block.first_column + tile_column
@@ -227,7 +227,7 @@ def _store_qkv(
     assert operands.cache is not None
     width, context = kernel.out_features // 3, kernel.context
     head_dim, rows = width // kernel.heads, kernel.rows
-    cache = T.decl_buffer((_size(operands.cache),), kernel.dtype, data=operands.cache.data)
+    cache = T.decl_buffer((_size(operands.cache),), kernel.activations, data=operands.cache.data)
     with T.If(column < width):
         with T.Then():
             ptx.store_global(q.ptr_to([ptx.int64(row) * width + ptx.int64(column)]), registers)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm_attn.kernels.cuda.linear import Head, Linear, QKVLinear, ResidualLinear
+from tvm_attn.kernels.cuda.limits import REGISTERS, SHARED_BYTES
+from tvm_attn.kernels.linear import Linear, LinearKernel, QKVLinear
 from tvm_attn.storage import GROUP
 
-LinearKernel = Linear | ResidualLinear | QKVLinear | Head
-
-SHARED_LIMIT = 99 * 1024
-"""Bytes of shared memory that a block may have on every architecture from sm_80: what sm_86, sm_89, sm_120 have."""
-_REGISTERS = 65536
-"""32-bit registers of a multiprocessor."""
 _MOST_REGISTERS = 236
 """Estimates above this were seen to spill: a thread has at most 255."""
 _WORD_BYTES = {"int8": 32, "int4": 16}
@@ -82,7 +77,7 @@ class MatmulTiles:
         """Bytes of shared memory of a block: of the pipeline, or of what the epilogue keeps there after it."""
         pipeline = self.stages * sum(self.stage_bytes(kernel.weights))
         slices = (self.warp_slices - 1) * self.rows * self.columns * 4
-        staging = self.rows * self.staging_row_bytes if isinstance(kernel, Linear | QKVLinear) else 0
+        staging = self.rows * self.staging_row_bytes if kernel.output_dtype != "float32" else 0
         return max(pipeline, slices, staging)
 
     def registers(self, kernel: LinearKernel) -> int:
@@ -103,8 +98,8 @@ class MatmulTiles:
             and (not quantized or self.depth % (2 * GROUP) == 0)
             and self.stages >= 2
             and self.threads <= 1024
-            and self.registers(kernel) <= min(_MOST_REGISTERS, _REGISTERS // self.threads)
-            and self.shared_bytes(kernel) <= SHARED_LIMIT
+            and self.registers(kernel) <= min(_MOST_REGISTERS, REGISTERS // self.threads)
+            and self.shared_bytes(kernel) <= SHARED_BYTES
             and kernel.in_features % (GROUP if quantized else 16) == 0
             and kernel.epsilon is None
             # 16-bit results are stored in pairs, which must not cross a row or a head.

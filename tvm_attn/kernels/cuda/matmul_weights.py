@@ -33,7 +33,9 @@ class PlainWeight:
         self.block, tiles, kernel = block, block.tiles, block.kernel
         self.count = tiles.column_fragments
         self.row_bytes = tiles.weight_row_bytes(kernel.weights)
-        self.weight = T.decl_buffer((kernel.out_features * kernel.in_features,), kernel.dtype, data=tensors[0].data)
+        self.weight = T.decl_buffer(
+            (kernel.out_features * kernel.in_features,), kernel.activations, data=tensors[0].data
+        )
         self.fragments = T.alloc_local((2 * self.count * 2,), "uint32")
         # The four matrices of a load: columns 0-7 with k 0-7 and 8-15, columns 8-15 with k 0-7 and 8-15.
         lane = block.lane
@@ -76,7 +78,7 @@ class QuantizedWeight:
 
     def __init__(self, block: Block, tensors: list[tirx.Buffer]) -> None:
         self.block, tiles, kernel = block, block.tiles, block.kernel
-        self.int8, self.dtype, self.count = kernel.weights == "int8", kernel.dtype, tiles.column_fragments
+        self.int8, self.dtype, self.count = kernel.weights == "int8", kernel.activations, tiles.column_fragments
         self.group_words, self.groups = 8 if self.int8 else 4, kernel.in_features // GROUP
         self.row_bytes = tiles.weight_row_bytes(kernel.weights)
         self.scales_start = tiles.columns * self.row_bytes

@@ -6,61 +6,18 @@ is the mean of squared distances from the mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
-import numpy as np
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tvm_attn.kernels.base import Case
+from tvm_attn.kernels.base import TENSOR_CORE_DTYPES
 from tvm_attn.kernels.cuda.lanes import add_lanes, registers, sum_of
 from tvm_attn.kernels.cuda.ptx import load_global, pack, store_global
-from tvm_attn.storage import numpy_dtype
-
-_ROUNDED = {"float16": 2.0**-22, "bfloat16": 2.0**-16, "float32": 1e-12}
-"""Bound on the normalised mean squared error: half a unit in the last place of 11 or 8 bits, squared."""
-
-
-@dataclass(frozen=True)
-class LayerNorm:
-    """y = (x - mean) / sqrt(variance + epsilon) * gamma + beta, rounded to `dtype`.
-
-    Parameters of the function: x (g, R, E) float32, gamma (E,) float32, beta (E,) float32, y (g, R, E) dtype.
-    """
-
-    family: ClassVar[str] = "cuda_layer_norm"
-
-    width: int
-    epsilon: float
-    rows: int
-    dtype: str
-    groups: int | None = None
-
-    @staticmethod
-    def cases() -> Iterator[Case]:
-        """See `Kernel.cases`."""
-        for kernel, groups, name, offset, scale in (
-            (LayerNorm(768, 1e-5, 8, "float16"), 3, "124M", 0.0, 1.0),
-            (LayerNorm(768, 1e-5, 1, "bfloat16", groups=1), 1, "one row", 0.0, 1.0),
-            (LayerNorm(1600, 1e-5, 8, "bfloat16"), 2, "1.5B", 0.0, 1.0),
-            (LayerNorm(37, 1e-6, 8, "float16"), 2, "odd width", 0.0, 1.0),
-            (LayerNorm(64, 1e-5, 8, "float32"), 1, "large values", 0.0, 1e4),
-            (LayerNorm(64, 1e-5, 8, "float32"), 1, "mean far from zero", 100.0, 1.0),
-            (LayerNorm(64, 1e-5, 8, "float16"), 1, "constant rows", 3.0, 0.0),
-        ):
-            rng = np.random.default_rng(0)
-            shape = (groups, kernel.rows, kernel.width)
-            x = rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(offset)
-            gamma, beta = rng.standard_normal((2, kernel.width), dtype=np.float32)
-            wide = x.astype(np.float64)
-            centred = wide - wide.mean(-1, keepdims=True)
-            expected = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + kernel.epsilon) * gamma + beta
-            # The mean itself is rounded to float32, which moves every element by up to offset * 2**-24.
-            nmse = max(_ROUNDED[kernel.dtype], (offset * 2.0**-24) ** 2)
-            y = np.zeros(shape, numpy_dtype(kernel.dtype))
-            yield Case(kernel, name, (x, gamma, beta), (y,), (expected,), nmse=nmse)
+from tvm_attn.kernels.cuda.tiles import choose_tiles
+from tvm_attn.kernels.norm import LayerNorm
+from tvm_attn.kernels.template import Chooser, Template
+from tvm_attn.targets import CudaTarget
 
 
 @dataclass(frozen=True)
@@ -97,7 +54,7 @@ def candidates(kernel: LayerNorm) -> list[NormTiles]:
 
 def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
     """The function of `LayerNorm`; the numbers of a thread lie in runs of four where the width is a multiple of 4."""
-    width, rows, dtype, epsilon, groups = kernel.width, kernel.rows, kernel.dtype, kernel.epsilon, kernel.groups
+    width, rows, dtype, epsilon, groups = kernel.width, kernel.rows, kernel.activations, kernel.epsilon, kernel.groups
     row_warps, block_rows, threads = tiles.row_warps, tiles.block_rows, tiles.threads
     run = 4 if width % 4 == 0 else 1
     row_threads = 32 * row_warps
@@ -171,11 +128,16 @@ def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
                 if at < width:
                     if run == 1:
                         y[group, member, at] = T.Cast(dtype, numbers[i])
-                    elif dtype == "float32":
-                        store_global(y.ptr_to([group, member, at]), registers(numbers, i * run, run))
                     else:
                         for j in T.unroll(2):
                             pack(words[j], numbers[i * run + 2 * j], numbers[i * run + 2 * j + 1], dtype)
                         store_global(y.ptr_to([group, member, at]), registers(words, 0, 2))
 
     return layer_norm
+
+
+def _layer_norm(kernel: LayerNorm, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
+    return layer_norm(kernel, choose_tiles(choose, default_tiles(kernel), candidates(kernel)))
+
+
+TEMPLATE = Template("cuda.layer_norm", 1, ("layer_norm",), _layer_norm, TENSOR_CORE_DTYPES)

@@ -25,7 +25,10 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.attention import MASKED
-from tvm_attn.kernels.cuda.attention import PrefillAttention, shuffle_xor
+from tvm_attn.kernels.base import TENSOR_CORE_DTYPES
+from tvm_attn.kernels.cuda.attention import check_head
+from tvm_attn.kernels.cuda.lanes import shuffle_xor
+from tvm_attn.kernels.cuda.limits import REGISTERS, SHARED_BYTES, UNIT_ELEMENTS
 from tvm_attn.kernels.cuda.ptx import (
     cp_async,
     cp_async_commit,
@@ -38,15 +41,10 @@ from tvm_attn.kernels.cuda.ptx import (
     shared_address,
     uint32,
 )
-
-_UNIT = 8
-"""Elements in 16 bytes: what a thread copies at a time, and a row of a matrix of `ldmatrix`."""
-
-_SHARED_BYTES = 99 << 10
-"""Shared memory of a block that every supported GPU has."""
-
-_REGISTERS = 65536
-"""Of a multiprocessor."""
+from tvm_attn.kernels.cuda.tiles import choose_tiles
+from tvm_attn.kernels.prefill_attention import PrefillAttention
+from tvm_attn.kernels.template import Chooser, Template
+from tvm_attn.targets import CudaTarget
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class PrefillTiles:
 
     def shared_bytes(self, head_dim: int) -> int:
         """Shared memory of a block: the stages, or what warps along the keys merge through after them."""
-        stages = self.stages * 2 * self.keys * (head_dim + _UNIT) * 2
+        stages = self.stages * 2 * self.keys * (head_dim + UNIT_ELEMENTS) * 2
         return max(stages, 4 * self.merge_floats(head_dim))
 
     def merge_floats(self, head_dim: int) -> int:
@@ -116,8 +114,8 @@ def prefill_candidates(kernel: PrefillAttention) -> Iterator[PrefillTiles]:
         if (
             4 <= query_warps * key_warps <= 8
             and tiles.fragments >= 1
-            and tiles.registers(kernel.head_dim) <= min(248, 1.2 * _REGISTERS / (tiles.threads * blocks))
-            and tiles.shared_bytes(kernel.head_dim) <= _SHARED_BYTES
+            and tiles.registers(kernel.head_dim) <= min(248, 1.2 * REGISTERS / (tiles.threads * blocks))
+            and tiles.shared_bytes(kernel.head_dim) <= SHARED_BYTES
         ):
             yield tiles
 
@@ -137,7 +135,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
     warp_queries, warp_keys = queries // query_warps, keys // key_warps
     # Fragments of a warp: of 16 queries, 8 keys, 8 output dimensions, and steps of 16 along a query's dimensions.
     m_tiles, s_tiles, d_tiles, d_steps = tiles.fragments, warp_keys // 8, head_dim // 8, head_dim // 16
-    stride, units = head_dim + _UNIT, head_dim // _UNIT
+    stride, units = head_dim + UNIT_ELEMENTS, head_dim // UNIT_ELEMENTS
     values, stage_elements, copies = keys * stride, 2 * keys * stride, keys * units
     merge_threads, merge_numbers = 32 * query_warps, m_tiles * (head_dim // 2 + 4)
 
@@ -221,7 +219,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                 at = T.meta_var(i * threads + thread)
                 if copies % threads == 0 or at < copies:
                     row: T.let[T.int32] = at // units
-                    column: T.let[T.int32] = at % units * _UNIT
+                    column: T.let[T.int32] = at % units * UNIT_ELEMENTS
                     position: T.let[T.int32] = block * keys + row
                     target: T.let[T.uint32] = base + uint32(2 * (stage + row * stride + column))
                     cp_async(target, cache.ptr_to([slot, 0, head, position, column]), valid=position < visible)
@@ -397,3 +395,12 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                                 o_words[first_row + row, (head * head_dim + 8 * d) // 2 + pair] = word[0]
 
     return prefill_attention
+
+
+def _prefill_attention(kernel: PrefillAttention, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
+    check_head(kernel)
+    tiles = choose_tiles(choose, default_prefill_tiles(kernel), prefill_candidates(kernel))
+    return prefill_attention(kernel, tiles)
+
+
+TEMPLATE = Template("cuda.prefill_attention", 1, ("prefill_attention",), _prefill_attention, TENSOR_CORE_DTYPES)

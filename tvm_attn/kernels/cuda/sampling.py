@@ -7,76 +7,16 @@ what a second launch would take; so rows are not split over blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
-import numpy as np
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tvm_attn.kernels.base import Case
 from tvm_attn.kernels.cuda.lanes import shuffle_xor
-
-
-@dataclass(frozen=True)
-class Advance:
-    """token_ids = argmax(logits[:, :, :V]), and positions + 1, of the rows whose position is not -1.
-
-    The lowest index wins a tie, as in NumPy; a row with a NaN becomes token -1. A padding row (position -1) becomes
-    token 0, and its logits are not looked at.
-
-    Parameters of the function: logits (g, R, V') float32 with V' >= V columns; token_ids (g, R) int32 and positions
-    (g, R) int32, both updated in place.
-    """
-
-    family: ClassVar[str] = "cuda_advance"
-
-    vocabulary: int
-    columns: int
-    """V', the columns of logits, of which those past V are padding."""
-    rows: int
-    groups: int | None = None
-
-    @staticmethod
-    def cases() -> Iterator[Case]:
-        """See `Kernel.cases`."""
-        rng = np.random.default_rng(0)
-        for vocabulary, columns, rows, groups, name in (
-            (50257, 50257, 1, 1, "124M, one row"),
-            (50257, 50304, 8, 2, "124M, padded columns"),
-            (1021, 1024, 8, 3, "odd vocabulary"),
-            (5, 5, 8, 1, "vocabulary below a warp"),
-        ):
-            kernel = Advance(vocabulary, columns, rows, groups=groups if rows == 1 else None)
-            logits = rng.standard_normal((groups, rows, columns), dtype=np.float32)
-            # What lies in the padding must not matter, and of equal maxima the first one wins, of zeros too.
-            logits[..., vocabulary:] = 1e9
-            logits[0, 0, [vocabulary - 1, vocabulary // 2]] = 100.0
-            positions = np.arange(groups * rows, dtype=np.int32).reshape(groups, rows)
-            yield _case(kernel, name, logits, positions)
-            if rows == 1:
-                continue
-            padded = np.where(positions % 3 == 1, np.int32(-1), positions)
-            zeros = np.where(rng.random(logits.shape) < 0.5, np.float32(-0.0), np.float32(0.0))
-            yield _case(kernel, f"{name}, zeros of both signs", zeros, padded)
-            extreme = -np.abs(logits) - np.float32(1e30)
-            extreme[0, 0, :vocabulary] = -np.inf
-            extreme[-1, -1, vocabulary // 3] = np.inf
-            yield _case(kernel, f"{name}, large negative, infinities", extreme, padded)
-            with_nan = logits.copy()
-            with_nan[-1, -1, [vocabulary // 3, vocabulary - 1]] = np.nan, -np.nan
-            with_nan[0, 1] = np.nan  # padding
-            yield _case(kernel, f"{name}, NaN", with_nan, padded)
-
-
-def _case(kernel: Advance, name: str, logits: np.ndarray, positions: np.ndarray) -> Case:
-    wanted = logits[..., : kernel.vocabulary]
-    tokens = np.where(np.isnan(wanted).any(-1), -1, wanted.argmax(-1))
-    expected = np.where(positions < 0, 0, tokens), np.where(positions < 0, -1, positions + 1)
-    before = np.full_like(positions, 7)
-    results = tuple(array.astype(np.float64) for array in expected)
-    return Case(kernel, name, (logits, before, positions), (), results, (1, 2), nmse=0.0)
+from tvm_attn.kernels.cuda.tiles import choose_tiles
+from tvm_attn.kernels.sampling import Advance
+from tvm_attn.kernels.template import Chooser, Template
+from tvm_attn.targets import CudaTarget
 
 
 @dataclass(frozen=True)
@@ -182,3 +122,12 @@ def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
                 token_ids[group, row] = 0
 
     return advance
+
+
+def _advance(kernel: Advance, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
+    default = default_tiles(kernel)
+    candidates = [replace(default, threads=threads) for threads in (128, 256, 512, 1024)]
+    return advance(kernel, choose_tiles(choose, default, candidates))
+
+
+TEMPLATE = Template("cuda.advance", 1, ("advance",), _advance)

@@ -1,0 +1,24 @@
+"""Which kernels a model needs on a target, and what each of them gets."""
+
+from __future__ import annotations
+
+from tvm_attn.config import GPT2Config
+from tvm_attn.model.gpt2 import build_program
+from tvm_attn.model.layout import check_types, layout_for
+from tvm_attn.schedule import RecordBook
+from tvm_attn.schedule.plan import Planned, plan
+from tvm_attn.targets import Target
+
+
+def kernel_plan(config: GPT2Config, target: Target, dtype: str = "float32", quant: str = "none") -> list[Planned]:
+    """The kernels of a model's library for a target, each once, scheduled as a build would.
+
+    Raises:
+        TargetError: the target does not have the dtype, or there is no such quantization.
+        ConfigError: the model cannot be quantized.
+        ScheduleError: a kernel has no template, or a record does not fit.
+    """
+    check_types(target, dtype, quant)
+    book = RecordBook.load(target.name)
+    program = build_program(config, layout_for(config, target, dtype, quant))
+    return [plan(kernel, target, book) for kernel in program.kernels.values()]

@@ -1,0 +1,24 @@
+"""The loops and templates of processors with vector units, one file a family."""
+
+from tvm_attn.kernels.cpu import (
+    decode_attention,
+    embedding,
+    linear,
+    norm,
+    prefill_attention,
+    quant,
+    sampling,
+    weights,
+)
+
+TEMPLATES = (
+    linear.TEMPLATE,
+    weights.TEMPLATE,
+    *quant.TEMPLATES,
+    embedding.TEMPLATE,
+    norm.TEMPLATE,
+    prefill_attention.TEMPLATE,
+    decode_attention.TEMPLATE,
+    sampling.TEMPLATE,
+)
+"""The templates of this device class."""

@@ -1,0 +1,75 @@
+"""What the two loops of prefill attention share: their sizes, and the step of the online softmax (Milakov and
+Gimelshein, 2018, arXiv:1805.02867)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tvm_attn.kernels.activation import exp
+from tvm_attn.kernels.attention import MASKED
+
+
+@dataclass(frozen=True)
+class PrefillTiles:
+    """The sizes of the loops.
+
+    Attributes:
+        queries: queries of a tile; they lie along the vector.
+        key_block: keys between two updates of the running maximum.
+        key_tile: keys whose scores are in registers together, a divisor of `key_block`.
+        dim_tile: output dimensions that are in registers together, a divisor of D.
+    """
+
+    queries: int
+    key_block: int
+    key_tile: int
+    dim_tile: int
+
+
+def softmax_step(key_block: int, query_tile: int) -> Any:
+    """A TVMScript macro (scores, maximum, previous, total, first_key, first) that takes in another block of keys.
+
+    Scores (key_block, query_tile) of keys past a query's position are masked. Then `scores` are exponentials over the
+    new `maximum`, `total` is their sum over all blocks, and `previous` is what sums over earlier blocks have to be
+    multiplied by; these three are (query_tile,). `first_key` and `first` are positions, of the first key and query.
+
+    Every function needs a macro of its own: TVM renames the blocks of one that is used again.
+    """
+
+    @T.inline
+    def update_softmax(scores, maximum, previous, total, first_key, first):
+        if first_key + key_block - 1 > first:
+            for j, i in T.grid(key_block, query_tile):
+                with T.sblock("mask"):
+                    vj, vi = T.axis.remap("SS", [j, i])
+                    scores[vj, vi] = T.Select(first_key + vj <= first + vi, scores[vj, vi], T.float32(MASKED))
+        for i in range(query_tile):
+            with T.sblock("keep_maximum"):
+                vi = T.axis.spatial(query_tile, i)
+                previous[vi] = maximum[vi]
+        for j, i in T.grid(key_block, query_tile):
+            with T.sblock("maximum"):
+                vj, vi = T.axis.remap("RS", [j, i])
+                maximum[vi] = T.max(maximum[vi], scores[vj, vi])
+        for i in range(query_tile):
+            with T.sblock("correction"):
+                vi = T.axis.spatial(query_tile, i)
+                previous[vi] = exp(previous[vi] - maximum[vi])
+        for i in range(query_tile):
+            with T.sblock("rescale_sum"):
+                vi = T.axis.spatial(query_tile, i)
+                total[vi] = total[vi] * previous[vi]
+        for j in range(key_block):
+            for i in range(query_tile):
+                with T.sblock("probabilities"):
+                    vj, vi = T.axis.remap("SS", [j, i])
+                    scores[vj, vi] = exp(scores[vj, vi] - maximum[vi])
+            for i in range(query_tile):
+                with T.sblock("sum"):
+                    vj, vi = T.axis.remap("RS", [j, i])
+                    total[vi] = total[vi] + scores[vj, vi]
+
+    return update_softmax

@@ -1,0 +1,10 @@
+"""What every supported NVIDIA GPU (sm_80 and later) has."""
+
+REGISTERS = 65536
+"""32-bit registers of a multiprocessor."""
+
+SHARED_BYTES = 99 << 10
+"""Shared memory that a block may have: sm_86, sm_89 and sm_120 have the least."""
+
+UNIT_ELEMENTS = 8
+"""16-bit numbers in 16 bytes: what a thread copies at a time, and a row of a matrix of `ldmatrix`."""
