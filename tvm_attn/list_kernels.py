@@ -1,4 +1,4 @@
-"""`python -m tvm_attn.list_kernels`: the kernels of a model on a target, and the schedule of each."""
+"""`tvm-attn kernels`: the kernels of a model on a target, and the schedule of each."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from tvm_attn.cli import run, status
+from tvm_attn.cli import Parser, new_table, print_tables, progress, run
 
 if TYPE_CHECKING:
     from tvm_attn.schedule.plan import Planned
@@ -23,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tvm_attn.list_kernels",
+    parser = Parser(
+        prog="tvm-attn kernels",
         description="List the kernels that a model needs on a target, and for each its schedule template, the "
         "template's decisions, and whether they come from a tuned record or are defaults.",
     )
@@ -44,15 +40,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(args: argparse.Namespace) -> int:
+    # Names are checked first: the compiler takes seconds to import.
     from tvm_attn import targets
+    from tvm_attn.model.layout import check_types
+    from tvm_attn.model.weights import open_config
 
-    target = targets.resolve(args.target)
-    with status() as progress:
-        progress("scheduling the kernels")
+    target, config = targets.resolve(args.target), open_config(args.model)
+    check_types(target, args.dtype, args.quant)
+    with progress(quiet=True) as show:
+        show("scheduling the kernels")
         from tvm_attn.compiler.plan import kernel_plan
-        from tvm_attn.model.weights import open_config
 
-        planned = kernel_plan(open_config(args.model), target, args.dtype, args.quant)
+        planned = kernel_plan(config, target, args.dtype, args.quant)
     if args.json:
         kernels = [entry.to_dict() for entry in planned]
         print(json.dumps({"target": target.name, "dtype": args.dtype, "quant": args.quant, "kernels": kernels}))
@@ -64,11 +63,7 @@ def _list(args: argparse.Namespace) -> int:
 def _print(planned: list[Planned], title: str) -> None:
     from tvm_attn.kernels.base import label
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("kernel")
-    table.add_column("template", no_wrap=True)
-    table.add_column("decisions")
-    table.add_column("from", no_wrap=True)
+    table = new_table(title, ("kernel", "template", "decisions", "from"))
     for entry in planned:
         table.add_row(
             label(entry.kernel),
@@ -76,8 +71,7 @@ def _print(planned: list[Planned], title: str) -> None:
             ", ".join(f"{decision.name}={decision.value}" for decision in entry.decisions) or "-",
             ", ".join(dict.fromkeys(decision.source for decision in entry.decisions)) or "-",
         )
-    # Off a terminal, rich assumes 80 columns and would cut the decisions.
-    Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
+    print_tables([table])
 
 
 if __name__ == "__main__":

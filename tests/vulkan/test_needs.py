@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from tvm_attn import inventory, targets
-from tvm_attn.compiler.build import layout_for
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.config import GPT2Config
 from tvm_attn.model.gpt2 import build_program
+from tvm_attn.model.layout import layout_for
 from tvm_attn.vulkan.codegen import build, parse
 
 SMALL = GPT2Config(vocab_size=300, n_positions=40, n_embd=64, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
