@@ -79,12 +79,12 @@ def read_tokenizer(folder: Path, vocab_size: int | None = None) -> CheckpointTok
         tokenizer = _word_piece(_read_lines(source), settings)
     else:
         found = [name for name in _SENTENCEPIECE if _exists(folder / name)]
-        cause = (
-            f"has its tokenizer only as {found[0]}; convert it: {_CONVERT}"
-            if found
-            else "has no tokenizer; put its tokenizer.json, or vocab.json and merges.txt, into the folder"
+        note = (
+            "the checkpoint has no tokenizer: prompts and completions are token ids; for text, put its tokenizer.json, "
         )
-        note = f"the artifact will take and give token ids, not text: the checkpoint {cause}, and build again"
+        note += "or vocab.json and merges.txt, into the folder and build again"
+        if found:
+            note = f"the checkpoint has its tokenizer only as {found[0]}; convert it: {_CONVERT}, or use token ids"
         return CheckpointTokenizer(None, (note,))
     defaults = _DEFAULT_TOKENS.get(kind, {})
     _add_tokens(tokenizer, folder, defaults | settings, set(defaults.values()), vocab_size)
