@@ -11,7 +11,7 @@ import pytest
 import tvm_attn
 from benchmarks import compare
 from tvm_attn import __main__ as entry
-from tvm_attn import bench, build, cli, devices, generate, tune, verify
+from tvm_attn import bench, build, cli, devices, generate, list_kernels, tune, verify
 
 COMMANDS = {
     "build": build,
@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": bench,
     "tune": tune,
     "devices": devices,
+    "kernels": list_kernels,
     "compare": compare,
 }
 HUGE = "9" * 5000
@@ -198,7 +199,7 @@ def test_a_folder_that_is_no_artifact_is_not_replaced(place: Path, capsys: pytes
     assert "other exists and is not an artifact; choose another --out" in line
 
 
-@pytest.mark.parametrize("command", ["build", "tune"])
+@pytest.mark.parametrize("command", ["build", "tune", "kernels"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -207,6 +208,7 @@ def test_a_folder_that_is_no_artifact_is_not_replaced(place: Path, capsys: pytes
         (["--target", HUGE], "unknown target"),
         (["--target", "cpu", "--dtype", "float8"], "'float8'"),
         (["--target", "cpu", "--quant", ""], "argument --quant"),
+        (["--target", "vulkan", "--dtype", "bfloat16"], "dtype 'bfloat16' is not available for vulkan-generic"),
         (["--target", "cpu", "--model", ""], "the model's name is empty"),
         (["--target", "cpu", "--model", "./nowhere"], "no such folder: ./nowhere"),
         (["--target", "cpu", "--model", "file"], "file is a file; pass the folder that holds it"),
@@ -231,7 +233,7 @@ def test_what_are_no_token_ids(given: str, place: Path, capsys: pytest.CaptureFi
 
 
 def test_an_artifact_is_no_checkpoint(demo_artifact: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("build", "tune"):
+    for command in ("build", "tune", "kernels"):
         line = refused(command, ["--target", "cpu", "--model", str(demo_artifact)], capsys)
         assert f"{demo_artifact} is an artifact, which is built already" in line
 
@@ -311,6 +313,10 @@ TYPOS = [
     ["tune", "--target", "cpux"],
     ["tune", "--target", "cpu", "--model", "./nowhere"],
     ["tune", "--target", "cpu", "--trials", "0"],
+    ["tune", "--target", "cuda-sm90", "--dtype", "float8"],
+    ["kernels", "--target", "cpux"],
+    ["kernels", "--target", "cpu", "--model", "./nowhere"],
+    ["build", "--target", "vulkan", "--dtype", "bfloat16"],
     ["devices", "--frobnicate"],
 ]
 

@@ -45,7 +45,9 @@ def _list(args: argparse.Namespace) -> int:
     from tvm_attn.model.layout import check_types
     from tvm_attn.model.weights import open_config
 
-    target, config = targets.resolve(args.target), open_config(args.model)
+    for target in targets.check_names(args.target):
+        check_types(target, args.dtype, args.quant)
+    config, target = open_config(args.model), targets.resolve(args.target)
     check_types(target, args.dtype, args.quant)
     with progress(quiet=True) as show:
         show("scheduling the kernels")

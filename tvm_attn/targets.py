@@ -282,18 +282,20 @@ def resolve(name: str) -> Target:
     return read("vulkan-generic" if name == "vulkan" else name)
 
 
-def check_names(names: str) -> None:
+def check_names(names: str) -> list[Target]:
     """Looks for the targets that `--target` names, separated by commas, as far as that takes no TVM.
+
+    Returns:
+        All but "cpu".
 
     Raises:
         TargetError: one is unknown or named twice, or its file is malformed.
     """
     wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
-        if name != "cpu":  # LLVM knows the name of this machine's processor
-            resolve(name)
+    found = [resolve(name) for name in wanted if name != "cpu"]  # LLVM knows the name of this machine's processor
     if len(set(wanted)) != len(wanted):
         raise TargetError("a target is named twice")
+    return found
 
 
 def detect_cpu() -> CpuTarget:
