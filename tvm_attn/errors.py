@@ -4,6 +4,8 @@ Every message is one line that says what was wrong and what to do; the commands 
 What it quotes of a file or an argument goes through `shorten` or `one_line`, so that it stays short.
 """
 
+import reprlib
+
 
 class TvmAttnError(Exception):
     """Base class of every error that tvm_attn raises on purpose."""
@@ -66,8 +68,10 @@ def shorten(value: object, limit: int = 40) -> str:
     if isinstance(value, str | bytes):
         value = value[: limit + 1]  # the repr of a text of megabytes would be made only to be cut
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an int with more digits than Python prints, or very deep nesting
+        # The parts of a container are cut before they are written; arrays and tensors are written in several lines.
+        short = isinstance(value, list | tuple | dict | set | frozenset)
+        text = " ".join((reprlib.repr if short else repr)(value).split())
+    except Exception:  # an int with more digits than Python prints, very deep nesting, or a repr that fails
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

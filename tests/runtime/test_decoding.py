@@ -22,6 +22,7 @@ from tvm_attn.runtime.tokenizer import Tokenizer
 
 VOCAB, CONTEXT = 257, 40
 EOS = 256
+HUGE = 10**5000  # more digits than Python writes
 
 
 class HostLogits:
@@ -535,10 +536,48 @@ def test_nan_logits_are_refused(options):
         ("stop", 7),
         ("stop_token_ids", -1),
         ("stop_token_ids", [1, "a"]),
+        ("stop_token_ids", "5"),
+        ("stop_token_ids", True),
+        ("stop_token_ids", [1.0]),
+        ("stop_token_ids", (i for i in [1])),
+        pytest.param("stop_token_ids", -HUGE, id="huge stop"),
+        ("stop", {"a": 1}.items()),
+        ("stop", (s for s in "a")),
+        ("seed", 1 << 1024),
+        pytest.param("seed", HUGE, id="huge seed"),
+        ("seed", np.True_),
+        ("max_new_tokens", np.int64(-(2**63))),
         ("top_p", 0),
     ],
 )
 def test_options_out_of_range(name, value):
     with pytest.raises(GenerationError, match=r"; (it|a stop string) must be ") as caught:
         GenerationOptions(**{name: value})
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "name, value", [("stop_token_ids", {1: 2}), ("stop", {"a": 1}), ("stop_token_ids", range(2**60))]
+)
+def test_collections_that_are_no_lists(name, value):
+    with pytest.raises(GenerationError, match="pass one, or a list of at most"):
+        GenerationOptions(**{name: value})
+
+
+def test_options_are_of_python():
+    """NumPy's integers overflow: a prompt's length plus 2^63 - 1 was negative."""
+    given = GenerationOptions(
+        max_new_tokens=np.int64(2**63 - 1),
+        seed=np.uint8(7),
+        stop=np.array(["ab", "c"]),
+        stop_token_ids=torch.tensor([3, 4]),
+    )
+    assert given == GenerationOptions(
+        max_new_tokens=2**63 - 1, seed=7, stop=("ab", "c"), stop_token_ids=frozenset([3, 4])
+    )
+    assert {type(value) for value in (given.max_new_tokens, given.seed, *given.stop_token_ids)} == {int}
+    assert {type(value) for value in given.stop} == {str}
+    assert GenerationOptions(**dict.fromkeys(GenerationOptions.__dataclass_fields__)) == GenerationOptions()
+    engine = ScriptedEngine([[1, 2, 3, 4, 5]])
+    endless = GenerationOptions(max_new_tokens=np.int64(2**63 - 1), stop_token_ids=np.array([3, 4]))
+    assert DecodingLoop(engine).generate([0], endless).token_ids == (1, 2, 3)

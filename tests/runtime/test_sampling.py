@@ -2,6 +2,8 @@
 
 import functools
 import math
+from decimal import Decimal
+from fractions import Fraction
 from unittest import mock
 
 import numpy as np
@@ -278,15 +280,57 @@ def test_logits_without_any_possible_token_are_refused():
         ("min_p", 1.5, r"\[0, 1\]"),
         ("repetition_penalty", 0.0, "> 0"),
         ("repetition_penalty", -1, "> 0"),
-        ("repetition_penalty", None, "> 0"),
+        ("repetition_penalty", np.float64("inf"), "> 0"),
+        ("temperature", True, ">= 0"),
+        ("temperature", 1j, ">= 0"),
+        ("temperature", b"1", ">= 0"),
+        ("temperature", np.array([0.5]), ">= 0"),
+        ("temperature", np.True_, ">= 0"),
+        ("temperature", Decimal("NaN"), ">= 0"),
+        ("temperature", Fraction(-1, 3), ">= 0"),
+        ("top_k", np.array([5]), "at least 1"),
+        ("top_k", np.float32(5), "at least 1"),
+        ("top_k", np.uint8(0), "at least 1"),
+        ("top_p", np.float16(1.01), r"\(0, 1\]"),
     ],
 )
 def test_values_out_of_range(name, value, legal):
     with pytest.raises(GenerationError, match=rf"^{name} is .*; it must be .*{legal}") as caught:
         SamplingOptions(**{name: value})
-    assert repr(value) in str(caught.value)
+    assert repr(value)[:30] in str(caught.value)
 
 
 def test_numpy_scalars_are_numbers():
     options = SamplingOptions(temperature=np.float32(0.5), top_k=np.int64(2), top_p=np.float64(1), min_p=0)
     assert np.count_nonzero(distribution(np.float32([1, 2, 3]), [], options)) == 2
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int64, np.uint64, np.array, torch.tensor])
+def test_integers_of_other_libraries_are_integers(kind):
+    """-np.uint8(5) is 251, and so it kept all but a few."""
+    options = SamplingOptions(top_k=kind(5))
+    assert options == SamplingOptions(top_k=5) and type(options.top_k) is int
+    logits = np.random.default_rng(0).standard_normal(2048).astype(np.float32)
+    assert np.count_nonzero(distribution(logits, [], options)) == 5
+
+
+@pytest.mark.parametrize(
+    "value", [np.float16(0.5), np.float64(0.5), Fraction(1, 2), Decimal("0.5"), np.array(0.5), torch.tensor(0.5)]
+)
+def test_reals_of_other_libraries_are_floats(value):
+    options = SamplingOptions(temperature=value, top_p=value, min_p=value, repetition_penalty=value)
+    assert options == SamplingOptions(temperature=0.5, top_p=0.5, min_p=0.5, repetition_penalty=0.5)
+    assert {type(getattr(options, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty")} == {float}
+
+
+@pytest.mark.parametrize("huge", [2**70, pytest.param(10**5000, id="huge")])
+def test_huge_integers(huge):
+    assert SamplingOptions(top_k=huge).top_k == huge
+    for options in ({"top_k": -huge}, {"temperature": -huge}, {"top_p": huge}):
+        with pytest.raises(GenerationError, match="must be") as caught:
+            SamplingOptions(**options)
+        assert len(str(caught.value)) < 200
+
+
+def test_none_is_the_default():
+    assert SamplingOptions(**dict.fromkeys(SamplingOptions.__dataclass_fields__)) == SamplingOptions()

@@ -5,7 +5,7 @@ prompt that waits, so the batch never carries finished rows (continuous batching
 """
 
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
-from tvm_attn.errors import GenerationError, TokenizerError
+from tvm_attn.errors import GenerationError, TokenizerError, shorten
+from tvm_attn.numbers import integer
 from tvm_attn.runtime.dlpack import host_array
-from tvm_attn.runtime.sampling import NOT_NUMBERS, SamplingOptions, require_integer, sample, sequence_rng
+from tvm_attn.runtime.sampling import NOT_NUMBERS, SamplingOptions, sample, sequence_rng
 
 if TYPE_CHECKING:
     from tvm_attn.config import GPT2Config
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 Int32Array = npt.NDArray[np.int32]
 Prompt: TypeAlias = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 FinishReason: TypeAlias = Literal["stop", "length"]
+
+_LARGEST_SEED = (1 << 1024) - 1
+_MOST_STOPS = 1 << 20
 
 
 class Logits(Protocol):
@@ -76,26 +80,33 @@ class GenerationOptions(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("max_new_tokens", self.max_new_tokens, 1)
+        self._set("max_new_tokens", integer("max_new_tokens", self.max_new_tokens, 1))
         if self.seed is not None:
-            require_integer("seed", self.seed, 0)
-        for stop in self.stop_strings:
-            if not isinstance(stop, str) or not stop:
-                raise GenerationError(f"stop holds {stop!r}; a stop string must be text of at least one character")
-        for token_id in self.stop_ids(()):
-            require_integer("a stop token id", token_id, 0)
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple."""
-        return (
-            tuple(self.stop) if isinstance(self.stop, Collection) and not isinstance(self.stop, str) else (self.stop,)
-        )
+            self._set("seed", integer("seed", self.seed, 0, _LARGEST_SEED))
+        self._set("stop", tuple(_stop_string(stop) for stop in _several("stop", self.stop)))
+        if self.stop_token_ids is not None:
+            ids = _several("stop_token_ids", self.stop_token_ids)
+            self._set("stop_token_ids", frozenset(integer("a stop token id", token_id, 0) for token_id in ids))
 
     def stop_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
         """`stop_token_ids` as a set, with the model's `eos_token_ids` as the default."""
         ids = eos_token_ids if self.stop_token_ids is None else self.stop_token_ids
-        return frozenset(ids) if isinstance(ids, Collection) else frozenset([ids])
+        return frozenset(_several("stop_token_ids", ids))
+
+
+def _several(name: str, value: Any) -> Collection[Any]:
+    """A collection as it is, and one value as a collection."""
+    if isinstance(value, str | bytes) or not isinstance(value, Collection) or getattr(value, "ndim", 1) == 0:
+        return (value,)
+    if isinstance(value, Mapping) or len(value) > _MOST_STOPS:
+        raise GenerationError(f"{name} is {shorten(value)}; pass one, or a list of at most {_MOST_STOPS}")
+    return value
+
+
+def _stop_string(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise GenerationError(f"stop holds {shorten(value)}; a stop string must be text of at least one character")
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,7 @@ class _Sequence:
         self.finish_reason: FinishReason | None = None
         self._stop_token_ids = stop_token_ids
         self._decoder = None if tokenizer is None else tokenizer.stream_decoder()
-        self._scanner = StopScanner(options.stop_strings)
+        self._scanner = StopScanner(tuple(options.stop))
 
     def push(self, token_id: int) -> None:
         """Append a generated token: one piece of text (perhaps "") and, where it ends the sequence, the reason."""
@@ -375,7 +386,7 @@ class DecodingLoop:
             sequence.push(token_id)
 
     def _sequences(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[_Sequence]:
-        if options.stop_strings and self.tokenizer is None:
+        if options.stop and self.tokenizer is None:
             raise TokenizerError("stop strings need a tokenizer, which the artifact lacks; use stop_token_ids")
         config = self.engine.config
         stop_token_ids = options.stop_ids(config.eos_token_ids)

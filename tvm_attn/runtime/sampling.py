@@ -9,14 +9,14 @@ decoding breaks near-ties as transformers does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tvm_attn.errors import GenerationError
+from tvm_attn.numbers import integer, real
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IdArray = npt.NDArray[np.integer[Any]]
@@ -25,25 +25,11 @@ IdArray = npt.NDArray[np.integer[Any]]
 _SORTED_AT_ONCE = 1024
 
 
-def require_number(name: str, value: object, legal: str, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raise GenerationError unless `value` is a real number in [low, high], or (low, high] with `open_low`.
-
-    NaN is in no interval. `legal` says the interval in words for the message.
-    """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
-        raise GenerationError(f"{name} is {value!r}; it must be {legal}")
-
-
-def require_integer(name: str, value: object, least: int) -> None:
-    """Raise GenerationError unless `value` is an integer of at least `least`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise GenerationError(f"{name} is {value!r}; it must be an integer of at least {least}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen. None leaves a filter out.
+    """How the next token is chosen. None is the default of every field, and leaves a filter out.
+
+    Numbers may be of any library, such as NumPy's; the fields are Python's.
 
     temperature: divides the logits, >= 0; 0 is greedy decoding. None means greedy, or 1.0 as soon as one of `top_k`,
         `top_p` and `min_p` is given.
@@ -64,23 +50,30 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is None:
+                self._set(field.name, field.default)
         largest = float(np.finfo(np.float32).max)
         if self.temperature is not None:
-            require_number("temperature", self.temperature, "a number >= 0 (0 is greedy)", 0.0, largest)
+            legal = "a number >= 0 (0 is greedy)"
+            self._set("temperature", real("temperature", self.temperature, legal, 0.0, largest))
         if self.top_k is not None:
-            require_integer("top_k", self.top_k, 1)
+            self._set("top_k", integer("top_k", self.top_k, 1))
         if self.top_p is not None:
-            require_number("top_p", self.top_p, "a number in (0, 1]", 0.0, 1.0, open_low=True)
+            self._set("top_p", real("top_p", self.top_p, "a number in (0, 1]", 0.0, 1.0, open_low=True))
         if self.min_p is not None:
-            require_number("min_p", self.min_p, "a number in [0, 1]", 0.0, 1.0)
-        penalty = self.repetition_penalty
-        require_number("repetition_penalty", penalty, "a number > 0 (1 is none)", 0.0, largest, open_low=True)
+            self._set("min_p", real("min_p", self.min_p, "a number in [0, 1]", 0.0, 1.0))
+        legal, penalty = "a number > 0 (1 is none)", self.repetition_penalty
+        self._set("repetition_penalty", real("repetition_penalty", penalty, legal, 0.0, largest, open_low=True))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen
 
     @property
     def effective_temperature(self) -> float:
         """The temperature with its default filled in; 0.0 means greedy."""
         if self.temperature is not None:
-            return float(self.temperature)
+            return self.temperature
         filtered = any(value is not None for value in (self.top_k, self.top_p, self.min_p))
         return 1.0 if filtered else 0.0
 
@@ -178,7 +171,7 @@ def _candidates(
     with np.errstate(over="ignore"):
         weights = np.exp((scores.astype(np.float64) - peak) / options.effective_temperature)
     if options.top_p is not None and options.top_p < 1.0:
-        kept = _nucleus(scores, weights, float(options.top_p))
+        kept = _nucleus(scores, weights, options.top_p)
         ids, weights = ids[kept], weights[kept]
     if options.min_p is not None:
         # The largest weight is exp(0) = 1, so the bound needs no normalization.
