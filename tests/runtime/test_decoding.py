@@ -480,11 +480,12 @@ def test_the_empty_text_without_bos_and_eos(tokenizer):
         ([1, VOCAB], rf"token id {VOCAB}; the model's vocabulary is 0\.\.{VOCAB - 1}"),
         ([3, -1], "token id -1"),
         ([1] * (CONTEXT + 1), f"has {CONTEXT + 1} tokens, the model's context is {CONTEXT}"),
-        (np.array([1.0, 2.0]), "no token ids"),
-        ([1, "a"], "no token ids"),
-        ([None], "no token ids"),
-        ([[[1, 2], [3]]], "no token ids"),
-        ([2**70, 1], "no token ids"),
+        (np.array([1.0, 2.0]), "the prompt is float64 of shape .*; ids must be"),
+        ([1, "a"], "the prompt is not token ids: its item 1 is 'a'"),
+        ([None], "prompt 1 of 1 is None"),
+        ([[[1, 2], [3]]], "prompt 1 of 1 is not token ids: its item 0 is a list"),
+        ([2**70, 1], "token id 11805916"),
+        pytest.param([1, HUGE], "token id a huge int", id="huge id"),
     ],
 )
 def test_prompts_that_cannot_be_used(prompt, message):
@@ -497,8 +498,10 @@ def test_prompts_that_cannot_be_used(prompt, message):
 def test_streams_refuse_prompts_when_asked_for(tokenizer):
     loop = DecodingLoop(ScriptedEngine([[1]]), tokenizer)
     for start in (loop.stream, loop.stream_ids):
-        with pytest.raises(GenerationError, match="has no tokens"):
+        with pytest.raises(GenerationError, match=r"^0 prompts are given"):
             start([])
+        with pytest.raises(GenerationError, match="has no tokens"):
+            start([[]])
 
 
 def test_text_needs_a_tokenizer():

@@ -31,7 +31,6 @@ from tvm_attn.model.params import stored_params
 from tvm_attn.model.weights import Weights, open_weights
 from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
 from tvm_attn.runtime.engine import CompiledEngine
-from tvm_attn.runtime.machine import set_threads
 from tvm_attn.storage import stored_types
 from tvm_attn.targets import CudaTarget, GpuTarget, Target
 
@@ -178,7 +177,6 @@ def _verify_libraries(
     if find_spec("torch") is None:
         notes.append("not checked: PyTorch is not installed; pip install torch, then tvm-attn verify")
         return {}
-    set_threads(None)
     reports: dict[str, Report | None] = {}
     for target, library in zip(resolved, Artifact(folder).libraries, strict=True):
         obstacle = library.obstacle() or (

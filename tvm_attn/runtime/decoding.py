@@ -5,8 +5,8 @@ prompt that waits, so the batch never carries finished rows (continuous batching
 """
 
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
@@ -16,19 +16,20 @@ import numpy.typing as npt
 
 from tvm_attn.errors import GenerationError, TokenizerError, shorten
 from tvm_attn.numbers import integer
-from tvm_attn.runtime.dlpack import host_array
+from tvm_attn.runtime.prompts import IdArray, Prompt, Prompts, checked_ids, read_prompts
 from tvm_attn.runtime.sampling import NOT_NUMBERS, SamplingOptions, sample, sequence_rng
+from tvm_attn.runtime.slots import SlotPool
 
 if TYPE_CHECKING:
     from tvm_attn.config import GPT2Config
     from tvm_attn.runtime.tokenizer import Tokenizer
 
 Int32Array = npt.NDArray[np.int32]
-Prompt: TypeAlias = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 FinishReason: TypeAlias = Literal["stop", "length"]
 
 _LARGEST_SEED = (1 << 1024) - 1
 _MOST_STOPS = 1 << 20
+_MOST_CHARACTERS_A_TOKEN = 1024  # where the tokenizer does not tell
 
 
 class Logits(Protocol):
@@ -148,24 +149,6 @@ class GenerationStats:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
 
 
-class SlotPool:
-    """The free KV-cache slots of an engine. Not for use by several threads at once, as the engine is not either."""
-
-    def __init__(self, count: int) -> None:
-        self.free = list(range(count))
-
-    @contextmanager
-    def lease(self, wanted: int) -> Iterator[list[int]]:
-        """Up to `wanted` slots, given back at the end. Raises GenerationError where none is free."""
-        slots, self.free = self.free[:wanted], self.free[wanted:]
-        if wanted and not slots:
-            raise GenerationError("every KV-cache slot is taken by an unfinished stream; finish one or close() it")
-        try:
-            yield list(slots)
-        finally:
-            self.free = sorted(self.free + slots)
-
-
 class StopScanner:
     """Finds stop strings in text that arrives in pieces.
 
@@ -248,16 +231,28 @@ class _Sequence:
         return Completion("".join(self.pieces), token_ids, self.finish_reason)
 
 
+def _call_at_once(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
 class DecodingLoop:
     """Generates with one engine, whose slots it hands out.
 
-    Several streams may be open at once, and `generate` be called among them, as long as slots are left; from one
-    thread at a time.
+    For any number of threads. Several streams may be open at once, and `generate` be called among them, as long as
+    slots are left.
+
+    Args:
+        engine: the model.
+        tokenizer: its tokenizer, if it has one.
+        run: calls a function with arguments at a time when nobody else uses the engine: each step is such a call.
     """
 
-    def __init__(self, engine: Engine, tokenizer: "Tokenizer | None" = None) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: "Tokenizer | None" = None, run: Callable[..., Any] = _call_at_once
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self._run = run
         self.slots = SlotPool(engine.max_batch)
 
     # Every str is a Sequence[str] too; the first signature that fits is the one that holds.
@@ -274,36 +269,35 @@ class DecodingLoop:
     @overload  # an array is one prompt or several by its number of dimensions, which its type does not tell
     def generate(
         self,
-        prompts: npt.NDArray[np.integer[Any]],
+        prompts: IdArray | Prompts,
         options: GenerationOptions | None = ...,
         stats: GenerationStats | None = ...,
     ) -> Completion | list[Completion]: ...
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | Prompts,
         options: GenerationOptions | None = None,
         stats: GenerationStats | None = None,
     ) -> Completion | list[Completion]:
         """Complete one prompt, or a list of them as one batch; more prompts than slots wait for a slot.
 
-        A prompt is text or token ids (a list or a 1-D integer array; a 2-D array is a list of them). The empty text
-        stands for the model's `bos_token_id`, else the first of its `eos_token_ids`. Completions come in the order of
-        the prompts. `stats` is filled in.
+        What a prompt may be is in `tvm_attn.runtime.prompts`. The empty text stands for the model's `bos_token_id`,
+        else the first of its `eos_token_ids`. Completions come in the order of the prompts. `stats` is filled in.
 
         Raises TokenizerError for text where there is no tokenizer, and GenerationError for a prompt that is empty,
         longer than the context or holds ids outside the vocabulary, and for logits that are not numbers.
         """
         options = options or GenerationOptions()
-        single = _is_one_prompt(prompts)
-        sequences = self._sequences([prompts] if single else prompts, options)  # type: ignore[list-item, arg-type]
-        with closing(self._steps(sequences, stats or GenerationStats())) as steps:
+        read = prompts if isinstance(prompts, Prompts) else read_prompts(prompts)
+        sequences = self._sequences(read, options)
+        with closing(self._steps(sequences, stats or GenerationStats(), is_stream=False)) as steps:
             deque(steps, maxlen=0)
         completions = [sequence.completion() for sequence in sequences]
-        return completions[0] if single else completions
+        return completions[0] if read.is_single else completions
 
     def stream(
-        self, prompt: Prompt, options: GenerationOptions | None = None, stats: GenerationStats | None = None
+        self, prompt: Prompt | Prompts, options: GenerationOptions | None = None, stats: GenerationStats | None = None
     ) -> Generator[str, None, Completion]:
         """Complete one prompt and yield its text piece by piece, none of them empty or splitting a character.
 
@@ -313,46 +307,51 @@ class DecodingLoop:
         """
         if self.tokenizer is None:
             raise TokenizerError("the artifact has no tokenizer to stream text with; use stream_ids")
-        (sequence,) = self._sequences([prompt], options or GenerationOptions())
+        sequence = self._sequence(prompt, options)
         return self._stream_text(sequence, stats or GenerationStats())
 
     def stream_ids(
-        self, prompt: Prompt, options: GenerationOptions | None = None, stats: GenerationStats | None = None
+        self, prompt: Prompt | Prompts, options: GenerationOptions | None = None, stats: GenerationStats | None = None
     ) -> Generator[int, None, Completion]:
         """As `stream`, but yields each generated token id at once; needs no tokenizer where the prompt is ids."""
-        (sequence,) = self._sequences([prompt], options or GenerationOptions())
+        sequence = self._sequence(prompt, options)
         return self._stream_ids(sequence, stats or GenerationStats())
 
     def _stream_text(self, sequence: _Sequence, stats: GenerationStats) -> Generator[str, None, Completion]:
-        with closing(self._steps([sequence], stats)) as steps:
+        with closing(self._steps([sequence], stats, is_stream=True)) as steps:
             for _ in steps:
                 if sequence.pieces[-1]:
                     yield sequence.pieces[-1]
         return sequence.completion()
 
     def _stream_ids(self, sequence: _Sequence, stats: GenerationStats) -> Generator[int, None, Completion]:
-        with closing(self._steps([sequence], stats)) as steps:
+        with closing(self._steps([sequence], stats, is_stream=True)) as steps:
             for _ in steps:
                 yield int(sequence.ids[sequence.length - 1])
         return sequence.completion()
 
-    def _steps(self, sequences: Sequence[_Sequence], stats: GenerationStats) -> Generator[None, None, None]:
+    def _steps(
+        self, sequences: Sequence[_Sequence], stats: GenerationStats, *, is_stream: bool
+    ) -> Generator[None, None, None]:
         """Bring all sequences to their end; yields after each call of the engine, in which a sequence gains a token."""
         waiting = deque(sequences)
         active: list[_Sequence] = []
         begin = perf_counter()
-        with self.slots.lease(len(sequences)) as free:
+        with self.slots.lease(len(sequences), is_stream=is_stream) as lease:
+            free = list(lease.slots)
             while waiting or active:
+                if lease.is_lost:
+                    raise GenerationError("this stream belongs to a thread that is not in this process; start it anew")
                 admitted = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
                 for sequence in admitted:
                     sequence.slot = free.pop(0)
                 start = perf_counter()
                 if admitted:
-                    self._prefill(admitted)
+                    self._run(self._prefill, admitted)
                     stats.prefill_seconds += perf_counter() - start
                     stats.prompt_tokens += sum(sequence.prompt_length for sequence in admitted)
                 else:
-                    self._decode(active)
+                    self._run(self._decode, active)
                     stats.decode_seconds += perf_counter() - start
                     stats.decode_tokens += len(active)
                 stats.first_token_seconds = stats.first_token_seconds or perf_counter() - begin
@@ -385,52 +384,39 @@ class DecodingLoop:
                 raise GenerationError(f"the next-token logits hold NaN, {NOT_NUMBERS}")
             sequence.push(token_id)
 
-    def _sequences(self, prompts: Sequence[Prompt], options: GenerationOptions) -> list[_Sequence]:
+    def _sequence(self, prompt: Prompt | Prompts, options: GenerationOptions | None) -> _Sequence:
+        read = prompt if isinstance(prompt, Prompts) else read_prompts(prompt)
+        if len(read.items) != 1:
+            raise GenerationError(f"{len(read.items)} prompts are given, and a stream is of one; start one for each")
+        return self._sequences(read, options or GenerationOptions())[0]
+
+    def _sequences(self, prompts: Prompts, options: GenerationOptions) -> list[_Sequence]:
         if options.stop and self.tokenizer is None:
             raise TokenizerError("stop strings need a tokenizer, which the artifact lacks; use stop_token_ids")
         config = self.engine.config
         stop_token_ids = options.stop_ids(config.eos_token_ids)
         sequences = []
-        for index, prompt in enumerate(prompts):
-            name = "the prompt" if len(prompts) == 1 else f"prompt {index + 1} of {len(prompts)}"
-            ids = self._prompt_ids(prompt, name)
+        for index in range(len(prompts.items)):
+            name = "the prompt" if len(prompts.items) == 1 else f"prompt {index + 1} of {len(prompts.items)}"
+            ids = self._prompt_ids(prompts.unpadded(index), name)
             limit = min(len(ids) + options.max_new_tokens, config.n_positions + 1)
             rng = sequence_rng(options.seed, index)
             sequences.append(_Sequence(ids, options, stop_token_ids, limit, self.tokenizer, rng))
         return sequences
 
-    def _prompt_ids(self, prompt: Prompt, name: str) -> Int32Array:
+    def _prompt_ids(self, prompt: str | IdArray | list[int], name: str) -> Int32Array:
         """The prompt as (T,) int32, checked against vocabulary and context; `name` is for the messages."""
-        config = self.engine.config
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise TokenizerError("the artifact has no tokenizer; pass token ids instead of text")
-            start = config.eos_token_ids[:1] if config.bos_token_id is None else (config.bos_token_id,)
-            prompt = self.tokenizer.encode(prompt) or start
-        try:
-            ids = host_array(prompt)
-        except ValueError:  # lists of different lengths inside
-            ids = np.empty((1, 1))
-        if ids.shape == (0,):
-            raise GenerationError(f"{name} has no tokens; pass at least one")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise GenerationError(f"{name} is no token ids; pass text or a one-dimensional sequence of integers")
-        outside = ids[(ids < 0) | (ids >= config.vocab_size)]
-        if outside.size:
-            raise GenerationError(
-                f"{name} holds the token id {outside[0]}; the model's vocabulary is 0..{config.vocab_size - 1}"
-            )
-        if len(ids) > config.n_positions:
-            raise GenerationError(
-                f"{name} has {len(ids)} tokens, the model's context is {config.n_positions}; shorten the prompt"
-            )
-        return ids.astype(np.int32)
+            prompt = self._encode(prompt, name)
+        return checked_ids(name, prompt, self.engine.config)
 
-
-def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is text or ids rather than a list of prompts; the empty list is no prompts."""
-    if isinstance(prompts, str):
-        return True
-    if (ndim := getattr(prompts, "ndim", None)) is not None:  # an array or a tensor
-        return bool(ndim == 1)
-    return len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+    def _encode(self, text: str, name: str) -> list[int]:
+        config = self.engine.config
+        if self.tokenizer is None:
+            raise TokenizerError("the artifact has no tokenizer; pass token ids instead of text")
+        most = config.n_positions * (self.tokenizer.longest_token or _MOST_CHARACTERS_A_TOKEN)
+        if len(text) > most:
+            message = f"{name} has {len(text)} characters, and the model's context, {config.n_positions} tokens, holds"
+            raise GenerationError(f"{message} {most} at most; shorten the prompt")
+        start = config.eos_token_ids[:1] if config.bos_token_id is None else (config.bos_token_id,)
+        return self.tokenizer.encode(text) or list(start)

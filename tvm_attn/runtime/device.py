@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from tvm_attn.errors import DeviceError
+from tvm_attn.errors import DeviceError, shorten
 from tvm_attn.runtime import cuda
 from tvm_attn.runtime.artifact import Artifact, Library
 
@@ -21,11 +21,12 @@ def parse_device(name: str) -> tuple[str, int] | None:
     Raises:
         DeviceError: it is none of auto, cpu, cuda[:INDEX], vulkan[:INDEX].
     """
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return None
-    found = re.fullmatch(r"(cpu|cuda|vulkan)(?::(\d{1,3}))?", name, re.ASCII)
+    pattern = r"(cpu|cuda|vulkan)(?::(\d{1,3}))?"
+    found = re.fullmatch(pattern, name, re.ASCII) if isinstance(name, str) else None
     if not found or (found[1] == "cpu" and int(found[2] or 0)):
-        raise DeviceError(f"unknown device {name!r}; use auto, cpu, cuda:0 or vulkan:0")
+        raise DeviceError(f"unknown device {shorten(name)}; use auto, cpu, cuda:0 or vulkan:0")
     return found[1], int(found[2] or 0)
 
 

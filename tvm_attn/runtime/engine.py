@@ -7,7 +7,10 @@ Imports TVM's runtime only; its compiler need not be there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,19 +19,39 @@ import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
 from tvm_attn.errors import ArtifactError, DeviceError
+from tvm_attn.numbers import integer
 from tvm_attn.runtime.artifact import Artifact, Library
 from tvm_attn.runtime.graph import Steps
 from tvm_attn.runtime.inputs import Inputs, Int32Array, in_groups
 from tvm_attn.runtime.library import load_library
 from tvm_attn.runtime.logits import DeviceLogits
+from tvm_attn.runtime.machine import thread_count
 from tvm_attn.runtime.memory import free_memory, memory_needs
 from tvm_attn.runtime.stream import Stream
+from tvm_attn.runtime.worker import worker
 from tvm_attn.storage import numpy_dtype
 from tvm_attn.vulkan import require_device
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_turn(
+    method: Callable[Concatenate[CompiledEngine, P], R],
+) -> Callable[Concatenate[CompiledEngine, P], R]:
+    """A method that `CompiledEngine.run` calls."""
+
+    @functools.wraps(method)
+    def call(engine: CompiledEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return engine.run(method, engine, *args, **kwargs)
+
+    return call
 
 
 class CompiledEngine:
     """A compiled model, its parameters packed on the device, and a KV cache of `max_batch` slots.
+
+    May be used by several threads: calls take turns, with those of all engines on the device.
 
     Args:
         artifact: where the parameters come from.
@@ -37,6 +60,7 @@ class CompiledEngine:
         max_batch: number of KV-cache slots.
         graph: whether `decode` runs the steps of the library, as CUDA graphs, where it has them.
         stream: of a CUDA device, as an integer; see `tvm_attn.runtime.stream`.
+        threads: CPU threads, as in `tvm_attn.runtime.machine.thread_count`.
 
     Attributes:
         library: as given.
@@ -55,19 +79,45 @@ class CompiledEngine:
         *,
         graph: bool = True,
         stream: int | None = None,
+        threads: int | None = None,
     ) -> None:
-        if not (isinstance(max_batch, int) and 1 <= max_batch <= library.max_batch):
-            raise DeviceError(f"max_batch must be 1 to {library.max_batch}, not {max_batch!r}")
-        if stream is not None and (library.device != "cuda" or not isinstance(stream, int) or stream < 0):
-            raise DeviceError(f"stream must be the handle of a CUDA stream, or None on other devices, not {stream!r}")
+        if stream is not None:
+            if library.device != "cuda":
+                raise DeviceError(f"stream is for CUDA devices, and must be None for {library.device}")
+            stream = integer("stream", stream, 0, (1 << 64) - 1, DeviceError)
         self.config = artifact.config
-        self.max_batch = max_batch
+        self.max_batch = integer("max_batch", max_batch, 1, library.max_batch, DeviceError)
         self.library, self._device = library, device
+        self._threads = thread_count(threads)
+        self._process = os.getpid()
+        self._worker = worker("cpu" if library.device == "cpu" else f"{library.device}:{device.index}")
         self._stream = Stream(device, stream)
         self._logits_shape: tuple[int, ...] | None = None
         self._inputs = Inputs(device, self._stream.wait)
         self._wants_graph = graph
-        self._bind(_virtual_machine(artifact, library, device, stream))
+        self.run(self._load, artifact, stream)
+
+    def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Calls a function, in which no other thread uses the engine or another on the same device.
+
+        Calls are made by the device's own thread, in the order in which they were asked for; see
+        `tvm_attn.runtime.worker`. Those of a CUDA device go to this thread's stream all the same.
+
+        Raises:
+            DeviceError: the engine is a GPU's, and this process was forked from the one that loaded it.
+        """
+        if self._process != os.getpid() and self.library.device != "cpu":
+            message = f"{self.library.device} was in use when this process was forked, and drivers do not survive that"
+            raise DeviceError(f'{message}; start processes with multiprocessing\'s "spawn", and load the model there')
+        return self._worker.run(self._stream.carry(self._call_prepared), function, *args, **kwargs)
+
+    def _call_prepared(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.library.device == "cpu":
+            self._worker.set_threads(self._threads)
+        return function(*args, **kwargs)
+
+    def _load(self, artifact: Artifact, stream: int | None) -> None:
+        self._bind(_virtual_machine(artifact, self.library, self._device, stream))
         self._require_memory(artifact)
         self._params = self._pack(artifact)
         self._kv = self._new_cache(artifact.dtype)
@@ -140,6 +190,7 @@ class CompiledEngine:
             message = f"no memory for a KV cache of {size / 2**30:.1f} GiB; lower max_batch (now {self.max_batch})"
             raise DeviceError(message) from error
 
+    @_in_turn
     def prefill(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> DeviceLogits:
         """Runs prompts into their slots.
 
@@ -166,6 +217,7 @@ class CompiledEngine:
             parts.append((self._call("prefill", *rows, *tensors), last - first))
         return self._device_logits(parts)
 
+    @_in_turn
     def logits(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> list[npt.NDArray[np.float32]]:
         """As `prefill`, but returns the logits of every token: one (T_b, V) float32 array a prompt."""
         results: list[npt.NDArray[np.float32]] = []
@@ -175,6 +227,7 @@ class CompiledEngine:
             results += np.split(flat[: ends[-1]], ends[:-1])
         return results
 
+    @_in_turn
     def device_logits(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> DeviceLogits:
         """As `logits`, but leaves them on the device: one row a token, the prompts one after the other."""
         return self._device_logits([(tensor, rows) for _, tensor, rows in self._all_logits(prompts, slots)])
@@ -189,6 +242,7 @@ class CompiledEngine:
             count = sum(len(prompt) for prompt in prompts[first:last])
             yield (first, last), self._call("logits", *rows), count
 
+    @_in_turn
     def decode(self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array) -> DeviceLogits:
         """Runs one token a sequence.
 
@@ -225,6 +279,7 @@ class CompiledEngine:
     def _device_logits(self, parts: Sequence[tuple[tvm.runtime.Tensor, int]]) -> DeviceLogits:
         return DeviceLogits(self._stream, self.config.vocab_size, self.argmax, parts)
 
+    @_in_turn
     def argmax(self, logits: tvm.runtime.Tensor) -> Int32Array:
         """argmax over the vocabulary of logits (g, R, V'), as (g * R,) int32."""
         name = "argmax_one" if tuple(logits.shape[:2]) == (1, 1) else "argmax"

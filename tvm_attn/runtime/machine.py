@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 from tvm_attn.errors import DeviceError
+from tvm_attn.numbers import integer
+
+_MOST_THREADS = 1 << 16  # more than any machine has
 
 
 def platform_name() -> str:
@@ -74,25 +77,34 @@ def _read_quota(folder: Path) -> list[int]:
         return []
 
 
-def set_threads(threads: int | None) -> int:
-    """Sets the number of threads of TVM's pool for this process, at most one a core, and returns it.
+def thread_count(threads: int | None) -> int:
+    """The number of threads that TVM's pool gets, at most one a core.
 
     TVM's own default is half of the hardware threads. `None` means TVM_NUM_THREADS where that is set, else all cores
     that the process may use.
 
     Raises:
-        DeviceError: `threads`, or TVM_NUM_THREADS, is not a positive number.
+        DeviceError: `threads`, or TVM_NUM_THREADS, is not an integer from 1 to 65536.
     """
+    name = "threads"
+    if threads is None:
+        name, given = "TVM_NUM_THREADS", os.environ.get("TVM_NUM_THREADS", "")
+        if not given:
+            return usable_cores()
+        threads = int(given) if given.isdecimal() and len(given) < 10 else given  # type: ignore[assignment]
+    return min(integer(name, threads, 1, _MOST_THREADS, DeviceError), len(_cores()))
+
+
+def _cores() -> list[int]:
+    """The cores of this thread's affinity mask."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def set_threads(threads: int | None) -> int:
+    """Sets the number of threads of TVM's pool, which is this thread's, to `thread_count(threads)`, and returns it."""
     import tvm_ffi
 
-    if threads is None:
-        given = os.environ.get("TVM_NUM_THREADS", "")
-        if given and not (given.isdecimal() and int(given) > 0):
-            raise DeviceError(f"TVM_NUM_THREADS must be a positive number, not {given!r}")
-        threads = int(given) if given else usable_cores()
-    if not isinstance(threads, int) or threads < 1:
-        raise DeviceError(f"the number of threads must be a positive integer, not {threads!r}")
+    count = thread_count(threads)
     # Affinity mode -3: the threads share the cores listed. The list also lifts TVM's own limit, half of the cores.
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(threads)
-    tvm_ffi.get_global_func("runtime.config_threadpool")(-3, threads, [str(core) for core in cores])
-    return min(threads, len(cores))
+    tvm_ffi.get_global_func("runtime.config_threadpool")(-3, count, [str(core) for core in _cores()])
+    return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -10,19 +10,22 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_attn.config import GPT2Config
-from tvm_attn.errors import GenerationError
+from tvm_attn.errors import GenerationError, shorten
 from tvm_attn.runtime.artifact import Artifact, open_artifact
-from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats, Prompt
+from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats
 from tvm_attn.runtime.device import parse_device
-from tvm_attn.runtime.dlpack import host_array
-from tvm_attn.runtime.machine import set_threads
+from tvm_attn.runtime.machine import thread_count
+from tvm_attn.runtime.prompts import FIELDS, Prompt, Prompts, read_prompts
 from tvm_attn.runtime.sampling import NOT_NUMBERS
 from tvm_attn.runtime.tokenizer import Tokenizer
 from tvm_attn.runtime.tvm_import import import_tvm
 
 
 class Model:
-    """A loaded artifact; `tvm_attn.load` makes it. For use by one thread at a time.
+    """A loaded artifact; `tvm_attn.load` makes it.
+
+    Any number of threads may use it: they take turns, a step each, and each gets what it would get alone. After a fork
+    the child has a copy; on a GPU it must be loaded in the child.
 
     Attributes:
         config: the model's hyperparameters.
@@ -34,7 +37,14 @@ class Model:
     """
 
     def __init__(
-        self, artifact: Artifact, device: str, max_batch: int, *, graph: bool = True, stream: int | None = None
+        self,
+        artifact: Artifact,
+        device: str,
+        max_batch: int,
+        *,
+        graph: bool = True,
+        stream: int | None = None,
+        threads: int | None = None,
     ) -> None:
         import tvm
 
@@ -48,44 +58,54 @@ class Model:
         text = artifact.tokenizer_json()
         self.tokenizer = None if text is None else Tokenizer(text, model_vocab_size=self.config.vocab_size)
         self.engine = CompiledEngine(
-            artifact, library, tvm.runtime.device(kind, index), max_batch, graph=graph, stream=stream
+            artifact,
+            library,
+            tvm.runtime.device(kind, index),
+            max_batch,
+            graph=graph,
+            stream=stream,
+            threads=threads,
         )
-        self._loop = DecodingLoop(self.engine, self.tokenizer)
+        self._loop = DecodingLoop(self.engine, self.tokenizer, self.engine.run)
 
-    def logits(self, ids: Any) -> npt.NDArray[np.float32]:
+    def logits(self, ids: Any = None, **fields: Any) -> npt.NDArray[np.float32]:
         """Next-token logits after every token.
 
         Args:
-            ids: integers (B, T) in 0 .. vocab_size - 1, 1 <= T <= n_positions: an array, nested lists, or a tensor of
-                PyTorch or another library with DLPack, on any device.
+            ids: integers (B, T) in 0 .. vocab_size - 1, 1 <= T <= n_positions: an array, nested lists, a tensor of
+                PyTorch or another library with DLPack, on any device, or what a tokenizer returned. Padding that its
+                attention_mask tells of is no part of a prompt.
+            fields: input_ids and attention_mask, in the place of `ids`.
 
         Returns:
-            float32 (B, T, vocab_size).
+            float32 (B, T, vocab_size); 0 for padding.
 
         Raises:
-            GenerationError: the shape, the dtype or an id is wrong, unfinished streams hold every KV-cache slot, or the
-                logits are not numbers.
+            GenerationError: the shape, the dtype, the mask or an id is wrong, unfinished streams hold every KV-cache
+                slot, or the logits are not numbers.
         """
-        array = host_array(ids)
-        if array.ndim != 2 or array.dtype.kind not in "iu" or 0 in array.shape:
-            raise GenerationError(f"ids must be integers (B, T), not {array.dtype} of shape {array.shape}")
-        if array.shape[1] > self.config.n_positions:
-            message = (
-                f"ids have {array.shape[1]} tokens, the model's context is {self.config.n_positions}; shorten them"
-            )
-            raise GenerationError(message)
-        if array.min() < 0 or array.max() >= self.config.vocab_size:
-            outside = array.min() if array.min() < 0 else array.max()
-            raise GenerationError(f"the token id {outside} is not in the vocabulary 0..{self.config.vocab_size - 1}")
-        result = np.empty((*array.shape, self.config.vocab_size), np.float32)
-        with self._loop.slots.lease(len(array)) as slots:
-            for start in range(0, len(array), len(slots)):
-                prompts = [row.astype(np.int32) for row in array[start : start + len(slots)]]
-                for index, row in enumerate(self.engine.logits(prompts, slots[: len(prompts)])):
-                    result[start + index] = row
+        if unknown := set(fields) - set(FIELDS):
+            raise GenerationError(f"unknown argument {shorten(min(unknown))}; pass ids, or {', '.join(FIELDS)}")
+        prompts = read_prompts(ids, fields)
+        rows, padded = prompts.matrix(self.config)
+        result = np.zeros((*padded.shape, self.config.vocab_size), np.float32)
+        with self._loop.slots.lease(len(rows)) as lease:
+            for start in range(0, len(rows), len(lease.slots)):
+                part = slice(start, start + len(lease.slots))
+                self.engine.run(self._write_logits, result[part], ~padded[part], rows[part], lease.slots)
         if not np.isfinite(result[..., 0]).all():  # a NaN or infinity inside the model reaches every logit of a row
             raise GenerationError(f"the logits hold NaN, {NOT_NUMBERS}")
         return result
+
+    def _write_logits(
+        self,
+        result: npt.NDArray[np.float32],
+        places: npt.NDArray[np.bool_],
+        rows: list[npt.NDArray[np.int32]],
+        slots: list[int],
+    ) -> None:
+        for index, logits in enumerate(self.engine.logits(rows, slots[: len(rows)])):
+            result[index][places[index]] = logits
 
     # Every str is a Sequence[str] too; the first signature that fits is the one that holds.
     @overload
@@ -95,19 +115,26 @@ class Model:
 
     @overload
     def generate(
+        self, prompts: Mapping[str, Any] | None = ..., *, stats: GenerationStats | None = ..., **options: Any
+    ) -> Any: ...
+
+    @overload
+    def generate(
         self, prompts: Sequence[Prompt], *, stats: GenerationStats | None = ..., **options: Any
     ) -> list[Completion]: ...
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, stats: GenerationStats | None = None, **options: Any
+        self, prompts: Prompt | Sequence[Prompt] | None = None, *, stats: GenerationStats | None = None, **options: Any
     ) -> Completion | list[Completion]:
         """Completes one prompt, or a list of them as one ragged batch.
 
         Args:
-            prompts: text or token ids, or a list of such.
+            prompts: text, token ids, what a tokenizer returned, or a list of such; see `tvm_attn.runtime.prompts`.
             stats: filled with counts and times.
             options: the fields of `GenerationOptions`: max_new_tokens, temperature, top_k, top_p, min_p,
-                repetition_penalty, stop, stop_token_ids, seed. Greedy where no sampling option is given.
+                repetition_penalty, stop, stop_token_ids, seed; None is the default. Greedy where no sampling option is
+                given. Also input_ids and attention_mask in the place of `prompts`, so that what a tokenizer of
+                transformers returned can be passed as `**inputs`.
 
         Returns:
             One `Completion`, or a list in the order of the prompts.
@@ -116,29 +143,37 @@ class Model:
             GenerationError: an option is out of range, or a prompt is empty, too long or outside the vocabulary.
             TokenizerError: text was given and the artifact has no tokenizer.
         """
-        return self._loop.generate(prompts, _options(options), stats)
+        read = _take_prompts(prompts, options)
+        return self._loop.generate(read, _options(options), stats)
 
     def stream(
-        self, prompt: Prompt, *, stats: GenerationStats | None = None, **options: Any
+        self, prompt: Prompt | None = None, *, stats: GenerationStats | None = None, **options: Any
     ) -> Generator[str, None, Completion]:
         """Completes one prompt and yields its text piece by piece, never splitting a character.
 
         Arguments and errors as in `generate`. The generator returns the `Completion`.
         """
-        return self._loop.stream(prompt, _options(options), stats)
+        read = _take_prompts(prompt, options)
+        return self._loop.stream(read, _options(options), stats)
 
     def stream_ids(
-        self, prompt: Prompt, *, stats: GenerationStats | None = None, **options: Any
+        self, prompt: Prompt | None = None, *, stats: GenerationStats | None = None, **options: Any
     ) -> Generator[int, None, Completion]:
         """As `stream`, but yields token ids; needs no tokenizer where the prompt is ids."""
-        return self._loop.stream_ids(prompt, _options(options), stats)
+        read = _take_prompts(prompt, options)
+        return self._loop.stream_ids(read, _options(options), stats)
+
+
+def _take_prompts(prompts: Any, options: dict[str, Any]) -> Prompts:
+    """The prompts, and those that are among the keyword arguments, which are taken out of `options`."""
+    return read_prompts(prompts, {name: options.pop(name) for name in FIELDS if name in options})
 
 
 def _options(given: dict[str, Any]) -> GenerationOptions:
     unknown = sorted(set(given) - set(GenerationOptions.__dataclass_fields__))
     if unknown:
         known = ", ".join(GenerationOptions.__dataclass_fields__)
-        raise GenerationError(f"unknown option {unknown[0]!r}; the options are {known}")
+        raise GenerationError(f"unknown option {shorten(unknown[0])}; the options are {known}")
     return GenerationOptions(**given)
 
 
@@ -157,7 +192,7 @@ def load(
         folder: what `tvm_attn.build` wrote.
         device: "cpu", "cuda:0" or "vulkan:0", where the artifact has a library for it; "auto" is a GPU where there is
             one, else the processor.
-        threads: CPU threads; None takes TVM_NUM_THREADS, else all cores that this process may use.
+        threads: CPU threads, at most one a core; None takes TVM_NUM_THREADS, else all cores that this process may use.
         max_batch: KV-cache slots, the most sequences that are decoded together. A GPU's memory is taken at once, the
             processor's as it is used.
         graph: whether each decoded token is one launch of a CUDA graph, where the library has been compiled for it;
@@ -170,7 +205,9 @@ def load(
         DeviceError: the device is unknown or absent, its memory is short, or an argument is out of range.
         TokenizerError: the artifact's tokenizer is malformed.
     """
-    parse_device(device)  # refuses a wrong name before anything is read
+    # What is wrong in itself is refused before anything is read.
+    parse_device(device)
+    thread_count(threads)
     return open_artifact(
         folder,
         lambda artifact: load_opened(
@@ -191,5 +228,4 @@ def load_opened(
     """As `load`, of an artifact that is open."""
     import_tvm()
     artifact.check_versions()
-    set_threads(threads)
-    return Model(artifact, device, max_batch, graph=graph, stream=stream)
+    return Model(artifact, device, max_batch, graph=graph, stream=stream, threads=threads)

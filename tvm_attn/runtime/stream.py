@@ -51,6 +51,18 @@ class Stream:
         with tvm_ffi.use_raw_stream(self.device, self.given):
             return function(*arguments)
 
+    def carry(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, to be called by another thread, with the stream that is current in this one."""
+        if self._kind != _CUDA or self.given is not None:
+            return function
+        handle = self.handle()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with tvm_ffi.use_raw_stream(self.device, handle):
+                return function(*args, **kwargs)
+
+        return call
+
     def wait(self) -> None:
         """Waits for all work on the stream, unless a copy does so."""
         if self._kind == _CUDA and (handle := self.handle()):

@@ -83,6 +83,18 @@ class Tokenizer:
         """Number of token ids, added tokens included."""
         return self._tokenizer.get_vocab_size()
 
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Most characters of text that one token can come from; None where that is not known.
+
+        It is known of byte-level BPE: elsewhere a normalizer or an unknown token may swallow any number of them.
+        """
+        library = self._tokenizer
+        is_plain = library.normalizer is None and isinstance(library.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel)
+        is_plain = is_plain and isinstance(library.model, tokenizers.models.BPE) and library.model.unk_token is None
+        strips = any(token.lstrip or token.rstrip for token in library.get_added_tokens_decoder().values())
+        return None if strips or not is_plain else max(map(len, library.get_vocab()), default=1)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt: `text` behind the tokens that the tokenizer puts in front, such as `<s>` or `[CLS]`.
 
