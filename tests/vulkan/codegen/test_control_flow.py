@@ -1,11 +1,16 @@
 """Loops, branches, bindings and what they do to values that are shared between them, against NumPy."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import tvm
+from tvm import te
 from tvm.script import tirx as T
+
+from tvm_attn.vulkan.codegen import kernel as kernel_module
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., list[Array]]
@@ -254,3 +259,63 @@ def test_loop_variables_of_64_bits(run: Run) -> None:
     x = np.random.default_rng(0).integers(-99, 99, (11, 11), "int64")
     want = (x * np.arange(11)[:, None])[2:].sum(0) * 10_000_000_000
     np.testing.assert_array_equal(run(kernel, x, np.zeros(11, "int64"))[-1], want)
+
+
+# Depth ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [3, 20, 100])
+def test_else_of_an_else(levels: int, run: Run) -> None:
+    """Each decision is the else of the one before, and holds another one: 79 inside each other are what Mesa takes."""
+    lines = [
+        "@T.prim_func(s_tir=True)",
+        'def kernel(x: T.Buffer((32,), "int32"), out: T.Buffer((32,), "int32")):',
+        '    for i in T.thread_binding(32, "threadIdx.x"):',
+        '        with T.sblock("all"):',
+        "            v = T.axis.spatial(32, i)",
+        "            value: T.let = x[v]",
+    ]
+    for level in range(levels):
+        lines += [
+            f"            {'elif' if level else 'if'} value == {level}:",
+            "                if v % 2 == 0:",
+            f"                    out[v] = x[{level % 32}] + {level}",
+            "                else:",
+            "                    out[v] = -2",
+        ]
+    lines += ["            else:", "                out[v] = 1000"]
+    x = np.random.default_rng(0).integers(-2, levels + 2, 32, "int32")
+    chosen = np.where(np.arange(32) % 2 == 0, x[x % 32] + x, -2)
+    want = np.where((x >= 0) & (x < levels), chosen, 1000)
+    program = tvm.script.from_source("\n".join(lines), extra_vars={"T": T})
+    np.testing.assert_array_equal(run(program, x, np.zeros_like(x))[-1], want)
+
+
+def _chain(length: int) -> Any:
+    x = te.placeholder((32,), "float32", "x")
+
+    def element(i: Any) -> Any:
+        value = x[i]
+        for step in range(length):
+            value = value * x[i] if step % 2 else value + x[i]
+        return value
+
+    sch = tvm.s_tir.Schedule(te.create_prim_func([x, te.compute((32,), element, "out")]))
+    sch.bind(sch.get_loops(sch.get_sblock("out"))[0], "threadIdx.x")
+    return sch.mod
+
+
+def test_deep_expression(run: Run) -> None:
+    x = np.linspace(0.1, 0.4, 32, dtype="float32")
+    want = x.astype("float64")
+    for step in range(1500):
+        want = want * x if step % 2 else want + x
+    np.testing.assert_allclose(run(_chain(1500), x, np.zeros_like(x))[-1], want, rtol=1e-5)
+
+
+def test_beyond_the_bound_of_depth(emitted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_module, "MAX_FRAMES", 2000)
+    limit = sys.getrecursionlimit()
+    with pytest.raises(RuntimeError, match="Vulkan kernel main_kernel: it is nested too deeply"):
+        emitted(_chain(1500))
+    assert sys.getrecursionlimit() == limit

@@ -46,6 +46,31 @@ def test_matmul(m: int, k: int, n: int, evaluate: Evaluate) -> None:
     np.testing.assert_allclose(evaluate(relax.op.matmul, a, b), a.astype("float64") @ b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [17, 80, 130])
+def test_concatenation_of_many(count: int, evaluate: Evaluate) -> None:
+    """One decision inside the other for each of them, of which a driver takes 79."""
+    arrays = [np.random.default_rng(n).standard_normal((1 + n % 2, 3), "float32") for n in range(count)]
+    got = evaluate(lambda *values: relax.op.concat(list(values), axis=0), *arrays)
+    np.testing.assert_array_equal(got, np.concatenate(arrays))
+
+
+def test_long_chain(evaluate: Evaluate) -> None:
+    def chain(x: Any) -> Any:
+        for _ in range(200):
+            x = relax.op.add(relax.op.multiply(x, relax.const(0.5)), relax.const(1.0))
+        return x
+
+    x = np.random.default_rng(0).standard_normal((8, 8), "float32")
+    np.testing.assert_allclose(evaluate(chain, x), np.full((8, 8), 2.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [10, 1500])
+def test_sort(count: int, evaluate: Evaluate) -> None:
+    """The extent of one of its loops is a cast."""
+    x = np.random.default_rng(0).standard_normal(count, "float32")
+    np.testing.assert_array_equal(evaluate(lambda v: relax.op.sort(v, axis=0), x), np.sort(x))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(("name", "reference"), [("cumsum", np.cumsum), ("cumprod", np.cumprod)])
 def test_running_sums_and_products(name: str, reference: Any, axis: int, evaluate: Evaluate) -> None:

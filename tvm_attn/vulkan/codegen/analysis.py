@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.facts import Fact, Facts
-from tvm_attn.vulkan.codegen.values import DType, from_tvm
+from tvm_attn.vulkan.codegen.values import DType, from_tvm, number, text
 
 # Grid extents and with them block indices stay below this (the runtime refuses more).
 MAX_GRID = (1 << 31) - 1
@@ -129,9 +129,8 @@ class Analysis:
         ty = buffer.ty
         count = 1
         for extent in ty.shape:
-            if type(extent).__name__ != "IntImm":
-                count = 1 << 31
-            count *= int(getattr(extent, "value", 1))
+            size = number(extent)
+            count *= 1 << 31 if size is None else size
         lanes = from_tvm(ty.dtype.dtype)
         self.views[buffer.__chandle__()] = View(root, lanes, count * lanes.lanes < 1 << 31)
 
@@ -178,7 +177,7 @@ class Analysis:
     def _AttrStmt(self, node: Any) -> None:
         if node.attr_key in ("thread_extent", "virtual_thread"):
             tag, extent = str(node.node.thread_tag), node.value
-            high = int(extent.value) - 1 if type(extent).__name__ == "IntImm" else MAX_GRID - 1
+            high = (number(extent) or MAX_GRID) - 1
             self.facts.bind(node.node.var, Fact(0, high, 0 if high == 0 else 1))
             self.threads.setdefault(tag, extent)
         self._visit(node.value)
@@ -186,7 +185,7 @@ class Analysis:
 
     def _For(self, node: Any) -> None:
         low, extent = self.facts.of(node.min), self.facts.of(node.extent)
-        step = int(node.step.value) if node.step is not None and hasattr(node.step, "value") else 1
+        step = number(node.step) or 1
         divisor = step if low.low == low.high and low.low % step == 0 else 1
         self.facts.bind(node.loop_var, Fact(low.low, low.high + max(extent.high - 1, 0), divisor))
         self._visit(node.min)
@@ -251,9 +250,12 @@ class Analysis:
         lanes = view.dtype.lanes
         fact: Fact | None = None
         if type(index).__name__ == "Ramp":
-            if type(index.stride).__name__ == "IntImm" and int(index.stride.value) == 1:
+            count = number(index.lanes)
+            if count is None:
+                raise CompileError(f"buffer {buffer.name} is read in vectors whose length is not constant")
+            if number(index.stride) == 1:
                 base = self.facts.of(index.base)
-                lanes *= int(index.lanes.value)
+                lanes *= count
                 fact = _scaled(base, view.dtype.lanes)
         elif index.ty.dtype.lanes == 1:
             fact = _scaled(self.facts.of(index), view.dtype.lanes)
@@ -274,9 +276,9 @@ class Analysis:
             places = node.args[1::2] if name.endswith("mma_sync") else node.args[4:5]
             for place in places:
                 self.unroll.update(_variables(place).intersection(self._loops))
-        if name.startswith("tirx.tvm_warp_shuffle") and type(node.args[4]).__name__ == "IntImm":
-            self.subgroup = max(self.subgroup or 1, int(node.args[4].value))
-        elif self._warp > 1 and name == "tirx.tvm_storage_sync" and str(node.args[0].value) == "warp":
+        if name.startswith("tirx.tvm_warp_shuffle"):
+            self.subgroup = max(self.subgroup or 1, number(node.args[4]) or 1)
+        elif self._warp > 1 and name == "tirx.tvm_storage_sync" and text(node.args[0]) == "warp":
             self.subgroup = max(self.subgroup or 1, self._warp)
         if name in _JUMPS:
             self._Break(node)
@@ -285,8 +287,7 @@ class Analysis:
         elif name == "tirx.address_of":
             self._pointer_use(node.args[0], _READ | _WRITE)
         elif name == "tirx.tvm_access_ptr":
-            mask = node.args[4]
-            self._pointer_use(node, int(mask.value) if hasattr(mask, "value") else _READ | _WRITE)
+            self._pointer_use(node, number(node.args[4]) or _READ | _WRITE)
             self._visit(node.args[2])
         else:
             for argument in node.args:
@@ -329,10 +330,14 @@ def _unbounded(buffer: Any) -> CompileError:
 
 def _variables(expr: Any) -> set[int]:
     """Handles of the variables in an index."""
-    if type(expr).__name__ == "Var":
-        return {expr.__chandle__()}
-    names = _CHILDREN.get(type(expr).__name__, ())
-    return set().union(*(_variables(getattr(expr, name)) for name in names))
+    found: set[int] = set()
+    work = [expr]
+    while work:
+        node = work.pop()
+        if type(node).__name__ == "Var":
+            found.add(node.__chandle__())
+        work.extend(getattr(node, name) for name in _CHILDREN.get(type(node).__name__, ()))
+    return found
 
 
 def _scaled(fact: Fact, lanes: int) -> Fact:

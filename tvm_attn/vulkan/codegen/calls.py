@@ -10,7 +10,7 @@ from tvm_attn.vulkan.codegen.mathematics import Mathematics
 from tvm_attn.vulkan.codegen.matrices import MatrixCalls
 from tvm_attn.vulkan.codegen.spirv import GLSL_BY_NUMBER
 from tvm_attn.vulkan.codegen.threads import SUBGROUP, WORKGROUP
-from tvm_attn.vulkan.codegen.values import INT32, DType, Value
+from tvm_attn.vulkan.codegen.values import INT32, DType, Value, number, text
 
 # Annotations that say something to TVM's passes and do nothing.
 _NOTHING = frozenset(("tirx.assume", "tirx.prefetch", "tirx.type_annotation"))
@@ -70,7 +70,7 @@ class Calls(MatrixCalls):
         self.builder.continue_()
 
     def _effect_tirx_tvm_storage_sync(self, node: Any) -> None:
-        scope = str(node.args[0].value)
+        scope = text(node.args[0])
         if scope != "warp" and not scope.startswith("shared"):
             raise CompileError(
                 f'tvm_storage_sync("{scope}") is not supported; no barrier spans the workgroups of a dispatch'
@@ -94,7 +94,7 @@ class Calls(MatrixCalls):
     # External names ---------------------------------------------------------------------------------------------
 
     def _call_tirx_call_pure_extern(self, node: Any) -> Value:
-        name = str(node.args[0].value)
+        name = text(node.args[0])
         if name in _ATOMICS:
             return self.atomic(_ATOMICS[name], node.args[1], node.args[2])
         for candidate in (name, name.removesuffix("f")):
@@ -107,10 +107,10 @@ class Calls(MatrixCalls):
     _call_tirx_call_extern = _call_tirx_call_pure_extern
 
     def _call_tirx_call_spirv_pure_glsl450(self, node: Any) -> Value:
-        number = int(node.args[0].value)
-        name = GLSL_BY_NUMBER.get(number)
+        opcode = number(node.args[0])
+        name = None if opcode is None else GLSL_BY_NUMBER.get(opcode)
         if name is None:
-            raise CompileError(f"instruction {number} of GLSL.std.450 is not supported; use TIR's operators")
+            raise CompileError(f"instruction {opcode} of GLSL.std.450 is not supported; use TIR's operators")
         return self.arith.glsl(name, self.dtype(node), *(self.expr(argument) for argument in node.args[1:]))
 
     # Bits -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from tvm_attn.errors import CompileError
@@ -11,7 +12,7 @@ from tvm_attn.vulkan.codegen.arithmetic import Arithmetic
 from tvm_attn.vulkan.codegen.builder import Builder
 from tvm_attn.vulkan.codegen.facts import UNKNOWN, Fact
 from tvm_attn.vulkan.codegen.memory import Index, Memory
-from tvm_attn.vulkan.codegen.values import BOOL, INT32, INT64, UINT32, DType, Value, from_tvm
+from tvm_attn.vulkan.codegen.values import BOOL, INT32, INT64, UINT32, DType, Value, from_tvm, number
 
 _BINARY = {
     "Add": "add",
@@ -26,6 +27,12 @@ _BINARY = {
 _COMPARE = {"EQ": "eq", "NE": "ne", "LT": "lt", "LE": "le", "GT": "gt", "GE": "ge"}
 # 64-bit operations whose low 32 bits depend on the low 32 bits of the operands only.
 _MODULAR = {"Add": "add", "Sub": "sub", "Mul": "mul"}
+
+
+# Condition, what it chooses where it holds, and where not.
+Choice = tuple[Any, Any, Any]
+# Decisions inside each other beyond which they are flattened.
+_DEEPEST = 16
 
 
 class Expressions:
@@ -213,6 +220,8 @@ class Expressions:
 
     def if_then_else(self, condition: Any, yes: Any, no: Any) -> Value:
         """Only the side that is taken is evaluated, where it may read memory: addresses are not checked."""
+        if self.is_deep((condition, yes, no)):
+            return self._flat_choice((condition, yes, no), self.dtype(yes))
         if not (self.reads_memory(yes) or self.reads_memory(no)):
             return self.arith.select(self.expr(condition), self.expr(yes), self.expr(no))
         test = self.expr(condition)
@@ -223,10 +232,65 @@ class Expressions:
         parts = self.builder.select(
             test.id,
             types,
-            lambda: self.arith.wide(self.expr(yes)).parts,
-            lambda: self.arith.wide(self.expr(no)).parts,
+            partial(self._parts, yes),
+            partial(self._parts, no),
         )
         return Value(dtype, parts)
+
+    def _flat_choice(self, choice: Choice, dtype: DType) -> Value:
+        """The same, one branch after the other."""
+        value = self.arith.constant(dtype, 0)
+        types = [self.builder.type_of[part] for part in value.parts]
+        for guard, leaf in self.flattened(choice):
+            if not self.reads_memory(leaf):
+                value = self.arith.select(guard, self.expr(leaf), value)
+                continue
+            sides = (partial(self._parts, leaf), partial(tuple, value.parts))
+            value = Value(dtype, self.builder.select(guard.id, types, *sides))
+        return value
+
+    def _parts(self, node: Any) -> tuple[int, ...]:
+        return self.arith.wide(self.expr(node)).parts
+
+    # Decisions: (condition, where it holds, where it does not) ----------------------------------------------------
+
+    def choice(self, node: Any) -> Choice | None:
+        """The parts of an if whose condition can be evaluated anywhere; None for what is no such node."""
+        kind = type(node).__name__
+        parts: Choice | None = None
+        if kind == "IfThenElse":
+            parts = (node.condition, node.then_case, node.else_case)
+        elif kind == "Call" and getattr(node.op, "name", "") in ("prim.if_then_else", "tirx.if_then_else"):
+            parts = (node.args[0], node.args[1], node.args[2])
+        if parts is None or parts[0].ty.dtype.lanes > 1 or self.reads_memory(parts[0]):
+            return None
+        return parts
+
+    def is_deep(self, choice: Choice) -> bool:
+        """Whether decisions are nested so deeply that they are flattened: drivers have limits, of 79 in Mesa."""
+        if self.reads_memory(choice[0]) or choice[0].ty.dtype.lanes > 1:
+            return False
+        work = [(choice, 1)]
+        while work:
+            (_, *sides), depth = work.pop()
+            if depth > _DEEPEST:
+                return True
+            work += [(inner, depth + 1) for inner in map(self.choice, sides) if inner is not None]
+        return False
+
+    def flattened(self, choice: Choice) -> Iterator[tuple[Value, Any]]:
+        """Each thing that may be chosen, with the condition under which it is; conditions are emitted on the way."""
+        work: list[tuple[Choice, Value | None]] = [(choice, None)]
+        while work:
+            (condition, *sides), guard = work.pop()
+            test = self.expr(condition)
+            for side, holds in zip(sides, (test, self.arith.invert(test)), strict=True):
+                both = holds if guard is None else self.arith.binary("and", guard, holds)
+                inner = self.choice(side)
+                if inner is not None:
+                    work.append((inner, both))
+                elif side is not None:
+                    yield both, side
 
     def _Let(self, node: Any) -> Value:
         self.bind(node.var, node.value)
@@ -255,7 +319,10 @@ class Expressions:
     def _Shuffle(self, node: Any) -> Value:
         lanes = [lane for vector in node.vectors for lane in self.arith.lanes(self.expr(vector))]
         dtype = self.dtype(node)
-        return self.arith.build(dtype, [lanes[int(index.value)] for index in node.indices])
+        places = [number(index) for index in node.indices]
+        if any(place is None for place in places):
+            raise CompileError("the lanes of a shuffle are not constant")
+        return self.arith.build(dtype, [lanes[place] for place in places if place is not None])
 
     # Memory -----------------------------------------------------------------------------------------------------
 
@@ -272,13 +339,13 @@ class Expressions:
         node = indices[0]
         lanes = view.dtype.lanes
         if type(node).__name__ == "Ramp":
-            if type(node.stride).__name__ == "IntImm" and int(node.stride.value) == 1:
+            if number(node.stride) == 1:
                 return self._scaled(self._address(view, node.base), self.facts.of(node.base), lanes)
             if view.small:
                 base, stride = self.low32(node.base), self.low32(node.stride)
             else:
                 base, stride = self.arith.wide(self.expr(node.base)), self.arith.wide(self.expr(node.stride))
-            steps = (self.arith.constant(base.dtype, lane) for lane in range(int(node.lanes.value)))
+            steps = (self.arith.constant(base.dtype, lane) for lane in range(node.ty.dtype.lanes))
             places = [self.arith.binary("add", base, self.arith.binary("mul", stride, step)) for step in steps]
         elif node.ty.dtype.lanes == 1:
             return self._scaled(self._address(view, node), self.facts.of(node), lanes)
@@ -321,22 +388,24 @@ class Expressions:
         known = self._loads.get(handle)
         if known is None:
             kind = type(node).__name__
-            if kind == "TensorLoad":
-                known = True
-            elif kind == "Call":
-                opaque = getattr(node.op, "name", "") in ("tirx.atomic_add", "tirx.call_extern")
-                known = opaque or any(self.reads_memory(argument) for argument in node.args)
-            elif kind in ("IntImm", "FloatImm", "StringImm", "Var"):
-                known = False
-            elif kind == "Shuffle":
-                known = any(self.reads_memory(vector) for vector in node.vectors)
-            else:
-                known = any(self.reads_memory(getattr(node, name)) for name in _OPERANDS if hasattr(node, name))
+            known = kind == "TensorLoad"
+            if kind == "Call":
+                known = getattr(node.op, "name", "") in ("tirx.atomic_add", "tirx.call_extern")
+            for operand in [] if known else _operands(node, kind):
+                known = known or self.reads_memory(operand)
             self._loads[handle] = known
         return known
 
     def _Call(self, node: Any) -> Value:
         raise NotImplementedError
+
+
+def _operands(node: Any, kind: str) -> list[Any]:
+    if kind in ("IntImm", "FloatImm", "StringImm", "Var"):
+        return []
+    if kind in ("Call", "Shuffle"):
+        return list(node.args if kind == "Call" else node.vectors)
+    return [getattr(node, name) for name in _OPERANDS if hasattr(node, name)]
 
 
 _OPERANDS = ("a", "b", "value", "condition", "true_value", "false_value", "base", "stride", "body")

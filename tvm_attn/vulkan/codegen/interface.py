@@ -9,7 +9,7 @@ from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.analysis import MAX_GRID, Analysis, Root
 from tvm_attn.vulkan.codegen.arithmetic import Arithmetic
 from tvm_attn.vulkan.codegen.memory import Form, Memory
-from tvm_attn.vulkan.codegen.values import BOOL, FLOAT32, INT32, UINT32, DType, Value, from_tvm
+from tvm_attn.vulkan.codegen.values import BOOL, FLOAT32, INT32, UINT32, DType, Value, from_tvm, number
 
 PUSH_CONSTANT_BYTES = 128
 FOLD_GRID_CONSTANT = 0
@@ -134,9 +134,10 @@ class Interface:
         size = []
         for axis in _AXES:
             extent = self._analysis.threads.get(f"threadIdx.{axis}")
-            if extent is not None and type(extent).__name__ != "IntImm":
+            count = 1 if extent is None else number(extent)
+            if count is None:
                 raise CompileError(f"the extent of threadIdx.{axis} is symbolic; Vulkan needs a constant")
-            size.append(1 if extent is None else int(extent.value))
+            size.append(count)
         return size
 
     def thread(self, tag: str, dtype: DType) -> Value:
@@ -146,7 +147,7 @@ class Interface:
             raise CompileError(f"the thread axis {tag} is not supported; bind threadIdx and blockIdx")
         axis = _AXES.index(axis_name)
         extent = self._analysis.threads[tag]
-        if type(extent).__name__ == "IntImm" and int(extent.value) == 1:
+        if number(extent) == 1:
             return Value(dtype, [self.builder.constant(self.arith.type(INT32), 0)], narrow=dtype.bits == 64)
         ident = self._local(axis) if kind == "threadIdx" else self._group(axis)
         if dtype.bits == 64:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tvm_attn.errors import CompileError
@@ -30,6 +33,12 @@ _FEATURES = {
 }
 
 
+# Python calls inside each other while a kernel is compiled: at least 20,000 expressions or statements.
+MAX_FRAMES = 200_000
+_STACK_BYTES = 512 << 20
+_DEEP = threading.Lock()
+
+
 class Kernel(NamedTuple):
     """The SPIR-V words of a kernel and its record, without the place of the words."""
 
@@ -40,9 +49,41 @@ class Kernel(NamedTuple):
 def compile_kernel(function: Any, name: str) -> Kernel:
     """Compiles a device function as TVM's lowering leaves it. Raises CompileError naming operator and kernel."""
     try:
-        return _compile(function, name)
+        try:
+            return _compile(function, name)
+        except RecursionError:
+            return _on_a_deep_stack(lambda: _compile(function, name))
     except CompileError as error:
         raise CompileError(f"Vulkan kernel {name}: {error}") from error
+
+
+def _on_a_deep_stack(compile_: Callable[[], Kernel]) -> Kernel:
+    """The result of `compile_` in a thread whose stack holds MAX_FRAMES Python calls: code is emitted recursively."""
+    result: list[Kernel] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(compile_())
+        except RecursionError:
+            message = "it is nested too deeply; store intermediate results, or split it"
+            failure.append(CompileError(message))
+        except BaseException as error:
+            failure.append(error)
+
+    with _DEEP:
+        limit, size = sys.getrecursionlimit(), threading.stack_size(_STACK_BYTES)
+        sys.setrecursionlimit(max(limit, MAX_FRAMES))
+        try:
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            thread.join()
+        finally:
+            sys.setrecursionlimit(limit)
+            threading.stack_size(size)
+    if failure:
+        raise failure[0]
+    return result[0]
 
 
 def _compile(function: Any, name: str) -> Kernel:

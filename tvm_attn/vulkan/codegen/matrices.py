@@ -13,7 +13,7 @@ from typing import Any
 from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.analysis import FRAGMENTS
 from tvm_attn.vulkan.codegen.threads import ThreadCalls
-from tvm_attn.vulkan.codegen.values import DType
+from tvm_attn.vulkan.codegen.values import DType, number, text
 
 _LAYOUTS = {"row_major": 0, "col_major": 1}
 
@@ -57,9 +57,9 @@ class MatrixCalls(ThreadCalls):
         if use is None:
             raise CompileError(f'a matrix call on buffer {root.name} of scope "{root.scope}"; fragments have "wmma.*"')
         if shape is not None:
-            if not all(hasattr(extent, "value") for extent in shape):
+            rows, columns, depth = map(number, shape)
+            if rows is None or columns is None or depth is None:
                 raise CompileError(f"the shape of fragment {root.name} is not constant")
-            rows, columns, depth = (int(extent.value) for extent in shape)
             root.shape = (rows, columns, depth)
         if root.shape is None:
             raise CompileError(f"fragment {root.name} is multiplied before it is filled or loaded")
@@ -93,9 +93,9 @@ class MatrixCalls(ThreadCalls):
             distance = self.arith.binary("div", distance, self.arith.constant(step.dtype, unit.denominator))
         else:
             distance = self.arith.constant(step.dtype, int(literal) // unit.denominator)
-        name = _LAYOUTS.get(str(layout.value))
+        name = _LAYOUTS.get(text(layout))
         if name is None:
-            raise CompileError(f'the layout "{layout.value}" of a tile; row_major and col_major are supported')
+            raise CompileError(f'the layout "{text(layout)}" of a tile; row_major and col_major are supported')
         access: tuple[int | str, ...] = ("NonPrivatePointer",)
         if root.scope == "global":
             access = ("Aligned|NonPrivatePointer", dtype.bytes)

@@ -17,6 +17,8 @@ from tvm import s_tir, tirx
 from tvm.tirx import compilation_pipeline
 from tvm_ffi.structural import structural_map, structural_walk
 
+from tvm_attn.vulkan.codegen.values import number
+
 NAME = "tvm_attn.vulkan"
 _UNKNOWN = 1 << 16  # threads of a block whose extent is no constant: more than any device has
 
@@ -55,12 +57,12 @@ def split_shifts() -> Any:
 
 
 def _steps(shift: Any) -> Any:
-    value, amount = shift.a, shift.b
-    if shift.ty.dtype == "int64" and isinstance(amount, tirx.IntImm) and amount.value > 31:
-        for start in range(0, int(amount.value), 31):
-            value = tirx.RShift(value, tirx.IntImm("int64", min(int(amount.value) - start, 31)))
-        return value
-    return shift
+    value, amount = shift.a, number(shift.b) or 0
+    if shift.ty.dtype != "int64" or amount < 32:
+        return shift
+    for start in range(0, amount, 31):
+        value = tirx.RShift(value, tirx.IntImm("int64", min(amount - start, 31)))
+    return value
 
 
 def _block_threads(function: Any) -> int:
@@ -71,7 +73,7 @@ def _block_threads(function: Any) -> int:
         if node.attr_key == "thread_extent":
             tag = str(node.node.thread_tag)
             if tag.startswith("threadIdx"):
-                extents[tag] = max(extents.get(tag, 1), int(getattr(node.value, "value", _UNKNOWN)))
+                extents[tag] = max(extents.get(tag, 1), number(node.value) or _UNKNOWN)
 
     structural_walk(function.body, ((tirx.AttrStmt,), visit))
     return math.prod(extents.values())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.calls import Calls
 from tvm_attn.vulkan.codegen.interface import Interface
-from tvm_attn.vulkan.codegen.values import INT32, Value, from_tvm
+from tvm_attn.vulkan.codegen.values import INT32, Value, from_tvm, number
 
 _UNROLLED = 3
 # A loop that indexes local arrays is marked for unrolling up to this length.
@@ -81,6 +82,11 @@ class Statements(Calls):
             if taken is not None:
                 self.statement(taken)
             return
+        choice = self.choice(node)
+        if choice is not None and self.is_deep(choice):
+            for guard, leaf in self.flattened(choice):
+                self.builder.branch(guard.id, partial(self.statement, leaf))
+            return
         otherwise = node.else_case
         self.builder.branch(
             condition.id,
@@ -93,20 +99,20 @@ class Statements(Calls):
         dtype = low.dtype
         step = self.arith.constant(dtype, 1) if node.step is None else self.expr(node.step)
         handle = node.loop_var.__chandle__()
-        count = getattr(node.extent, "value", None)
+        count = number(node.extent)
         fact = self.facts.of(node.loop_var)
         narrow = dtype.bits == 64 and low.narrow and extent.narrow and fact.fits_int32 and fact.high < (1 << 31) - 1
         if narrow:
             low, extent = self._as32(low), self._as32(extent)
             step = self.arith.constant(INT32, 1) if node.step is None else self.low32(node.step)
         low, extent, step = self.arith.wide(low), self.arith.wide(extent), self.arith.wide(step)
-        if count is not None and int(count) <= 1 and node.step is None and handle not in self.analysis.left:
-            if int(count) == 1:
+        if count is not None and count <= 1 and node.step is None and handle not in self.analysis.left:
+            if count == 1:
                 self.variables[handle] = Value(dtype, low.parts, narrow)
                 self.statement(node.body)
             return
         end = self.arith.binary("add", low, extent)
-        hint = count is not None and int(count) <= _UNROLL_LIMIT and handle in self.analysis.unroll
+        hint = count is not None and count <= _UNROLL_LIMIT and handle in self.analysis.unroll
         control = "Unroll" if hint or node.kind == _UNROLLED else "None"
         arithmetic = low.dtype
         self.memory.invalidate()

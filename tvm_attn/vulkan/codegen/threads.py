@@ -10,7 +10,7 @@ from tvm_attn.vulkan.codegen.analysis import View
 from tvm_attn.vulkan.codegen.expressions import Expressions
 from tvm_attn.vulkan.codegen.facts import Fact
 from tvm_attn.vulkan.codegen.memory import Index
-from tvm_attn.vulkan.codegen.values import UINT32, DType, Value
+from tvm_attn.vulkan.codegen.values import UINT32, DType, Value, number
 
 DEVICE, WORKGROUP, SUBGROUP, QUEUE_FAMILY = 1, 2, 3, 5
 _ATOMIC_INSTRUCTION = {
@@ -36,10 +36,10 @@ class ThreadCalls(Expressions):
     def _shuffle(self, node: Any, source: Callable[[Value, Value, Value], Value]) -> Value:
         """The value of the lane that `source(lane, operand, width)` names, within segments of `width` lanes."""
         value, operand = self.expr(node.args[1]), self.arith.cast(self.expr(node.args[2]), UINT32)
-        width, warp = (getattr(argument, "value", None) for argument in node.args[3:5])
-        if width is None or warp is None:
+        width = number(node.args[3])
+        if width is None or number(node.args[4]) is None:
             raise CompileError("the width of a warp shuffle is not constant; Vulkan needs a constant")
-        lane = source(self._lane_index(), operand, self.arith.constant(UINT32, int(width)))
+        lane = source(self._lane_index(), operand, self.arith.constant(UINT32, width))
         scope = self.builder.uint(SUBGROUP)
         return self._by_words(
             value,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from tvm_attn.errors import CompileError
 
 MAX_LANES = 4
 _CODES = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 6: "bool"}
@@ -40,6 +42,18 @@ class DType(NamedTuple):
             else f"{self.kind}{self.bits}".replace("bfloat", "bfloat")
         )
         return name if self.lanes == 1 else f"{name}x{self.lanes}"
+
+
+def number(expr: Any) -> int | None:
+    """The value of an integer constant; None for other expressions, and for none."""
+    return int(expr.value) if type(expr).__name__ == "IntImm" else None
+
+
+def text(expr: Any) -> str:
+    """The value of a string constant. Raises CompileError for other expressions."""
+    if type(expr).__name__ != "StringImm":
+        raise CompileError("the name in a call is not constant")
+    return str(expr.value)
 
 
 BOOL = DType("bool", 8)

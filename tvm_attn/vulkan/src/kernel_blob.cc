@@ -241,6 +241,25 @@ void CheckCapabilities(const Fields& fields, const KernelSpec& spec) {
   }
 }
 
+/// Refuses text that the parser, which recurses, could not end. Four levels are in use.
+void CheckNesting(const char* text, size_t size) {
+  constexpr int kMostLevels = 16;
+  int level = 0;
+  bool quoted = false;
+  for (size_t i = 0; i < size; ++i) {
+    const char c = text[i];
+    if (quoted && c == '\\') {
+      ++i;
+    } else if (c == '"') {
+      quoted = !quoted;
+    } else if (!quoted && (c == '[' || c == '{')) {
+      if (++level > kMostLevels) Malformed("its description is nested too deeply");
+    } else if (!quoted && (c == ']' || c == '}')) {
+      --level;
+    }
+  }
+}
+
 json::Array ReadHeader(const char* data, size_t size, size_t* json_size) {
   if (size < kHeader) Malformed("it has " + std::to_string(size) + " bytes, less than a header");
   if (std::memcmp(data, kMagic, sizeof kMagic) != 0) Malformed("it does not begin with \"TVMATTNV\"");
@@ -254,6 +273,7 @@ json::Array ReadHeader(const char* data, size_t size, size_t* json_size) {
     Malformed("its description of " + std::to_string(words[1]) + " bytes ends behind the module");
   }
   *json_size = words[1];
+  CheckNesting(data + kHeader, words[1]);
   String error;
   const json::Value value = json::Parse(String(data + kHeader, words[1]), &error);
   if (!error.empty()) Malformed("its description is no JSON");
