@@ -94,6 +94,38 @@ def test_functions_float16(name: str, elementwise: Elementwise) -> None:
     assert _units(got[normal], reference(x.astype("float64"))[normal], "float16") <= HALF_BOUNDS.get(name, 1)
 
 
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("name", ["sin", "cos", "tan"])
+def test_angles_of_every_magnitude(name: str, dtype: str, lanes: int, elementwise: Elementwise) -> None:
+    rng = np.random.default_rng(5)
+    largest = np.finfo(dtype).max
+    powers = rng.uniform(-3, np.log10(float(largest)) - 0.01, 2040)
+    special = [largest, -largest, 1e4, 8192.0, -8191.9, 6e4, 33 * np.pi, np.finfo(dtype).tiny]
+    x = np.concatenate([rng.choice([-1, 1], 2040) * 10.0**powers, special]).astype(dtype)
+    if dtype != "float16":
+        # Nearest to a multiple of pi / 2 of all floats, where the reduction loses most (Kahan; Muller).
+        x[:2] = 16367173.0 * 2.0**72 if dtype == "float32" else 6381956970095103.0 * 2.0**797
+    want = getattr(np, name)(x.astype(np.longdouble if dtype == "float64" else "float64"))
+    got = elementwise(getattr(tirx, name), [x], dtype, lanes=lanes)
+    assert _units(got, want, dtype) <= (FUNCTIONS[name][2][1] if dtype != "float16" else 1)
+    if name != "tan":
+        assert np.abs(got).max() <= 1
+    special = np.tile(np.array([np.inf, -np.inf, np.nan, 0.0], dtype), 8)
+    assert np.isnan(elementwise(getattr(tirx, name), [special], dtype, lanes=lanes)[:3]).all()
+
+
+def test_hypot_of_nan(elementwise: Elementwise) -> None:
+    special = [0.0, 1.0, np.nan, np.inf, -np.inf, -3.0]
+    x, y = (np.resize(np.array(v, "float32"), 64) for v in (np.repeat(special, 6), np.tile(special, 6)))
+    np.testing.assert_allclose(elementwise(tirx.hypot, [x, y], "float32"), np.hypot(x, y), rtol=1e-6)
+
+
+def test_acosh_below_one(elementwise: Elementwise) -> None:
+    x = np.resize(np.array([0.999, 0.0, -0.0, -1.0, -1e30, -np.inf, np.nan], "float32"), 32)
+    assert np.isnan(elementwise(tirx.acosh, [x], "float32")).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_round_takes_halves_as_on_the_cpu(dtype: str, elementwise: Elementwise) -> None:
     x = np.concatenate([np.arange(-8, 8, 0.5), np.linspace(-9, 9, 96)]).astype(dtype)

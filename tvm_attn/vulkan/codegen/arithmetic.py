@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.builder import Builder
@@ -237,6 +238,15 @@ class Arithmetic:
         """Both sides are evaluated; the condition is a scalar or has the lanes of the sides."""
         condition = self.broadcast(condition, a.dtype.lanes)
         return self.apply("Select", a.dtype, condition, a, b)
+
+    def any(self, value: Value) -> int:
+        """The id of a bool: whether one of the lanes is true."""
+        b = self.builder
+        flags = [
+            part if width == 1 else b.op("Any", b.bool_(), part)
+            for part, width in zip(value.parts, split(value.dtype.lanes), strict=True)
+        ]
+        return reduce(lambda left, right: b.op("LogicalOr", b.bool_(), left, right), flags)
 
     # Casts ------------------------------------------------------------------------------------------------------
 

@@ -10,16 +10,12 @@ import math
 
 from tvm_attn.vulkan.codegen import coefficients as table
 from tvm_attn.vulkan.codegen.real import FRACTION, SMALLEST_NORMAL, Real
+from tvm_attn.vulkan.codegen.reduction import reduce_angle
 
 LOG2E = math.log2(math.e)
 # ln 2 and log10 2 as a part whose product with an exponent is exact, and the rest.
 _LN2 = {32: (0.693359375, -2.12194440e-4), 64: (6.93147180369123816490e-01, 1.90821492927058770002e-10)}
 _LG2 = {32: (0.30078125, 2.48745663981195e-4), 64: (3.01029995663611771306e-01, 3.69423907715893078616e-13)}
-# pi / 2 in parts whose products with the quadrant are exact.
-_HALF_PI = {
-    32: (1.5703125, 4.837512969970703125e-4, 7.54978995489188216e-8, -1.7151244994428829e-15),
-    64: (1.57079632673412561417, 6.07710050630396597660e-11, 2.02226624871116645580e-21, 8.4784276603689e-32),
-}
 _EXP_RANGE = {32: (-104.0, 89.0), 64: (-746.0, 710.0)}
 _SQRT_HALF_BITS = {32: 0x3F3504F3, 64: 0x3FE6A09E667F3BCD}
 
@@ -119,14 +115,11 @@ def log1p(x: Real) -> Real:
 
 def _sin_cos(x: Real) -> tuple[Real, Real, Real]:
     """Sine and cosine of x minus the nearest multiple of pi / 2, and that multiple as an integer."""
-    k = (x * (2.0 / math.pi)).glsl("RoundEven")
-    r = x
-    for part in _HALF_PI[x.bits]:
-        r = r.minus(k.times(part))
+    r, quadrant = reduce_angle(x)
     z = r * r
     sine = r + r * z * z.polynomial(table.SIN[x.bits])
     cosine = 1.0 - (0.5 * z - z * z * z.polynomial(table.COS[x.bits]))
-    return sine, cosine, k.cast("int")
+    return sine, cosine, quadrant
 
 
 def _by_quadrant(quadrant: Real, even: Real, odd: Real) -> Real:
@@ -235,7 +228,8 @@ def asinh(x: Real) -> Real:
 def acosh(x: Real) -> Real:
     huge = x > 2.0 ** (FRACTION[x.bits] // 2 + 3)
     t = huge.where(1.0, x) - 1.0
-    return huge.where(log(x) + math.log(2.0), log1p(t + (2.0 * t + t * t).glsl("Sqrt")))
+    near = huge.where(log(x) + math.log(2.0), log1p(t + (2.0 * t + t * t).glsl("Sqrt")))
+    return (x < 1.0).where(x.of(x.lift(math.nan)), near)
 
 
 def atanh(x: Real) -> Real:

@@ -125,4 +125,5 @@ def hypot(x: Real, y: Real) -> Real:
     big, small = a.glsl("NMax", b), a.glsl("NMin", b)
     ratio = big.equals(0.0).where(0.0, small / big)
     result = big * (1.0 + ratio * ratio).glsl("Sqrt")
+    result = (x.differs(x) | y.differs(y)).where(math.nan, result)
     return big.equals(math.inf).where(math.inf, result)

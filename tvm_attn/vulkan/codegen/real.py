@@ -73,10 +73,10 @@ class Real:
     def __or__(self, other: Real | int) -> Real:
         return self._binary("or", self.value, self.lift(other))
 
-    def __lshift__(self, other: int) -> Real:
+    def __lshift__(self, other: Real | int) -> Real:
         return self._binary("shl", self.value, self.lift(other))
 
-    def __rshift__(self, other: int) -> Real:
+    def __rshift__(self, other: Real | int) -> Real:
         return self._binary("shr", self.value, self.lift(other))
 
     def __neg__(self) -> Real:
