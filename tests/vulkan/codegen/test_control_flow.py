@@ -11,6 +11,7 @@ from tvm import te
 from tvm.script import tirx as T
 
 from tvm_attn.vulkan.codegen import kernel as kernel_module
+from tvm_attn.vulkan.codegen.loops import Loop, copies
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., list[Array]]
@@ -259,6 +260,38 @@ def test_loop_variables_of_64_bits(run: Run) -> None:
     x = np.random.default_rng(0).integers(-99, 99, (11, 11), "int64")
     want = (x * np.arange(11)[:, None])[2:].sum(0) * 10_000_000_000
     np.testing.assert_array_equal(run(kernel, x, np.zeros(11, "int64"))[-1], want)
+
+
+# Rounds: Mesa's driver ends loops after 65,535 of them, those of all loops together --------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"), [(65536, 1), (100003, 1), (1000, 70), (300, 300), (100003, 3), (7, 99991), (1, 1000003)]
+)
+def test_loops_of_many_rounds(outer: int, inner: int, run: Run) -> None:
+    @T.prim_func(s_tir=True)
+    def kernel(x: T.Buffer((4,), "uint32"), out: T.Buffer((4,), "uint32")):
+        for i in T.thread_binding(4, "threadIdx.x"):
+            with T.sblock("all"):
+                v = T.axis.spatial(4, i)
+                out[v] = T.uint32(0)
+                for a in range(outer):
+                    for b in range(inner):
+                        out[v] = out[v] * T.uint32(3) + (x[v] + T.Cast("uint32", a) ^ T.Cast("uint32", b))
+
+    x = np.arange(4, dtype="uint32")
+    want = [0, 0, 0, 0]
+    for a in range(outer):
+        for b in range(inner):
+            want = [(w * 3 + (int(n) + a ^ b)) & 0xFFFFFFFF for w, n in zip(want, x, strict=True)]
+    np.testing.assert_array_equal(run(kernel, x, np.zeros_like(x))[-1], want)
+
+
+def test_bodies_are_repeated_only_where_rounds_are_too_many() -> None:
+    assert copies([Loop(1, 60000, 1, True)]) == {}
+    assert copies([Loop(1, 1000, 1, True), Loop(2, 70, 1000, True)]) == {2: 2}
+    assert copies([Loop(1, 1000, 1, True), Loop(2, 70, 1000, False)]) == {}
+    assert copies([Loop(1, 1 << 30, 1, True)]) == {}
 
 
 # Depth ----------------------------------------------------------------------------------------------------------

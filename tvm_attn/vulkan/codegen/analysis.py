@@ -13,8 +13,11 @@ from typing import Any
 
 from tvm_attn.errors import CompileError
 from tvm_attn.vulkan.codegen.facts import Fact, Facts
+from tvm_attn.vulkan.codegen.loops import Loop, copies
 from tvm_attn.vulkan.codegen.values import DType, from_tvm, number, text
 
+# A loop that indexes local arrays is marked for unrolling up to this length.
+UNROLL_LIMIT = 64
 # Grid extents and with them block indices stay below this (the runtime refuses more).
 MAX_GRID = (1 << 31) - 1
 _READ, _WRITE = 1, 2
@@ -82,11 +85,21 @@ class Analysis:
         # Threads of the subgroup that the kernel was lowered for, None where it uses none.
         self.subgroup: int | None = None
         self._warp = warp
+        # Loop variable -> bodies a round, where they are more than one.
+        self.copies: dict[int, int] = {}
+        self._nest: list[tuple[int, int, int]] = []
+        self._starts = 1
         self._loops: list[int] = []
         for index, parameter in enumerate(function.params):
             if hasattr(parameter.ty, "element_type"):
                 self._parameter(index, parameter)
         self._visit(function.body)
+        counted = [
+            Loop(handle, extent, starts, handle not in self.left)
+            for handle, extent, starts in self._nest
+            if handle not in self.unroll or extent > UNROLL_LIMIT
+        ]
+        self.copies = copies(counted)
         for root in self.roots:
             if root.parameter is not None and root.scope == "local" and root.reads and not root.writes:
                 raise CompileError(
@@ -190,9 +203,15 @@ class Analysis:
         self.facts.bind(node.loop_var, Fact(low.low, low.high + max(extent.high - 1, 0), divisor))
         self._visit(node.min)
         self._visit(node.extent)
-        self._loops.append(node.loop_var.__chandle__())
+        handle, before = node.loop_var.__chandle__(), self._starts
+        count = number(node.extent) if node.step is None else None
+        if count is not None and count > 1:
+            self._nest.append((handle, count, before))
+            self._starts *= count
+        self._loops.append(handle)
         self._visit(node.body)
         self._loops.pop()
+        self._starts = before
 
     def _While(self, node: Any) -> None:
         self._visit(node.condition)

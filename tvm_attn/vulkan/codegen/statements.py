@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 from tvm_attn.errors import CompileError
+from tvm_attn.vulkan.codegen.analysis import UNROLL_LIMIT
 from tvm_attn.vulkan.codegen.calls import Calls
 from tvm_attn.vulkan.codegen.interface import Interface
 from tvm_attn.vulkan.codegen.values import INT32, Value, from_tvm, number
 
 _UNROLLED = 3
-# A loop that indexes local arrays is marked for unrolling up to this length.
-_UNROLL_LIMIT = 64
 
 
 class Statements(Calls):
@@ -106,29 +105,33 @@ class Statements(Calls):
             low, extent = self._as32(low), self._as32(extent)
             step = self.arith.constant(INT32, 1) if node.step is None else self.low32(node.step)
         low, extent, step = self.arith.wide(low), self.arith.wide(extent), self.arith.wide(step)
-        if count is not None and count <= 1 and node.step is None and handle not in self.analysis.left:
-            if count == 1:
-                self.variables[handle] = Value(dtype, low.parts, narrow)
-                self.statement(node.body)
-            return
-        end = self.arith.binary("add", low, extent)
-        hint = count is not None and count <= _UNROLL_LIMIT and handle in self.analysis.unroll
-        control = "Unroll" if hint or node.kind == _UNROLLED else "None"
         arithmetic = low.dtype
+
+        def bodies(first: Value, number_of: int) -> None:
+            for offset in range(number_of):
+                place = self.arith.binary("add", first, self.arith.constant(arithmetic, offset))
+                self.variables[handle] = Value(dtype, place.parts, narrow)
+                self.statement(node.body)
+
+        copies = self.analysis.copies.get(handle, 1)
+        if count is not None and count <= copies and node.step is None and handle not in self.analysis.left:
+            bodies(low, count)
+            return
+        rest = 0 if count is None else count % copies
+        step = self.arith.binary("mul", step, self.arith.constant(arithmetic, copies))
+        end = self.arith.binary("add", low, self.arith.binary("sub", extent, self.arith.constant(arithmetic, rest)))
+        hint = count is not None and count <= UNROLL_LIMIT and handle in self.analysis.unroll
+        control = "Unroll" if hint or node.kind == _UNROLLED else "None"
         self.memory.invalidate()
-
-        def body(values: Any) -> None:
-            self.variables[handle] = Value(dtype, values, narrow)
-            self.statement(node.body)
-
         self.builder.loop(
             [low.id],
             lambda values: self.arith.compare("lt", Value(arithmetic, values), end).id,
-            body,
+            lambda values: bodies(Value(arithmetic, values), copies),
             lambda values: [self.arith.binary("add", Value(arithmetic, values), step).id],
             control,
         )
         self.memory.invalidate()
+        bodies(end, rest)
 
     def _stmt_While(self, node: Any) -> None:
         self.memory.invalidate()
