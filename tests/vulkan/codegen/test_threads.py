@@ -122,7 +122,7 @@ def _up(width: int, distance: int) -> Array:
 @pytest.mark.parametrize("width", [2, 4, 8])
 def test_shuffles(dtype: str, width: int, run: Run, emitted: Emitted) -> None:
     @T.prim_func(s_tir=True)
-    def kernel(x: T.Buffer((64,), dtype), out: T.Buffer((4, 64), dtype)):
+    def kernel(x: T.Buffer((64,), dtype), out: T.Buffer((5, 64), dtype)):
         for i in T.thread_binding(64, "threadIdx.x"):
             with T.sblock("all"):
                 v = T.axis.spatial(64, i)
@@ -133,10 +133,12 @@ def test_shuffles(dtype: str, width: int, run: Run, emitted: Emitted) -> None:
                 out[1, v] = T.tvm_warp_shuffle_up(mask, held[0], 1, width, WARP)
                 out[2, v] = T.tvm_warp_shuffle_down(mask, held[0], 1, width, WARP)
                 out[3, v] = T.tvm_warp_shuffle_xor(mask, held[0], width // 2, width, WARP)
+                out[4, v] = T.tvm_warp_shuffle(mask, held[0], 3 * width + 1, width, WARP)
 
     x = np.random.default_rng(0).integers(0, 100, 64).astype(dtype)
     sources = [LANE // width * width + 1, _up(width, 1), _down(width, 1), LANE ^ (width // 2)]
-    np.testing.assert_array_equal(run(kernel, x, np.zeros((4, 64), dtype))[-1], [x[source] for source in sources])
+    sources.append(sources[0])  # lanes count modulo the width
+    np.testing.assert_array_equal(run(kernel, x, np.zeros((5, 64), dtype))[-1], [x[source] for source in sources])
     ((record, _),) = emitted(kernel)
     assert record["subgroup_size"] == WARP
     assert "subgroup_shuffle" in record["features"]

@@ -73,7 +73,9 @@ class Memory:
     # Declaration ------------------------------------------------------------------------------------------------
 
     def forms(self, root: Root) -> list[Form]:
-        """The forms in which a global memory is accessed, at least one: each needs a pointer of its own."""
+        """The forms in which the memory of a parameter is accessed, at least one: each needs a pointer of its own."""
+        if root.scope != "global":  # every thread has its own, and the address goes unused
+            return [_form(root.dtype)]
         found = []
         for access in root.accesses:
             fact = UNKNOWN if access.tile or access.index is None else access.index

@@ -66,7 +66,8 @@ class ThreadCalls(Expressions):
 
     def _call_tirx_tvm_warp_shuffle(self, node: Any) -> Value:
         def source(lane: Value, operand: Value, width: Value) -> Value:
-            return self.arith.binary("add", self._segment(lane, width)[0], operand)
+            # Lanes count modulo the width, as in CUDA; Vulkan leaves lanes beyond the subgroup undefined.
+            return self.arith.binary("add", self._segment(lane, width)[0], self._segment(operand, width)[1])
 
         return self._shuffle(node, source)
 
