@@ -15,6 +15,7 @@ from tvm_attn.errors import DeviceError
 from tvm_attn.runtime import engine as engine_module
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.memory import RESERVE, MemoryNeeds, free_memory, memory_needs
+from tvm_attn.storage import stored_types
 
 MIB = 1 << 20
 
@@ -79,7 +80,7 @@ def _activations(config: GPT2Config, rows: int, batch: int, vocabulary: int) -> 
         pass
 
     artifact, library = Fake(), Fake()
-    artifact.__dict__ = {"config": config, "dtype": "float32", "quantization": "none"}
+    artifact.__dict__ = {"config": config, "dtype": "float32", "types": stored_types(config, "float32", "none")}
     library.__dict__ = {"vocabulary": vocabulary, "rows": 8, "max_prefill_rows": rows}
     return memory_needs(artifact, library, batch).activations  # type: ignore[arg-type]
 

@@ -149,12 +149,17 @@ class Artifact:
                 f"dtype {shorten(self.dtype)} with quantization {shorten(self.quantization)} is not supported"
             )
         try:
-            stored = set(stored_types(self.config, self.dtype, self.quantization))
+            stored = set(self.types)
         except ConfigError as error:
             raise self.error(f"its model configuration is invalid: {error}") from error
         for library in self.libraries:
             if set(library.parameters) != stored:
                 raise self.error(f"{library.file} was compiled for another model")
+
+    @property
+    def types(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of every stored tensor, by name."""
+        return stored_types(self.config, self.dtype, self.quantization)
 
     def error(self, what: str) -> ArtifactError:
         """An error that names the artifact and says what to do; `what` is cut to one line of bounded length."""
@@ -411,7 +416,7 @@ class Parameters:
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
-        self._types = stored_types(artifact.config, artifact.dtype, artifact.quantization)
+        self._types = artifact.types
         # All of them with the gaps between them: no shard is larger.
         self._bytes = sum(64 + numpy_dtype(dtype).itemsize * math.prod(shape) for shape, dtype in self._types.values())
         self._shard: tuple[str, np.ndarray] | None = None

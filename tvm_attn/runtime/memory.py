@@ -12,7 +12,7 @@ from typing import Any
 from tvm_attn.errors import DeviceError
 from tvm_attn.runtime import cuda
 from tvm_attn.runtime.artifact import Artifact, Library
-from tvm_attn.storage import TABLES, numpy_dtype, scales_name, stored_types
+from tvm_attn.storage import TABLES, numpy_dtype, scales_name
 
 RESERVE = 64 << 20
 """Bytes left for the code of kernels, CUDA graphs, and what the driver keeps for both."""
@@ -79,10 +79,7 @@ def memory_needs(artifact: Artifact, library: Library, max_batch: int) -> Memory
     as float32, and decode attention the results of 16 parts of the keys, with their maxima and sums.
     """
     config = artifact.config
-    stored = {
-        name: (shape, numpy_dtype(dtype).itemsize)
-        for name, (shape, dtype) in stored_types(config, artifact.dtype, artifact.quantization).items()
-    }
+    stored = {name: (shape, numpy_dtype(dtype).itemsize) for name, (shape, dtype) in artifact.types.items()}
     padded = {name: library.vocabulary for table in TABLES for name in (table, scales_name(table))}
     parameters = sum(padded.get(name, shape[0]) * prod(shape[1:]) * size for name, (shape, size) in stored.items())
     slot = 2 * config.n_layer * config.n_embd * config.n_positions * numpy_dtype(artifact.dtype).itemsize
