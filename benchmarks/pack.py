@@ -27,7 +27,7 @@ from benchmarks.restore import is_restorable
 from tvm_attn.cli import Parser, progress, real, run
 from tvm_attn.errors import BenchmarkError
 from tvm_attn.runtime.artifact import MANIFEST, Artifact
-from tvm_attn.runtime.cuda import CUDART
+from tvm_attn.runtime.devices.cuda import CUDART
 from tvm_attn.runtime.machine import platform_name
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +174,7 @@ def _copy_distribution(installed: Distribution, folder: Path, left_out: tuple[st
 
 
 def _copy_cuda_runtime(top: Path) -> None:
-    """Copies libcudart where its package is installed here: `tvm_attn.runtime.cuda` looks for it on the module path."""
+    """Copies libcudart if its package is installed here: `runtime/devices/cuda.py` looks for it on the module path."""
     try:
         installed = distribution(_CUDA_RUNTIME[0])
     except PackageNotFoundError:

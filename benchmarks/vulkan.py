@@ -33,13 +33,13 @@ from tvm_attn.benchmark.ours import CompiledSystem
 from tvm_attn.benchmark.system import Case
 from tvm_attn.cli import Parser, integer, output_file, run
 from tvm_attn.compiler.build import build
-from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.compiler.verification import verify_artifact
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import DeviceError
 from tvm_attn.kernels import Linear
 from tvm_attn.model.checkpoint import random_params
-from tvm_attn.runtime.device import is_software
+from tvm_attn.runtime.devices import device_class
 from tvm_attn.runtime.machine import usable_cores
 from tvm_attn.schedule import schedule
 from tvm_attn.targets import GpuTarget
@@ -101,7 +101,7 @@ def _main(args: argparse.Namespace) -> int:
     info = next((device for device in vulkan.devices() if device["index"] == args.device), None)
     if info is None:
         raise DeviceError(f"there is no device vulkan:{args.device}; tvm-attn devices lists what this machine has")
-    software = is_software("vulkan", args.device)
+    software = device_class("vulkan").is_software(args.device)
     measurement = Measurement(args.device, info, QUICK if args.quick else FULL)
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
@@ -285,7 +285,7 @@ class Measurement:
 
 def _compiled(function: tvm.tirx.PrimFunc, target: GpuTarget) -> Any:
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    return tvm.tirx.build(module, target=tvm_target(target))
+    return tvm.tirx.build(module, target=backend_for(target).tvm_target(target))
 
 
 def _bind(module: Schedule, name: str, lanes: int = 1) -> None:

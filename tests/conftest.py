@@ -39,7 +39,7 @@ settings.load_profile("tvm_attn")
 def _cuda_device_exists() -> bool:
     import tvm  # noqa: F401  (its CUDA runtime is loaded into it)
 
-    from tvm_attn.runtime import cuda
+    from tvm_attn.runtime.devices import cuda
 
     return cuda.obstacle(0) is None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from tvm_attn import devices, inventory, targets
 from tvm_attn._resources import resource_dir
 from tvm_attn.errors import DeviceError, TargetError
+from tvm_attn.runtime.devices import Found, device_class
 from tvm_attn.runtime.machine import usable_cores
 
-GPU = inventory.Device(
+GPU = Found(
     device="vulkan:0",
     name="a GPU",
     driver="a driver 1.2",
@@ -27,8 +29,8 @@ GPU = inventory.Device(
 )
 
 
-def lacking(target: targets.Target, device: inventory.Device, dtype: str = "float32") -> list[str]:
-    return list(inventory._lacking(target, device, dtype))
+def lacking(target: targets.Target, device: Found, dtype: str = "float32") -> list[str]:
+    return list(device_class(target.device).lacks(target, device, dtype, "none"))
 
 
 @pytest.fixture
@@ -54,12 +56,12 @@ def test_json_lists_devices_and_every_target(capsys: pytest.CaptureFixture[str])
 def test_text_names_devices_reasons_and_targets(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none() -> list[inventory.Device]:
+    def none() -> list[Found]:
         raise DeviceError("no such thing here [at all]")
 
     old = dataclasses.replace(GPU, device="vulkan", name="an old GPU", limits={}, features=(), missing=("Vulkan 1.3",))
-    monkeypatch.setattr(inventory, "_cuda_devices", none)
-    monkeypatch.setattr(inventory, "_vulkan_devices", lambda: [GPU, old])
+    monkeypatch.setattr(device_class("cuda"), "find", none)
+    monkeypatch.setattr(device_class("vulkan"), "find", lambda: [GPU, old])
     assert devices.main([]) == 0
     text = capsys.readouterr().out
     assert "vulkan:0: a GPU" in text
@@ -101,8 +103,8 @@ def test_what_a_gpu_lacks(generic: targets.GpuTarget, changes: dict[str, Any], e
 
 
 def test_what_a_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inventory.platform, "machine", lambda: "x86_64")
-    processor = inventory.Device("cpu", "a processor", None, ("avx2", "sse2"), {"cores": 1})
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    processor = Found("cpu", "a processor", None, ("avx2", "sse2"), {"cores": 1})
     x86 = targets.read("cpu-x86-64-v3")
     assert lacking(x86, processor) == [feature for feature in x86.features if feature not in ("avx2", "sse2")]
     assert lacking(targets.read("cpu-aarch64"), processor) == ["architecture aarch64"]
@@ -115,15 +117,15 @@ def test_unusable_devices_fit_no_target(generic: targets.GpuTarget) -> None:
 
 
 def test_why_a_device_does_not_run_a_target(generic: targets.GpuTarget, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inventory, "device_obstacle", lambda kind: None)
-    monkeypatch.setattr(inventory, "_vulkan_devices", lambda: [GPU])
+    monkeypatch.setattr(device_class("vulkan"), "obstacle", lambda index=0: None)
+    monkeypatch.setattr(device_class("vulkan"), "find", lambda: [GPU])
     matrix = targets.read("vulkan-matrix")
     assert isinstance(matrix, targets.GpuTarget)
-    assert inventory.obstacle(generic) is None and generic.fits_this_machine()
+    assert inventory.obstacle(generic) is None
     assert inventory.obstacle(generic, "float32", "int8") == "vulkan:0 lacks storage8"
-    assert inventory.obstacle(matrix) is None and matrix.fits_this_machine()
+    assert inventory.obstacle(matrix) is None
     assert inventory.obstacle(matrix, "float16") == "vulkan:0 lacks cooperative_matrix, vulkan_memory_model"
-    monkeypatch.setattr(inventory, "device_obstacle", lambda kind: f"no {kind} today")
+    monkeypatch.setattr(device_class("vulkan"), "obstacle", lambda index=0: "no vulkan today")
     assert inventory.obstacle(generic) == "no vulkan today"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tvm_attn import inventory, targets
 from tvm_attn._resources import resource_dir
-from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.errors import TargetError
 
 NAMES = targets.names()
@@ -47,7 +47,7 @@ def changed(name: str, key: str, value: str | None) -> str:
 def test_every_file_is_read(name: str) -> None:
     target = targets.read(name)
     assert target.name == name
-    tvm_target(target)
+    backend_for(target).tvm_target(target)
 
 
 CPU, GPU, CUDA = "cpu-x86-64-v4", "vulkan-matrix", "cuda-sm80"
@@ -176,7 +176,7 @@ def test_what_tvm_refuses(change: str, folder: Path) -> None:
     key, _, value = change.partition(" = ")
     (folder / "mine.toml").write_text(changed(CPU, f"tvm.{key}", value))
     with pytest.raises(TargetError, match=r"mine\.toml") as caught:
-        tvm_target(targets.read("mine"))
+        backend_for(targets.read("mine")).tvm_target(targets.read("mine"))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -207,6 +207,6 @@ def test_any_value_anywhere(folder: Path, name: str, place: float, value: str) -
     else:
         assert target.tile_rows > 0
         try:
-            tvm_target(target)
+            backend_for(target).tvm_target(target)
         except TargetError as error:
             assert len(str(error).splitlines()) == 1

@@ -9,7 +9,8 @@ from typing import Any
 
 from tvm_attn.benchmark.device import Clock
 from tvm_attn.errors import DeviceError
-from tvm_attn.runtime.device import obstacle, parse_device
+from tvm_attn.runtime.device import parse_device
+from tvm_attn.runtime.devices import device_class
 from tvm_attn.runtime.tvm_import import import_tvm
 
 
@@ -23,7 +24,7 @@ def tvm_device(name: str) -> Any:
     import tvm
 
     kind, index = parse_device(name) or ("cpu", 0)
-    if reason := obstacle(kind, index):
+    if reason := device_class(kind).obstacle(index):
         raise DeviceError(f"device {name}: {reason}")
     return tvm.runtime.device(kind, index)
 

@@ -21,7 +21,7 @@ from tvm_attn import kernels, targets
 from tvm_attn.cli import Parser, progress, run
 from tvm_attn.compiler import cuda_module
 from tvm_attn.compiler.cuda import compile_fatbin
-from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.errors import ScheduleError, TargetError
 from tvm_attn.kernels import Advance, Case, Head, Kernel, Linear, PrefillAttention, QKVLinear, ResidualLinear
 from tvm_attn.kernels.base import shape_of
@@ -143,11 +143,13 @@ def _add(functions: dict[Kernel, Any], kernel: Kernel, target: Target, book: Rec
 
 def _compile(functions: dict[str, tvm.tirx.PrimFunc], target: Target, path: Path) -> None:
     if not isinstance(target, CudaTarget):
-        tvm.tirx.build(tvm.IRModule(functions), target=tvm_target(target)).export_library(str(path))
+        tvm.tirx.build(tvm.IRModule(functions), target=backend_for(target).tvm_target(target)).export_library(str(path))
         return
     cuda_module.register_pipeline()
     with cuda_module.without_runtime():
-        built = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target(target), pipeline=cuda_module.PIPELINE)
+        built = tvm.tirx.build(
+            tvm.IRModule(functions), target=backend_for(target).tvm_target(target), pipeline=cuda_module.PIPELINE
+        )
         source = cuda_module.device_source(built)
         cuda_module.export_library(built, path, compile_fatbin(source, target.images))
 

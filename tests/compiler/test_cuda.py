@@ -21,7 +21,7 @@ from tvm_attn import targets
 from tvm_attn._resources import resource_dir
 from tvm_attn.compiler import cuda, cuda_module
 from tvm_attn.compiler.build import build
-from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import CompileError, TargetError
 from tvm_attn.model.checkpoint import random_params
@@ -50,7 +50,7 @@ def test_targets() -> None:
     found = {target.name: target.images for target in single if isinstance(target, targets.CudaTarget)}
     assert found == {f"cuda-{name.replace('_', '').rstrip('a')}": (name,) for name in EVERY.architectures}
     for target in (EVERY, *single):
-        assert tvm_target(target).attrs["arch"] == target.tvm["arch"] == target.images[0]  # type: ignore[attr-defined]
+        assert backend_for(target).tvm_target(target).attrs["arch"] == target.tvm["arch"] == target.images[0]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_both_kinds_of_kernels_in_one_module() -> None:
     """TIRx and S-TIR functions, lowered by different passes."""
     module = tvm.IRModule({"add_one": scheduled_add_one(), "twice": _twice})
     for name in ("cuda", "cuda-sm90"):
-        source = cuda_module.cuda_source(module, tvm_target(targets.read(name)))
+        source = cuda_module.cuda_source(module, backend_for(targets.read(name)).tvm_target(targets.read(name)))
         for kernel in ("add_one_kernel", "twice_kernel"):
             assert f"__launch_bounds__(128) {kernel}(float* __restrict__" in source
     assert cuda_module._FALLBACK not in os.environ
@@ -229,7 +229,9 @@ def test_what_tvm_generates_compiles(compiler: cuda.CudaCompiler) -> None:
     schedule = s_tir.Schedule(_saturate)
     (loop,) = schedule.get_loops(schedule.get_sblock("saturate"))
     schedule.bind(loop, "threadIdx.x")
-    source = cuda_module.cuda_source(schedule.mod["main"], tvm_target(targets.read("cuda")))
+    source = cuda_module.cuda_source(
+        schedule.mod["main"], backend_for(targets.read("cuda")).tvm_target(targets.read("cuda"))
+    )
     assert "cuda_bf16.h" in source and "cuda_fp16.h" in source
     image = compiler.image(source, "sm_90a")
     assert image.code.startswith(b"\x7fELF") and b"saturate_kernel" in image.code
@@ -240,7 +242,7 @@ def test_kernels_of_one_name() -> None:
     one = scheduled_add_one().with_attr("global_symbol", "same")
     module = tvm.IRModule({"a": one, "b": _twice.with_attr("global_symbol", "same")})
     with pytest.raises(CompileError, match=r"two kernels lower to functions of one name: .*same_kernel"):
-        cuda_module.cuda_source(module, tvm_target(targets.read("cuda")))
+        cuda_module.cuda_source(module, backend_for(targets.read("cuda")).tvm_target(targets.read("cuda")))
 
 
 def exported(path: Path) -> bytes:
@@ -251,7 +253,7 @@ def exported(path: Path) -> bytes:
     with builder.function("main", [x]):
         builder.emit_func_output(builder.emit(relax.call_tir(variable, [x], x.ty)))
     cuda_module.register_pipeline()
-    target = tvm_target(targets.read("cuda-sm80"))
+    target = backend_for(targets.read("cuda-sm80")).tvm_target(targets.read("cuda-sm80"))
     with cuda_module.without_runtime():
         executable = relax.build(builder.get(), target, tir_pipeline=cuda_module.PIPELINE)
         fatbin = cuda.compile_fatbin(cuda_module.device_source(executable.mod), ("sm_80",))

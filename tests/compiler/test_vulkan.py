@@ -21,12 +21,13 @@ from tvm_attn.compiler.verification import prompt_lengths
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.model.checkpoint import random_params
-from tvm_attn.runtime.device import obstacle
+from tvm_attn.runtime.devices import device_class
 from tvm_attn.runtime.model import Model
 from tvm_attn.vulkan import devices, statistics
 
+OBSTACLE = device_class("vulkan").obstacle()
 pytestmark = [
-    pytest.mark.skipif(obstacle("vulkan") is not None, reason=f"Vulkan: {obstacle('vulkan')}"),
+    pytest.mark.skipif(OBSTACLE is not None, reason=f"Vulkan: {OBSTACLE}"),
     pytest.mark.usefixtures("one_torch_thread"),
 ]
 

@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 from tvm_attn import targets
 from tvm_attn.compiler.cuda_graph import capture_graphs, plan_results
 from tvm_attn.compiler.cuda_module import cuda_source
-from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.compiler.workspaces import allocates, plan_workspaces
 
 
@@ -87,7 +87,7 @@ def test_workspace_becomes_a_planned_tensor() -> None:
     assert allocates(before["reverse"]) and not allocates(after["reverse"])
     assert len(after["reverse"].params) == len(before["reverse"].params) + 1
     # The kernel is the same: the host hands over another pointer.
-    target = tvm_target(targets.read("cuda"))
+    target = backend_for(targets.read("cuda")).tvm_target(targets.read("cuda"))
     assert cuda_source(after["reverse"], target) == cuda_source(before["reverse"], target)
     assert [len(call.args) for call in calls(after, "main")] == [3, 3, 3]
     assert all(call.args[2].ty == relax.TensorType([64], "float32") for call in calls(after, "main"))

@@ -24,7 +24,7 @@ from tvm_ffi.structural import structural_walk
 from tvm_attn import targets
 from tvm_attn.compiler import cuda_module
 from tvm_attn.compiler.cuda import Image, find_compiler
-from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.errors import CompileError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -120,7 +120,7 @@ def _product(values: list[int | None]) -> int | None:
 @functools.cache
 def _lowered(function: tirx.PrimFunc) -> tuple[str, dict[str, dict[str, int | None]]]:
     """CUDA C of a function, and the launch parameters of its kernels: extents and bytes by TVM's names for them."""
-    target = tvm_target(targets.read("cuda"))
+    target = backend_for(targets.read("cuda")).tvm_target(targets.read("cuda"))
     module = tvm.IRModule.from_expr(function)
     source = cuda_module.cuda_source(module, target)
     bound = tirx.transform.BindTarget(target.with_host(target.host))(module)

@@ -27,11 +27,11 @@ _BUILT = {
 
 
 def _obstacle() -> str | None:
-    from tvm_attn.runtime.device import obstacle
+    from tvm_attn.runtime.devices import device_class
     from tvm_attn.runtime.tvm_import import import_tvm
 
     import_tvm()
-    return obstacle("cuda", 0)
+    return device_class("cuda").obstacle(0)
 
 
 def _has_compiler() -> bool:

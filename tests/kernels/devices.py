@@ -19,12 +19,12 @@ from tvm import tirx
 
 from tests.cuda import emulation
 from tests.kernels.cuda import emulated
-from tvm_attn import targets, vulkan
+from tvm_attn import inventory, targets, vulkan
 from tvm_attn.compiler import cuda_module
 from tvm_attn.compiler.cuda import compile_fatbin
-from tvm_attn.compiler.pipeline import tir_pipeline, tvm_target
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.kernels import Case, Kernel
-from tvm_attn.runtime.device import obstacle
+from tvm_attn.runtime.devices import device_class
 from tvm_attn.schedule import schedule, supports
 from tvm_attn.targets import CudaTarget, Target
 
@@ -118,11 +118,13 @@ def build(function: tirx.PrimFunc, target: Target) -> Callable[..., Any]:
     """A scheduled function, compiled for a target."""
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     if not isinstance(target, CudaTarget):
-        built = tirx.build(module, target=tvm_target(target), pipeline=tir_pipeline(target))
+        built = tirx.build(
+            module, target=backend_for(target).tvm_target(target), pipeline=backend_for(target).tir_pipeline(target)
+        )
         return built["main"]  # type: ignore[no-any-return]
     cuda_module.register_pipeline()
     with tempfile.TemporaryDirectory() as folder, cuda_module.without_runtime():
-        built = tirx.build(module, target=tvm_target(target), pipeline=cuda_module.PIPELINE)
+        built = tirx.build(module, target=backend_for(target).tvm_target(target), pipeline=cuda_module.PIPELINE)
         path = Path(folder) / "kernel.so"
         cuda_module.export_library(built, path, compile_fatbin(cuda_module.device_source(built), target.images))
         return tvm.runtime.load_module(str(path))["main"]  # type: ignore[no-any-return]
@@ -172,19 +174,19 @@ def processor() -> TvmDevice:
 
 def vulkan_devices() -> list[TvmDevice]:
     """Every Vulkan device that can be used, with the schedules that any of them takes."""
-    if obstacle("vulkan") is not None:
+    if device_class("vulkan").obstacle() is not None:
         return []
-    usable = [index for index in range(len(vulkan.devices())) if obstacle("vulkan", index) is None]
+    usable = [index for index in range(len(vulkan.devices())) if device_class("vulkan").obstacle(index) is None]
     generic = targets.resolve("vulkan")
     return [TvmDevice(f"vulkan:{index}", generic, functools.partial(tvm.vulkan, index)) for index in usable]
 
 
 def gpu() -> TvmDevice | None:
     """The NVIDIA GPU, with the target made for it where there is one."""
-    if obstacle("cuda") is not None:
+    if device_class("cuda").obstacle() is not None:
         return None
     candidates = [targets.read(name) for name in targets.names() if name.startswith("cuda-")]
-    fitting = [target for target in candidates if target.fits_this_machine()]
+    fitting = [target for target in candidates if inventory.obstacle(target) is None]
     return TvmDevice("cuda", (fitting or [targets.read("cuda")])[-1], tvm.cuda)
 
 

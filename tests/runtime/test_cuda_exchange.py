@@ -15,7 +15,7 @@ import tvm_ffi
 
 import tvm_attn
 from tvm_attn.errors import DeviceError, GenerationError
-from tvm_attn.runtime import cuda
+from tvm_attn.runtime.devices import cuda
 from tvm_attn.runtime.dlpack import host_array, rows_view
 from tvm_attn.runtime.logits import DeviceLogits
 from tvm_attn.runtime.model import Model
@@ -240,5 +240,5 @@ def test_handing_over_to_a_stream(handle: int, consumer: int | None, waits: list
 
 @pytest.mark.parametrize("given", [0, 5, -1, "0", 1.5])
 def test_streams_are_for_cuda(demo_artifact: Path, given: Any) -> None:
-    with pytest.raises(DeviceError, match=r"^stream is for CUDA devices, and must be None for cpu$"):
+    with pytest.raises(DeviceError, match=r"^stream is for devices with streams, and must be None for cpu$"):
         tvm_attn.load(demo_artifact, "cpu", stream=given)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tvm_attn import inventory, targets
+from tvm_attn import targets
 from tvm_attn.errors import ArtifactError, DeviceError
-from tvm_attn.runtime import cuda, device
+from tvm_attn.runtime import device
 from tvm_attn.runtime.artifact import Artifact, Library
+from tvm_attn.runtime.devices import Found, cuda, device_class
 
 ALL = ("cuda", ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"), "compute_80")
 SM80 = ("cuda-sm80", ("sm_80",), None)
@@ -113,7 +114,6 @@ def test_device_whose_capability_decides(
     with_code(artifact, [SM90])
     monkeypatch.setattr(cuda, "obstacle", lambda index: None)
     monkeypatch.setattr(cuda, "capability", lambda index: capability)
-    monkeypatch.setattr(device, "is_software", lambda kind, index=0: False)
     library, kind, index = device.choose_device(artifact, "auto")
     assert (kind, index) == (automatic[1], 0) and automatic[0] in (library.target, library.file[:7])
     if kind == "cpu":
@@ -123,13 +123,13 @@ def test_device_whose_capability_decides(
         assert device.choose_device(artifact, "cuda:1")[1:] == ("cuda", 1)
 
 
-def gpu(capability: str) -> inventory.Device:
+def gpu(capability: str) -> Found:
     limits = {
         "compute_capability": capability,
         "max_threads_per_block": 1024,
         "max_shared_memory_bytes": 101376,
     }
-    return inventory.Device("cuda:0", "a GPU", "CUDA 13.0", (), limits)
+    return Found("cuda:0", "a GPU", "CUDA 13.0", (), limits)
 
 
 @pytest.mark.parametrize(
@@ -144,4 +144,4 @@ def gpu(capability: str) -> inventory.Device:
     ],
 )
 def test_targets_that_fit_a_device(target: str, capability: str, lacking: list[str]) -> None:
-    assert list(inventory._lacking(targets.read(target), gpu(capability), "float32")) == lacking
+    assert list(device_class("cuda").lacks(targets.read(target), gpu(capability), "float32", "none")) == lacking

@@ -14,7 +14,8 @@ from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import DeviceError
 from tvm_attn.runtime import engine as engine_module
 from tvm_attn.runtime.artifact import Artifact
-from tvm_attn.runtime.memory import RESERVE, MemoryNeeds, free_memory, memory_needs
+from tvm_attn.runtime.devices import class_of, device_class
+from tvm_attn.runtime.memory import RESERVE, MemoryNeeds, memory_needs
 from tvm_attn.storage import stored_types
 
 MIB = 1 << 20
@@ -135,7 +136,7 @@ def test_loading_stops_before_anything_is_allocated(demo_artifact: Path, monkeyp
     def fail(*_: Any) -> None:
         raise AssertionError("allocated")
 
-    monkeypatch.setattr(engine_module, "free_memory", lambda device: 90 * MIB)
+    monkeypatch.setattr(device_class("cpu"), "free_memory", lambda device: 90 * MIB)
     monkeypatch.setattr(engine_module.CompiledEngine, "_pack", fail)
     monkeypatch.setattr(engine_module.CompiledEngine, "_new_cache", fail)
     with pytest.raises(
@@ -154,12 +155,16 @@ def test_free_memory_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         def dlpack_device_type(self) -> int:
             return self._kind
 
+    def free(kind: int, given: int | None) -> int | None:
+        device = Device(kind, given)
+        return class_of(device).free_memory(device)
+
     selected: list[int] = []
-    monkeypatch.setattr("tvm_attn.runtime.cuda.select", selected.append)
-    assert free_memory(Device(1, 5)) is None
-    assert free_memory(Device(7, 5)) == 5  # Vulkan
-    assert free_memory(Device(7, None)) is None
+    monkeypatch.setattr("tvm_attn.runtime.devices.cuda.select", selected.append)
+    assert free(1, 5) is None
+    assert free(7, 5) == 5  # Vulkan
+    assert free(7, None) is None
     assert selected == []
     # TVM asks CUDA for the memory of the current device, whatever the index.
-    assert free_memory(Device(2, 5)) == 5
+    assert free(2, 5) == 5
     assert selected == [3]

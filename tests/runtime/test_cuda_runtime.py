@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from tvm_attn import inventory
 from tvm_attn.errors import DeviceError
-from tvm_attn.runtime import cuda, device
+from tvm_attn.runtime.devices import cuda, device_class
 
 NO_DEVICE, STUB = 100, 34
 
@@ -80,7 +79,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_runtime_is_loaded_once_and_last(machine: Machine) -> None:
-    assert device.obstacle("cuda") is None
+    assert device_class("cuda").obstacle() is None
     assert [Path(name).name for name in machine.opened] == [cuda.DRIVER, cuda.CUDART, "libtvm_runtime_cuda.so"]
     cuda.load_runtime()
     assert len(machine.opened) == 3
@@ -139,11 +138,11 @@ def test_what_is_missing(
 ) -> None:
     monkeypatch.setattr(cuda, "_cudart_files", lambda folder: iter(()))
     change(machine)
-    reason = device.obstacle("cuda")
+    reason = device_class("cuda").obstacle()
     assert reason is not None and reason.startswith(message) and "\n" not in reason
     # The devices command says the same.
     with pytest.raises(DeviceError) as caught:
-        inventory._cuda_devices()
+        device_class("cuda").find()
     assert str(caught.value) == reason
 
 
@@ -163,8 +162,8 @@ def test_index_of_no_device(
     machine.existing = count
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert device.obstacle("cuda", index) == message
-    assert all(device.obstacle("cuda", there) is None for there in range(count))
+    assert device_class("cuda").obstacle(index) == message
+    assert all(device_class("cuda").obstacle(there) is None for there in range(count))
 
 
 def test_where_libcudart_is_looked_for(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -181,7 +180,7 @@ def test_where_libcudart_is_looked_for(machine: Machine, monkeypatch: pytest.Mon
     # The first that can be loaded is taken.
     del machine.libraries[cuda.CUDART]
     machine.libraries[str(files[2])] = object()
-    assert device.obstacle("cuda") is None
+    assert device_class("cuda").obstacle() is None
     assert machine.opened[1:4] == [cuda.CUDART, str(files[1]), str(files[2])]
 
 
@@ -205,7 +204,7 @@ REFUSE(cuModuleUnload) REFUSE(cuTensorMapEncodeTiled)
 int cuDriverGetVersion(int* version) { *version = 13000; return 0; }
 """
 PROBE = """
-from tvm_attn.runtime import cuda
+from tvm_attn.runtime.devices import cuda
 from tvm_attn.runtime.tvm_import import import_tvm
 import_tvm()
 import tvm, tvm_ffi

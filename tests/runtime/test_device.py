@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tvm_attn.errors import DeviceError
-from tvm_attn.runtime import cuda, device
+from tvm_attn.runtime import device
+from tvm_attn.runtime.devices import cuda, device_class, device_classes
 
 
 @pytest.mark.parametrize(
@@ -57,19 +58,21 @@ class Artifact:
 def test_automatic_choice(
     kinds: tuple[str, ...], present: set[str], software: set[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "obstacle", lambda kind, index=0: None if kind in {"cpu", *present} else "absent")
-    monkeypatch.setattr(device, "is_software", lambda kind, index=0: kind in software)
+    for found in device_classes():
+        reason = None if found.kind in {"cpu", *present} else "absent"
+        monkeypatch.setattr(found, "obstacle", lambda index=0, reason=reason: reason)
+        monkeypatch.setattr(found, "is_software", lambda index=0, answer=found.kind in software: answer)
     monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
     library, kind, index = device.choose_device(Artifact(*kinds), "auto")  # type: ignore[arg-type]
     assert (library.device, kind, index) == (expected, expected, 0)
 
 
 def test_absent_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "obstacle", lambda kind, index=0: f"there is no device {kind}:{index}")
+    monkeypatch.setattr(device_class("cuda"), "obstacle", lambda index=0: f"there is no device cuda:{index}")
     with pytest.raises(DeviceError, match=r"^device cuda:1: there is no device cuda:1; tvm-attn devices lists"):
         device.choose_device(Artifact("cuda"), "cuda:1")  # type: ignore[arg-type]
 
 
 def test_the_processor_is_always_there() -> None:
-    assert device.obstacle("cpu") is None
-    assert "cuda" in str(device.obstacle("cuda", 63))
+    assert device_class("cpu").obstacle() is None
+    assert "cuda" in str(device_class("cuda").obstacle(63))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tvm_attn import targets
+from tvm_attn.compiler.devices import layout_for
 from tvm_attn.config import PRESETS
 from tvm_attn.errors import TuningError
 from tvm_attn.kernels import (
@@ -25,7 +26,6 @@ from tvm_attn.kernels import (
 )
 from tvm_attn.kernels.base import label
 from tvm_attn.model.gpt2 import build_program
-from tvm_attn.model.layout import layout_for
 from tvm_attn.targets import Peak
 from tvm_attn.tuning.calls import calls_of
 from tvm_attn.tuning.space import Space

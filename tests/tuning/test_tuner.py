@@ -11,13 +11,14 @@ import pytest
 import tvm
 
 from tvm_attn import targets
+from tvm_attn.compiler.devices import layout_for
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.config import PRESETS
 from tvm_attn.errors import TargetError, TuningError, VerificationError
+from tvm_attn.inventory import obstacle
 from tvm_attn.kernels import Linear, cpu
 from tvm_attn.kernels.template import Template
 from tvm_attn.model.gpt2 import build_program
-from tvm_attn.model.layout import layout_for
 from tvm_attn.schedule import records, schedule
 from tvm_attn.schedule.records import read_records
 from tvm_attn.tuning import tuner, workers
@@ -124,7 +125,7 @@ def test_check_and_time_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_searched_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    foreign = next(name for name in targets.names() if not targets.read(name).fits_this_machine())
+    foreign = next(name for name in targets.names() if obstacle(targets.read(name)))
     with pytest.raises(TargetError, match=f"{foreign} cannot be measured on this machine"):
         tune(target=foreign, out=tmp_path)
     with pytest.raises(TargetError, match="dtype"):

@@ -1,15 +1,16 @@
-"""What libraries record that they need of a device, and what `tvm_attn.inventory` says before they are compiled."""
+"""What libraries record that they need of a device, and what `features_needed` says before they are compiled."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tvm_attn import inventory, targets
+from tvm_attn import targets
+from tvm_attn.compiler.devices import layout_for
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.config import GPT2Config
 from tvm_attn.model.gpt2 import build_program
-from tvm_attn.model.layout import layout_for
+from tvm_attn.runtime.devices.vulkan import features_needed
 from tvm_attn.vulkan.codegen import build, parse
 
 SMALL = GPT2Config(vocab_size=300, n_positions=40, n_embd=64, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
@@ -53,7 +54,7 @@ def test_a_library_needs_what_the_inventory_says(
     program = build_program(SMALL, layout_for(SMALL, target, dtype, quant), 48, 8)
     compile_program(program, target, tmp_path / "lib.so")
     assert {feature for record in records for feature in record["features"]} == expected
-    assert inventory.vulkan_features(target, dtype, quant) == expected
+    assert features_needed(target, dtype, quant) == expected
     assert {record["subgroup_size"] for record in records} <= {None, target.subgroup}
     assert max(record["shared_bytes"] for record in records) <= target.shared_bytes
     for record in records:

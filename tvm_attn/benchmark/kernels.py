@@ -62,10 +62,10 @@ class SingleKernels:
 
     def __init__(self, artifact: Artifact, library: Library, storage: Storage) -> None:
         # Nothing else here needs the compiler.
+        from tvm_attn.compiler.devices import layout_for
         from tvm_attn.compiler.pipeline import compile_program
         from tvm_attn.kernels.base import shape_of
         from tvm_attn.model.gpt2 import build_program
-        from tvm_attn.model.layout import layout_for
 
         target = targets.read(library.target)
         layout = replace(layout_for(artifact.config, target, artifact.dtype, artifact.quantization), fuse_layers=False)

@@ -17,22 +17,23 @@ import tvm_attn
 from tvm_attn import targets
 from tvm_attn.compiler.accuracy import measure_accuracy
 from tvm_attn.compiler.artifact import packed_first, write_manifest, write_params
+from tvm_attn.compiler.devices import layout_for
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.compiler.replacement import artifact_folder
 from tvm_attn.compiler.verification import VERIFY_BATCH, Report, verify
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError
-from tvm_attn.inventory import obstacle as gpu_obstacle
+from tvm_attn.inventory import obstacle as device_obstacle
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.model.gpt2 import MAX_BATCH, build_program
-from tvm_attn.model.layout import check_types, layout_for
+from tvm_attn.model.layout import check_types
 from tvm_attn.model.module import Program, padded_vocabulary
 from tvm_attn.model.params import stored_params
 from tvm_attn.model.weights import Weights, open_weights
 from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.storage import stored_types
-from tvm_attn.targets import CudaTarget, GpuTarget, Target
+from tvm_attn.targets import CudaTarget, Target
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,7 @@ def _verify_libraries(
         return {}
     reports: dict[str, Report | None] = {}
     for target, library in zip(resolved, Artifact(folder).libraries, strict=True):
-        obstacle = library.obstacle() or (
-            gpu_obstacle(target, body["dtype"], body["quantization"]) if isinstance(target, GpuTarget) else None
-        )
-        if obstacle:
+        if obstacle := library.obstacle() or device_obstacle(target, body["dtype"], body["quantization"]):
             reports[target.name] = None
             notes.append(f"{library.file} was compiled but not checked: {obstacle}; run tvm-attn verify where it runs")
             continue

@@ -12,16 +12,16 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
-from tvm_attn.compiler import cuda_module
-from tvm_attn.compiler.cuda import compile_fatbin, find_compiler
 from tvm_attn.compiler.cuda_graph import capture_graphs, plan_results
+from tvm_attn.compiler.devices import backend_for
+from tvm_attn.compiler.dump import Dump
 from tvm_attn.compiler.fusion import fuse_primitive_functions
 from tvm_attn.compiler.workspaces import plan_workspaces
-from tvm_attn.errors import CompileError, TargetError, one_line
+from tvm_attn.errors import CompileError
 from tvm_attn.model.module import Program
 from tvm_attn.schedule import Record, RecordBook
 from tvm_attn.schedule.plan import plan
-from tvm_attn.targets import CudaTarget, GpuTarget, Target
+from tvm_attn.targets import Target
 
 
 def _schedule_kernels(program: Program, target: Target) -> tuple[tvm.IRModule, list[Record]]:
@@ -66,54 +66,32 @@ def _declare_no_alias(module: tvm.IRModule, _context: tvm.transform.PassContext)
     return tvm.IRModule(functions)
 
 
-def _lower() -> tvm.transform.Pass:
+def _lower(dump: Dump) -> tvm.transform.Pass:
     """Relax's passes that this program needs: it has calls of kernels only, so nothing is legalised or fused."""
     return tvm.transform.Sequential(
         [
-            fuse_primitive_functions,
-            _lazy_transform_params,
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
-            plan_workspaces,
-            plan_results,
-            relax.transform.StaticPlanBlockMemory(),
-            capture_graphs,
-            relax.transform.LowerAllocTensor(),
-            relax.transform.KillAfterLastUse(),
-            relax.transform.LowerRuntimeBuiltin(),
-            relax.transform.ComputePrimValue(),
-            relax.transform.VMShapeLower(),
-            relax.transform.AttachGlobalSymbol(),
-            _declare_no_alias,
+            dump.after("fused", fuse_primitive_functions),
+            dump.after(
+                "calls",
+                _lazy_transform_params,
+                relax.transform.ToNonDataflow(),
+                relax.transform.RemovePurityChecking(),
+                relax.transform.CallTIRRewrite(),
+            ),
+            dump.after("planned", plan_workspaces, plan_results, relax.transform.StaticPlanBlockMemory()),
+            dump.after("captured", capture_graphs),
+            dump.after(
+                "lowered",
+                relax.transform.LowerAllocTensor(),
+                relax.transform.KillAfterLastUse(),
+                relax.transform.LowerRuntimeBuiltin(),
+                relax.transform.ComputePrimValue(),
+                relax.transform.VMShapeLower(),
+                relax.transform.AttachGlobalSymbol(),
+                _declare_no_alias,
+            ),
         ]
     )
-
-
-def tvm_target(target: Target) -> tvm.target.Target:
-    """The TVM target, with the processor that starts the kernels of a GPU.
-
-    Raises:
-        TargetError: TVM does not know what the target's file says.
-    """
-    host = [] if target.device == "cpu" else [{"kind": "llvm", "mtriple": f"{target.architecture}-linux-gnu"}]
-    try:
-        return tvm.target.Target(target.tvm, *host)
-    except Exception as error:
-        raise TargetError(f"targets/{target.name}.toml: TVM refuses the table tvm: {one_line(error)}") from error
-
-
-def tir_pipeline(target: Target) -> str:
-    """The name of the passes that lower kernels: TVM's own, or those for CUDA and for subgroups of a Vulkan device."""
-    if isinstance(target, CudaTarget):
-        cuda_module.register_pipeline()
-        return cuda_module.PIPELINE
-    if target.device != "vulkan" or not isinstance(target, GpuTarget) or target.subgroup is None:
-        return "default"
-    from tvm_attn.vulkan.codegen import pipeline
-
-    pipeline.register()
-    return pipeline.NAME
 
 
 def compile_program(
@@ -139,16 +117,16 @@ def compile_program(
         raise CompileError(
             f"no C++ compiler ({compiler or 'g++, clang++'}) to link the library: install g++ or set CXX"
         )
-    if isinstance(target, CudaTarget):
-        find_compiler(target.images)  # refuses to start what it cannot finish
+    backend = backend_for(target)
+    backend.check(target)  # refuses to start what it cannot finish
+    dump = Dump(library.stem)
+    dump.module("program", program.module)
     module, records = _schedule_kernels(program, target)
+    dump.module("scheduled", module)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         temporary = Path(folder) / library.name
         try:
-            if isinstance(target, CudaTarget):
-                _compile_cuda(module, target, temporary, progress)
-            else:
-                _build(module, target).export_library(str(temporary))
+            backend.link(lambda: _build(module, target, dump), target, temporary, progress)
         except CompileError:
             raise
         except Exception as error:  # TVM raises whatever its C++ code maps to
@@ -158,14 +136,9 @@ def compile_program(
     return records
 
 
-def _build(module: tvm.IRModule, target: Target) -> Any:
-    return relax.build(module, tvm_target(target), relax_pipeline=_lower(), tir_pipeline=tir_pipeline(target))
-
-
-def _compile_cuda(module: tvm.IRModule, target: CudaTarget, library: Path, progress: Callable[[str], None]) -> None:
-    """As `_build` and `export_library`, with machine code in place of CUDA C."""
-    with cuda_module.without_runtime():
-        executable = _build(module, target)
-        progress(f"compiling for {target.name}: machine code for {', '.join(target.images)}")
-        fatbin = compile_fatbin(cuda_module.device_source(executable.mod), target.images)
-        cuda_module.export_library(executable, library, fatbin)
+def _build(module: tvm.IRModule, target: Target, dump: Dump) -> Any:
+    backend = backend_for(target)
+    passes, lower_kernels = _lower(dump), backend.tir_pipeline(target)
+    executable = relax.build(module, backend.tvm_target(target), relax_pipeline=passes, tir_pipeline=lower_kernels)
+    dump.code(executable.mod)
+    return executable

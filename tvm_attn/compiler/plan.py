@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tvm_attn.compiler.devices import layout_for
 from tvm_attn.config import GPT2Config
 from tvm_attn.model.gpt2 import build_program
-from tvm_attn.model.layout import check_types, layout_for
+from tvm_attn.model.layout import check_types
 from tvm_attn.schedule import RecordBook
 from tvm_attn.schedule.plan import Planned, plan
 from tvm_attn.targets import Target

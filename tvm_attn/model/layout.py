@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError
 from tvm_attn.storage import QUANTIZATIONS
-from tvm_attn.targets import CpuTarget, Target
+from tvm_attn.targets import Target
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,3 @@ def check_types(target: Target, dtype: str, quant: str) -> None:
         raise TargetError(f"dtype {dtype!r} is not available for {target.name}; available: {', '.join(target.dtypes)}")
     if quant not in QUANTIZATIONS:
         raise TargetError(f"quantization {quant!r} is not available; available: {', '.join(QUANTIZATIONS)}")
-
-
-def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str) -> Layout:
-    """The layout of a model's library for a target."""
-    rows, weights, on_cpu = target.tile_rows, _weight_format(config, target, dtype, quant), target.device == "cpu"
-    if target.device == "cuda" and dtype != "float32":
-        return Layout(rows, 1, dtype, weights, fuse_layers=False, group_kernels=True, activations=dtype)
-    return Layout(rows, target.tile_columns, dtype, weights, fuse_layers=on_cpu, group_kernels=on_cpu)
-
-
-def _weight_format(config: GPT2Config, target: Target, dtype: str, quant: str) -> str:
-    """How a target's kernels take the matrices, see `tvm_attn.kernels.weights`."""
-    if quant != "none":
-        return quant
-    native = isinstance(target, CpuTarget) and "avx512_bf16" in target.features
-    even = config.n_embd % 2 == 0 and config.n_inner % 2 == 0
-    return "bfloat16_pairs" if dtype == "bfloat16" and native and even else dtype

@@ -26,8 +26,8 @@ import numpy as np
 from tvm_attn.config import TOKEN_IDS, GPT2Config
 from tvm_attn.errors import ArtifactError, ConfigError, GenerationError, one_line, shorten
 from tvm_attn.jsonfile import CONFIG_BYTES, TOKENIZER_BYTES, open_regular, parse_json, shorten_path
-from tvm_attn.runtime.cuda import Capability, code_rank
 from tvm_attn.runtime.decoding import GenerationOptions
+from tvm_attn.runtime.devices.cuda import Capability, code_rank
 from tvm_attn.runtime.machine import cpu_features, platform_name
 from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 

@@ -21,16 +21,16 @@ from tvm.runtime.vm import VirtualMachine
 from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.numbers import integer
 from tvm_attn.runtime.artifact import Artifact, Library
+from tvm_attn.runtime.devices import device_class
 from tvm_attn.runtime.graph import Steps
 from tvm_attn.runtime.inputs import Inputs, Int32Array, in_groups
 from tvm_attn.runtime.library import load_library
 from tvm_attn.runtime.logits import DeviceLogits
 from tvm_attn.runtime.machine import thread_count
-from tvm_attn.runtime.memory import free_memory, memory_needs
+from tvm_attn.runtime.memory import memory_needs
 from tvm_attn.runtime.stream import Stream
 from tvm_attn.runtime.worker import worker
 from tvm_attn.storage import numpy_dtype
-from tvm_attn.vulkan import require_device
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,8 +82,8 @@ class CompiledEngine:
         threads: int | None = None,
     ) -> None:
         if stream is not None:
-            if library.device != "cuda":
-                raise DeviceError(f"stream is for CUDA devices, and must be None for {library.device}")
+            if not device_class(library.device).has_streams:
+                raise DeviceError(f"stream is for devices with streams, and must be None for {library.device}")
             stream = integer("stream", stream, 0, (1 << 64) - 1, DeviceError)
         self.config = artifact.config
         self.max_batch = integer("max_batch", max_batch, 1, library.max_batch, DeviceError)
@@ -148,7 +148,7 @@ class CompiledEngine:
         return self._stream.run(self._vm[name], *rows, self._kv, self._params)
 
     def _require_memory(self, artifact: Artifact) -> None:
-        free = free_memory(self._device)
+        free = device_class(self.library.device).free_memory(self._device)
         if free is not None:
             needs = memory_needs(artifact, self.library, self.max_batch)
             needs.require(free, f"{self.library.device}:{self._device.index}")
@@ -272,7 +272,7 @@ class CompiledEngine:
         They are the one large tensor that is not planned for the longest prompt, and a pool with one for each length
         would fill a GPU.
         """
-        if self._logits_shape not in (None, shape) and self.library.device != "cpu":
+        if self._logits_shape not in (None, shape) and not device_class(self.library.device).in_host_memory:
             tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()
         self._logits_shape = shape
 
@@ -337,8 +337,7 @@ def _virtual_machine(
     content = artifact.read_array(library.file)
     try:
         module = load_library(content, library.file)
-        if library.device == "vulkan":
-            require_device(module, device.index, library.file)
+        device_class(library.device).require(module, device.index, library.file)
         machine = VirtualMachine(module, device, allocator)
         identity = str(machine["identity"]())
     except DeviceError:

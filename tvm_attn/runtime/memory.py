@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from tvm_attn.errors import DeviceError
-from tvm_attn.runtime import cuda
 from tvm_attn.runtime.artifact import Artifact, Library
 from tvm_attn.storage import TABLES, numpy_dtype, scales_name
 
@@ -93,14 +91,3 @@ def memory_needs(artifact: Artifact, library: Library, max_batch: int) -> Memory
         activations=row * library.max_prefill_rows + 2 * decode_row * decode_rows,
         max_batch=max_batch,
     )
-
-
-def free_memory(device: Any) -> int | None:
-    """Bytes that are free on a TVM device; None where it does not tell."""
-    kind = device.dlpack_device_type()
-    if kind == 1:  # the processor, whose memory is taken as it is used
-        return None
-    if kind == 2:  # CUDA tells of its current device
-        cuda.select(device.index)
-    free = device.available_global_memory
-    return None if free is None else int(free)

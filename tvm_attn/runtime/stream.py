@@ -20,10 +20,7 @@ import numpy.typing as npt
 import tvm
 import tvm_ffi
 
-from tvm_attn.runtime import cuda
-
-_CPU, _CUDA = 1, 2
-"""DLPack's device types."""
+from tvm_attn.runtime.devices import class_of
 
 
 class Stream:
@@ -36,7 +33,7 @@ class Stream:
 
     def __init__(self, device: tvm.runtime.Device, handle: int | None) -> None:
         self.device, self.given = device, handle
-        self._kind = device.dlpack_device_type()
+        self._class = class_of(device)
 
     def handle(self) -> int:
         """The stream as an integer; 0 is the default stream."""
@@ -44,8 +41,7 @@ class Stream:
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function of a library, whose kernels go to the stream."""
-        if self._kind == _CUDA:
-            cuda.select(self.device.index)
+        self._class.select(self.device.index)
         if self.given is None:
             return function(*arguments)
         with tvm_ffi.use_raw_stream(self.device, self.given):
@@ -53,7 +49,7 @@ class Stream:
 
     def carry(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, to be called by another thread, with the stream that is current in this one."""
-        if self._kind != _CUDA or self.given is not None:
+        if not self._class.has_streams or self.given is not None:
             return function
         handle = self.handle()
 
@@ -65,12 +61,12 @@ class Stream:
 
     def wait(self) -> None:
         """Waits for all work on the stream, unless a copy does so."""
-        if self._kind == _CUDA and (handle := self.handle()):
+        if self._class.has_streams and (handle := self.handle()):
             self.device.sync(handle)
 
     def read(self, tensor: tvm.runtime.Tensor) -> npt.NDArray[Any]:
         """A tensor (g, R, ...) on the host as (g * R, ...), once it is computed; on the CPU a view, without a copy."""
-        if self._kind == _CPU:
+        if self._class.in_host_memory:
             array = np.from_dlpack(tensor)
         else:
             self.wait()
@@ -79,7 +75,7 @@ class Stream:
 
     def hand_over(self, consumer: int | None) -> None:
         """Waits where a consumer's stream, as `__dlpack__` numbers it, is not ordered after this one."""
-        if self._kind != _CUDA or consumer == -1:  # -1: the consumer takes care of it
+        if not self._class.has_streams or consumer == -1:  # -1: the consumer takes care of it
             return
         own = self.handle()
         if own != (0 if consumer in (None, 0, 1) else consumer):  # 1 is the default stream

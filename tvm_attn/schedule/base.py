@@ -37,16 +37,10 @@ class FixedChooser:
         return value
 
 
-_FOLDERS = {"cpu": "cpu", "cuda": "cuda", "vulkan": "gpu"}
-"""By device class, the folder of `tvm_attn.kernels` with its templates."""
-
-
 def templates_of(target: Target) -> tuple[Template, ...]:
     """The templates of a target's device class; of several for a kernel the first counts."""
-    if target.device not in _FOLDERS:
-        return ()
     # Those of one device class are enough, and importing them takes a while.
-    templates: tuple[Template, ...] = importlib.import_module(f"tvm_attn.kernels.{_FOLDERS[target.device]}").TEMPLATES
+    templates: tuple[Template, ...] = importlib.import_module(f"tvm_attn.kernels.{target.KERNELS}").TEMPLATES
     return templates
 
 

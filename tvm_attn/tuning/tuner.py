@@ -13,12 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tvm_attn import targets
+from tvm_attn.compiler.devices import layout_for
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError, TuningError
+from tvm_attn.inventory import obstacle
 from tvm_attn.kernels import Kernel
 from tvm_attn.kernels.base import label
 from tvm_attn.model.gpt2 import build_program
-from tvm_attn.model.layout import check_types, layout_for
+from tvm_attn.model.layout import check_types
 from tvm_attn.model.weights import open_config
 from tvm_attn.runtime.machine import usable_cores
 from tvm_attn.schedule import Record
@@ -132,7 +134,7 @@ def tune(
     if trials < 1:
         raise TuningError(f"the number of trials must be positive, not {trials}")
     resolved = targets.resolve(target)
-    if not resolved.fits_this_machine():
+    if obstacle(resolved, dtype, quant):
         raise TargetError(f"{resolved.name} cannot be measured on this machine; run the search on such hardware")
     check_types(resolved, dtype, quant)
     config = model if isinstance(model, GPT2Config) else open_config(model)

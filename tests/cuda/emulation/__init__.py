@@ -37,7 +37,7 @@ import tvm
 from tvm import tirx
 
 from tvm_attn.compiler import cuda_module
-from tvm_attn.compiler.pipeline import tvm_target
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.targets import read
 
 from .build import compile_kernels, folder, runtime
@@ -107,7 +107,9 @@ def _compile(function: str) -> tuple[Path, str]:
     cuda_module.register_pipeline()
     module = tvm.IRModule({"main": tvm.ir.load_json(function)})
     with cuda_module.without_runtime():
-        built = tirx.build(module, target=tvm_target(read("cuda-sm80")), pipeline=cuda_module.PIPELINE)
+        built = tirx.build(
+            module, target=backend_for(read("cuda-sm80")).tvm_target(read("cuda-sm80")), pipeline=cuda_module.PIPELINE
+        )
     path = folder() / f"host_{hashlib.sha256(function.encode()).hexdigest()[:16]}.so"
     tvm.runtime.Executable(built).export_library(str(path))
     return path, cuda_module.device_source(built)

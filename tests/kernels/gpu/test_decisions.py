@@ -24,11 +24,12 @@ from tvm_attn.kernels import (
     linear,
     prefill_attention,
 )
-from tvm_attn.runtime.device import obstacle
+from tvm_attn.runtime.devices import device_class
 from tvm_attn.schedule import schedule
 from tvm_attn.targets import GpuTarget
 
-pytestmark = pytest.mark.skipif(obstacle("vulkan") is not None, reason=f"Vulkan: {obstacle('vulkan')}")
+OBSTACLE = device_class("vulkan").obstacle()
+pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"Vulkan: {OBSTACLE}")
 
 GENERIC = targets.resolve("vulkan")
 assert isinstance(GENERIC, GpuTarget)

@@ -21,14 +21,14 @@ from tvm_ffi.structural import structural_map, structural_walk
 from tests.kernels import devices
 from tvm_attn import inventory, targets, vulkan
 from tvm_attn.compiler.build import build
-from tvm_attn.compiler.pipeline import compile_program, tir_pipeline, tvm_target
+from tvm_attn.compiler.devices import backend_for, layout_for
+from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.config import GPT2Config
 from tvm_attn.kernels import Case, Head, Kernel, Linear, QKVLinear, ResidualLinear
 from tvm_attn.kernels.gpu import linear_matrix
 from tvm_attn.kernels.linear import random_case
 from tvm_attn.model.gpt2 import build_program
-from tvm_attn.model.layout import layout_for
-from tvm_attn.runtime.device import obstacle
+from tvm_attn.runtime.devices import device_class
 from tvm_attn.schedule import schedule
 from tvm_attn.targets import GpuTarget
 from tvm_attn.vulkan.codegen import build as generate
@@ -39,8 +39,9 @@ Records = list[tuple[dict[str, Any], bytes]]
 MATRIX = targets.resolve("vulkan-matrix")
 assert isinstance(MATRIX, GpuTarget)
 
+OBSTACLE = device_class("vulkan").obstacle()
 pytestmark = pytest.mark.skipif(not vulkan.is_built(), reason="tvm_attn was built without its Vulkan runtime")
-needs_device = pytest.mark.skipif(obstacle("vulkan") is not None, reason=f"Vulkan: {obstacle('vulkan')}")
+needs_device = pytest.mark.skipif(OBSTACLE is not None, reason=f"Vulkan: {OBSTACLE}")
 
 # x is rounded to float16, by 2**-11 of an element at most, beside what the case allows already. Products of x and w are
 # exact in float32. Rounding errors of different elements are independent: the squared error of a sum is at most
@@ -50,7 +51,11 @@ ROUNDED = 2.0**-22
 
 def compiled(kernel: Kernel, decisions: dict[str, int] | None = None, target: GpuTarget = MATRIX) -> Any:
     function = schedule(kernel, target, decisions).with_attr("global_symbol", "main")
-    return tvm.tirx.build(tvm.IRModule({"main": function}), target=tvm_target(target), pipeline=tir_pipeline(target))
+    return tvm.tirx.build(
+        tvm.IRModule({"main": function}),
+        target=backend_for(target).tvm_target(target),
+        pipeline=backend_for(target).tir_pipeline(target),
+    )
 
 
 @pytest.fixture

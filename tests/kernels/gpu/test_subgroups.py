@@ -11,9 +11,9 @@ import tvm
 
 from tests.kernels import devices
 from tvm_attn import targets, vulkan
-from tvm_attn.compiler.pipeline import tir_pipeline, tvm_target
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.kernels import Argmax, Case, DecodeAttention, Kernel, LayerNorm
-from tvm_attn.runtime.device import obstacle
+from tvm_attn.runtime.devices import device_class
 from tvm_attn.schedule import schedule, supports
 from tvm_attn.targets import GpuTarget
 from tvm_attn.vulkan.codegen import build, parse
@@ -21,7 +21,8 @@ from tvm_attn.vulkan.codegen import build, parse
 GENERIC = targets.resolve("vulkan")
 assert isinstance(GENERIC, GpuTarget)
 
-needs_device = pytest.mark.skipif(obstacle("vulkan") is not None, reason=f"Vulkan: {obstacle('vulkan')}")
+OBSTACLE = device_class("vulkan").obstacle()
+needs_device = pytest.mark.skipif(OBSTACLE is not None, reason=f"Vulkan: {OBSTACLE}")
 needs_runtime = pytest.mark.skipif(not vulkan.is_built(), reason="tvm_attn was built without its Vulkan runtime")
 
 
@@ -32,7 +33,9 @@ def with_subgroups(size: int) -> GpuTarget:
 
 def compiled(kernel: Kernel, target: GpuTarget, decisions: dict[str, int] | None = None) -> Any:
     module = tvm.IRModule({"main": schedule(kernel, target, decisions).with_attr("global_symbol", "main")})
-    return tvm.tirx.build(module, target=tvm_target(target), pipeline=tir_pipeline(target))
+    return tvm.tirx.build(
+        module, target=backend_for(target).tvm_target(target), pipeline=backend_for(target).tir_pipeline(target)
+    )
 
 
 def check(case: Case, function: Callable[..., None]) -> None:

@@ -2,8 +2,7 @@
 
 TVM with its compiler tries to load `libtvm_runtime_cuda.so` when it is imported, finds the libraries that this needs on
 the loader's path only, and is silent where it fails; TVM's runtime alone (`TVM_USE_RUNTIME_LIB=1`) does not try. So
-`load_runtime` does it, when a CUDA device is asked for. Functions import TVM when they are called, as those of
-`tvm_attn.runtime.device` do.
+`load_runtime` does it, when a CUDA device is asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_attn.errors import DeviceError
+from tvm_attn.runtime.devices.base import DeviceClass, Found, lacks_of_block
 
 DRIVER = "libcuda.so.1"
 CUDART = "libcudart.so.13"
@@ -247,3 +247,53 @@ def _version(name: str) -> tuple[Capability, str]:
     if found is None:
         raise ValueError(f"{name!r:.40} is no CUDA architecture")
     return (int(found[1]), int(found[2])), found[3]
+
+
+class Cuda(DeviceClass):
+    """NVIDIA GPUs, of those that CUDA_VISIBLE_DEVICES leaves."""
+
+    kind, dlpack = "cuda", 2
+    has_streams = True
+
+    def find(self) -> list[Found]:
+        """See `DeviceClass`."""
+        import tvm
+
+        if reason := obstacle(0):
+            raise DeviceError(reason)
+        found: list[Found] = []
+        while (device := tvm.runtime.device("cuda", len(found))).exist:
+            limits = {
+                "compute_capability": str(device.compute_version),
+                "max_threads_per_block": device.max_threads_per_block,
+                "max_shared_memory_bytes": shared_memory(len(found)) or device.max_shared_memory_per_block,
+                "warp_size": device.warp_size,
+                "multiprocessors": device.multi_processor_count,
+                "l2_bytes": device.l2_cache_size_bytes,
+                "memory_bytes": device.total_global_memory,
+            }
+            found.append(Found(f"cuda:{len(found)}", device.device_name, driver_version(), (), limits))
+        return found
+
+    def obstacle(self, index: int = 0) -> str | None:
+        """See `DeviceClass`."""
+        return obstacle(index)
+
+    def lacks(self, target: Any, device: Found, dtype: str, quant: str) -> Iterator[str]:
+        """See `DeviceClass`."""
+        limits = device.limits
+        yield from lacks_of_block(target, limits["max_threads_per_block"], limits["max_shared_memory_bytes"])
+        version = limits["compute_capability"]
+        if code_rank(target.architectures, target.ptx, parse_capability(version)) is None:
+            yield f"what runs {', '.join(target.architectures)} (has compute capability {version})"
+
+    def capability(self, index: int = 0) -> Capability:
+        """Compute capability of the device."""
+        return capability(index)
+
+    def select(self, index: int) -> None:
+        """See `DeviceClass`."""
+        select(index)
+
+
+DEVICE_CLASS = Cuda()

@@ -1,0 +1,23 @@
+"""How libraries are made for each device class: a module a class, named as in `tvm_attn.backends`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from tvm_attn.compiler.devices.base import Backend
+from tvm_attn.config import GPT2Config
+from tvm_attn.model.layout import Layout
+from tvm_attn.targets import Target
+
+__all__ = ["Backend", "backend_for", "layout_for"]
+
+
+def backend_for(target: Target) -> Backend:
+    """What compiles for a target's device class."""
+    found: Backend = import_module(f"{__name__}.{target.device}").BACKEND
+    return found
+
+
+def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str) -> Layout:
+    """The layout of a model's library for a target."""
+    return backend_for(target).layout(config, target, dtype, quant)

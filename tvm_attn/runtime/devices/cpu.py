@@ -1,0 +1,46 @@
+"""This machine's processor."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+from tvm_attn.runtime.devices.base import DeviceClass, Found
+from tvm_attn.runtime.machine import cpu_features, usable_cores
+
+
+class Processor(DeviceClass):
+    """The processor, of which there is one: `cpu` and `cpu:0`."""
+
+    kind, dlpack = "cpu", 1
+    in_host_memory = True
+
+    def find(self) -> list[Found]:
+        """See `DeviceClass`; its features are those that some target asks for."""
+        from tvm_attn import targets
+
+        name = platform.processor() or platform.machine()
+        try:
+            from tvm.target.codegen import llvm_get_system_cpu
+
+            name = f"{platform.machine()} ({llvm_get_system_cpu()})"
+        except (ImportError, AttributeError):  # TVM's runtime alone
+            pass
+        asked = {feature for target in targets.read_all() for feature in target.features}
+        return [Found("cpu", name, None, tuple(sorted(cpu_features() & asked)), {"cores": usable_cores()})]
+
+    def obstacle(self, index: int = 0) -> str | None:
+        """See `DeviceClass`."""
+        return None if index == 0 else f"there is no device cpu:{index}"
+
+    def lacks(self, target: Any, device: Found, dtype: str, quant: str) -> Iterator[str]:
+        """See `DeviceClass`."""
+        yield from target.missing(device.features)
+
+    def free_memory(self, device: Any) -> int | None:
+        """None: memory is taken as it is used."""
+        return None
+
+
+DEVICE_CLASS = Processor()

@@ -1,0 +1,132 @@
+"""Hardware that tvm_attn compiles for: reading `targets/*.toml`, finding the one for this machine.
+
+`targets/README.md` explains the keys; the module of a device class holds their rules.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+from tvm_attn._resources import resource_dir
+from tvm_attn.backends import BACKENDS
+from tvm_attn.checks import one_of, problem
+from tvm_attn.errors import TargetError, one_line, shorten
+from tvm_attn.jsonfile import CONFIG_BYTES, read_text, shorten_path
+from tvm_attn.runtime.machine import cpu_features
+from tvm_attn.targets.base import Peak, Target
+from tvm_attn.targets.cpu import CpuTarget
+from tvm_attn.targets.cuda import CudaTarget
+from tvm_attn.targets.gpu import GpuTarget
+from tvm_attn.targets.vulkan import VulkanTarget
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "CpuTarget",
+    "CudaTarget",
+    "GpuTarget",
+    "Peak",
+    "Target",
+    "VulkanTarget",
+    "check_names",
+    "detect_cpu",
+    "names",
+    "read",
+    "read_all",
+    "resolve",
+]
+
+
+def names() -> list[str]:
+    """The names of all targets, sorted."""
+    return sorted(path.stem for path in resource_dir("targets").glob("*.toml"))
+
+
+def read(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        TargetError: no such file, or the file is malformed.
+    """
+    if name not in names():
+        known = ", ".join(sorted({"cpu", "vulkan", *names()}))
+        raise TargetError(f"unknown target {shorten(name)}; known targets: {known}")
+    return _read_file(resource_dir("targets") / f"{name}.toml")
+
+
+def read_all() -> list[Target]:
+    """All targets, sorted by name. Warns of a file that is malformed and leaves it out."""
+    found = []
+    for name in names():
+        try:
+            found.append(read(name))
+        except TargetError as error:
+            warnings.warn(f"a target is left out: {error}", stacklevel=1)
+    return found
+
+
+def _read_file(path: Path) -> Target:
+    try:
+        table = tomllib.loads(read_text(path, CONFIG_BYTES, TargetError))
+    except (ValueError, RecursionError) as error:
+        raise TargetError(f"{shorten_path(path)} is not valid TOML: {one_line(error)}") from None
+    device = table.get("device")
+    known = device in BACKENDS if isinstance(device, str) else False
+    target_class: type[Target] = import_module(f"{__name__}.{device}").TARGET_CLASS if known else Target
+    rules = target_class.RULES | {"device": one_of(*BACKENDS)}
+    if fault := problem(table, rules) or target_class.misfit(table):
+        raise TargetError(f"{shorten_path(path)}: {fault}; targets/README.md lists what a target file holds")
+    return target_class.from_table(path.stem, table)
+
+
+def resolve(name: str) -> Target:
+    """The target that `--target` names: "cpu" is this machine's processor, "vulkan" any Vulkan device, anything else a
+    file's name, as "cuda" is.
+
+    Raises:
+        TargetError: the target is unknown, or no file fits this machine.
+    """
+    if name == "cpu":
+        return detect_cpu()
+    return read("vulkan-generic" if name == "vulkan" else name)
+
+
+def check_names(names: str) -> list[Target]:
+    """Looks for the targets that `--target` names, separated by commas, as far as that takes no TVM.
+
+    Returns:
+        All but "cpu".
+
+    Raises:
+        TargetError: one is unknown or named twice, or its file is malformed.
+    """
+    wanted = [name.strip() for name in names.split(",")]
+    found = [resolve(name) for name in wanted if name != "cpu"]  # LLVM knows the name of this machine's processor
+    if len(set(wanted)) != len(wanted):
+        raise TargetError("a target is named twice")
+    return found
+
+
+def detect_cpu() -> CpuTarget:
+    """The target for this machine's processor: the file made for it, else the widest generic one that fits.
+
+    Raises:
+        TargetError: no file fits.
+    """
+    from tvm.target.codegen import llvm_get_system_cpu
+
+    processor = llvm_get_system_cpu()
+    fitting = [target for target in read_all() if isinstance(target, CpuTarget) and not target.missing(cpu_features())]
+    exact = [target for target in fitting if target.processor == processor]
+    generic = sorted((target for target in fitting if target.processor is None), key=lambda target: target.rank)
+    candidates = exact or generic[-1:]
+    if not candidates:
+        raise TargetError(f"no file in targets/ fits this {platform.machine()} machine; known: {', '.join(names())}")
+    return candidates[0]

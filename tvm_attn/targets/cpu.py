@@ -1,0 +1,67 @@
+"""Processors with vector units."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from tvm_attn.checks import integer, list_of, power_of_two, text
+from tvm_attn.targets.base import Target
+
+
+@dataclass(frozen=True)
+class CpuTarget(Target):
+    """A processor with vector units.
+
+    Attributes:
+        processor: LLVM's name of the processor, or None in a generic file.
+        rank: among generic targets that fit, the highest is taken; 0 where `processor` is given.
+        lanes: float32 values in a vector register.
+        l2_bytes: level-2 cache of a core.
+    """
+
+    KERNELS = "cpu"
+    TVM_KIND = "llvm"
+    RULES = Target.RULES | {
+        "features": list_of(text(r"[\w.-]+"), "a list of instruction sets"),
+        "detect": {"architecture": text(r"\w+"), "processor?": text(r"[\w.-]+"), "rank?": integer(0, 1000)},
+        "vector": {"lanes": power_of_two(1, 64)},
+        "cache": {"l2_bytes": integer(1, 1 << 40)},
+    }
+
+    processor: str | None
+    rank: int
+    lanes: int
+    l2_bytes: int
+
+    def missing(self, features: Collection[str]) -> list[str]:
+        """What this machine's processor lacks, which has these instruction sets."""
+        if self.architecture != platform.machine():
+            return [f"architecture {self.architecture}"]
+        return [feature for feature in self.features if feature not in features]
+
+    @classmethod
+    def own(cls, table: dict[str, Any]) -> dict[str, Any]:
+        """See `Target`."""
+        detect = table["detect"]
+        return {
+            "architecture": detect["architecture"],
+            "features": tuple(table["features"]),
+            "processor": detect.get("processor"),
+            "rank": detect.get("rank", 0),
+            "lanes": table["vector"]["lanes"],
+            "l2_bytes": table["cache"]["l2_bytes"],
+        }
+
+    @classmethod
+    def misfit(cls, table: dict[str, Any]) -> str | None:
+        """See `Target`."""
+        columns, lanes = table["tile"]["columns"], table["vector"]["lanes"]
+        if columns % lanes:
+            return f"tile.columns is {columns}; give a multiple of vector.lanes, {lanes}"
+        return super().misfit(table)
+
+
+TARGET_CLASS = CpuTarget

@@ -1,0 +1,47 @@
+"""NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm_attn.checks import list_of, text
+from tvm_attn.targets.gpu import GpuTarget
+
+
+@dataclass(frozen=True)
+class CudaTarget(GpuTarget):
+    """NVIDIA GPUs.
+
+    Attributes:
+        architectures: those whose machine code a library holds, as nvcc names them, e.g. ("sm_80", "sm_90a"). Code for
+            sm_XY runs on X.Y and later minor versions; code for sm_90a on 9.0 alone.
+        ptx: the virtual architecture whose PTX a library holds for the driver to compile where no machine code fits,
+            e.g. "compute_80"; None for no PTX.
+    """
+
+    KERNELS = "cuda"
+    TVM_KIND = "cuda"
+    RULES = GpuTarget.RULES | {
+        "cuda": {
+            "architectures": list_of(text(r"sm_\d+[af]?"), "a list such as ['sm_80', 'sm_90a']", least=1),
+            "ptx?": text(r"compute_\d+", "a virtual architecture such as 'compute_80', or leave it out"),
+        }
+    }
+
+    architectures: tuple[str, ...]
+    ptx: str | None
+
+    @classmethod
+    def own(cls, table: dict[str, Any]) -> dict[str, Any]:
+        """See `Target`."""
+        cuda = table["cuda"]
+        return super().own(table) | {"architectures": tuple(cuda["architectures"]), "ptx": cuda.get("ptx")}
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """What a library holds code for, machine code first."""
+        return (*self.architectures, *((self.ptx,) if self.ptx else ()))
+
+
+TARGET_CLASS = CudaTarget
