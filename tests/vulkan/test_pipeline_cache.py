@@ -14,30 +14,30 @@ PROGRAM = """
 import resource, tvm, numpy as np, tvm_ffi
 from tvm_attn import vulkan as backend
 backend.autoload()
-{start}
 x = tvm.runtime.tensor(np.ones(64, "float32"), tvm.vulkan(0))
 module = tvm_ffi.get_global_func("tvm_attn.vulkan.create_module")(open({path!r}, "rb").read())
 module["axpy"](x, x, x, 64, 2.0, 1, 64)
+{before}
 assert x.numpy().sum() == 192
 """
 
 
 @pytest.fixture
 def program(pack: Callable[..., bytes], axpy_record: dict[str, Any], tmp_path: Path) -> Callable[..., str]:
-    """program(start="") is code that runs a kernel on vulkan:0 and, where the cache allows it, saves its pipeline."""
+    """program(before="") is code that runs a kernel, does `before`, and waits, which saves the pipeline."""
     path = tmp_path / "axpy"
     path.write_bytes(pack(axpy_record))
-    return lambda start="": PROGRAM.format(path=str(path), start=start)
+    return lambda before="": PROGRAM.format(path=str(path), before=before)
 
 
 @pytest.fixture
 def use(
     vulkan: Any, program: Callable[..., str], run_python: Callable[..., Any], tmp_path: Path
 ) -> Callable[..., None]:
-    """use(start="") runs the program in a process whose cache lies in `tmp_path / "cache"`."""
+    """use(before="") runs the program in a process whose cache lies in `tmp_path / "cache"`."""
 
-    def run(start: str = "") -> None:
-        done = run_python(program(start), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    def run(before: str = "") -> None:
+        done = run_python(program(before), XDG_CACHE_HOME=str(tmp_path / "cache"))
         assert done.returncode == 0, done.stderr
 
     return run
