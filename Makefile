@@ -11,7 +11,7 @@ JOBS   ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find tvm_attn targets schedules models/demo -type f -not -name '*.pyc' -not -name '*.so*')
-VULKAN_TESTS := tests/vulkan tests/schedule/test_gpu.py tests/schedule/test_gpu_subgroups.py tests/compiler/test_vulkan.py
+VULKAN_TESTS := tests/vulkan tests/kernels/test_cases.py tests/kernels/gpu tests/compiler/test_vulkan.py -k 'not test_cases or vulkan'
 SWIFTSHADER := $(abspath $(VENV))/swiftshader/icd.json
 VULKAN_SOURCES := CMakeLists.txt hatch_build.py $(wildcard tvm_attn/vulkan/src/*)
 
