@@ -127,7 +127,8 @@ class Artifact:
     def __init__(self, folder: str | Path) -> None:
         self.folder = _path(folder)
         self._descriptor = self._open_folder()
-        weakref.finalize(self, os.close, self._descriptor)
+        # Not at exit: a daemon thread may still read, and the system closes it.
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
         self.manifest = self._read_manifest()
         try:
             self.config = GPT2Config.from_dict(self.manifest["model"])
