@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,21 @@ def test_a_candidate_with_a_wrong_result_loses(tmp_path: Path, monkeypatch: pyte
     assert found.record.decisions == {"wrong": 0}
     assert (found.measured, found.failed) == (1, 1)
     assert found.speedup == 1.0
+
+
+@pytest.mark.parametrize(("work", "status"), [("while True: pass", -signal.SIGXCPU), ("time.sleep(3)", 0)])
+def test_limit_of_a_candidate_is_processor_time(work: str, status: int) -> None:
+    """Neither what the process did before counts, nor that the machine is busy with something else."""
+    code = f"""
+import time
+from tvm_attn.tuning import workers
+workers.start("/dev/null")
+end = time.process_time() + 1.5
+while time.process_time() < end: pass
+workers.limit_processor_time(1)
+{work}
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == status
 
 
 def test_nothing_could_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import time
 from typing import Any
@@ -25,6 +26,8 @@ from tvm_attn.tuning.calls import Call, calls_of
 _COLD_BYTES = 128 << 20
 _MAX_COPIES = 1024
 _MAX_COPIES_BYTES = 1 << 30
+PROCESSOR_SECONDS = 60
+"""Processor time, of all threads together, after which compiling or measuring a candidate ends its worker."""
 _REPEATS = 5
 _REPEAT_SECONDS = 0.05
 
@@ -47,10 +50,18 @@ _prepared: list[_Prepared] = []
 def start(log: str) -> None:
     """Begins a worker: what TVM or LLVM print goes to the log, and Ctrl-C is left to the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     os.close(file)
+
+
+def limit_processor_time(seconds: int = PROCESSOR_SECONDS) -> None:
+    """Ends this process when it has used so much more processor time, see `setrlimit(2)`."""
+    usage, (_, hard) = resource.getrusage(resource.RUSAGE_SELF), resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def start_runner(log: str, kernel: Kernel) -> None:
@@ -62,6 +73,7 @@ def start_runner(log: str, kernel: Kernel) -> None:
 
 def build(module: tvm.IRModule, target: tvm.target.Target, library: str) -> str:
     """Compiles a candidate into a shared library."""
+    limit_processor_time()
     build_module(module, target=target).export_library(library)
     return library
 
@@ -77,6 +89,7 @@ def measure(library: Any, _device: Any, _config: Any, _arguments: Any) -> list[f
     Raises:
         VerificationError: a result is not what the float64 reference says.
     """
+    limit_processor_time()
     function = library["main"]
     for prepared in _prepared:
         _check(function, prepared.case, prepared.arguments[0])
