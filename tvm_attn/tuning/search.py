@@ -31,8 +31,8 @@ from tvm_attn.tuning import workers
 from tvm_attn.tuning.calls import calls_of
 from tvm_attn.tuning.space import Candidate, Space, indices_of, to_schedule
 
-# A worker that waits for ever is given up then. A candidate's own limit is `workers.PROCESSOR_SECONDS`: on a busy machine
-# the clock on the wall says nothing about it.
+# A worker that waits forever is given up after this time. A candidate's own limit is `workers.PROCESSOR_SECONDS`: on a
+# busy machine, elapsed time says nothing about it.
 _HANG_SECONDS = 600
 # MetaSchedule stores this time for a candidate that failed.
 _FAILED_SECONDS = 1e9
