@@ -1,8 +1,8 @@
 """GPT-2's kernels: what each computes, one family a file; how, by device class in `cpu`, `gpu` and `cuda`.
 
-The file of a family holds its dataclasses, their float64 references and their cases. The loops and templates of a
-device class lie in the file of the same name in its folder; `unscheduled` has the TensorIR that several of them
-schedule.
+A family's file holds its dataclasses, their float64 references and their cases. The loops and templates of a device
+class are in the file of the same name in that class's folder; `unscheduled` has the TensorIR that several device
+classes schedule.
 
 Shape letters: g = row groups (symbolic), R = rows of a group, E = n_embd, H = heads, D = head_dim, P = n_positions,
 V = vocabulary, K/N = input/output features of a linear layer, C = columns of a packed weight strip, S = KV-cache slots.

@@ -1,12 +1,12 @@
 """exp, tanh, erf as polynomials, and GPT-2's activation functions over them.
 
-LLVM leaves exp, tanh and erf as one library call an element, even in vectorised loops (2.5-10 ns each). These are
+LLVM leaves exp, tanh and erf as one library call per element, even in vectorised loops (2.5-10 ns each). These are
 branch-free expressions of adds, multiplies and selects, so they run in vector registers and look the same on every
 target. The coefficients are minimax fits (Lawson's algorithm on Chebyshev nodes); in float32, exp2, tanh and
 erf are within 3e-7 (relative); exp and sigmoid within 1.3e-7 * max(1, |x|), from rounding x * log2(e).
 
-The functions take and return float32 expressions. They are meant for the epilogue of a kernel: `value` is repeated in
-the expression, and the code generator shares it.
+The functions take and return float32 expressions, for the epilogue of a kernel. The expression repeats its argument;
+the code generator computes it once.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def sigmoid(x: tirx.Expr) -> tirx.Expr:
 
 
 def tanh(x: tirx.Expr) -> tirx.Expr:
-    """tanh for float32: an odd polynomial near zero, where the formula over exp would cancel, else that formula."""
+    """tanh (float32): an odd polynomial near zero, where the formula with exp would cancel; that formula elsewhere."""
     square = x * x
     small = x + x * square * _horner(square, _TANH)
     large = _f32(1.0) - _f32(2.0) / (exp(x + x) + _f32(1.0))
@@ -93,7 +93,7 @@ def tanh(x: tirx.Expr) -> tirx.Expr:
 
 
 def erf(x: tirx.Expr) -> tirx.Expr:
-    """The error function for float32: an odd polynomial for |x| < 1, else 1 - erfc(|x|) with the sign of x."""
+    """The error function for float32: an odd polynomial for |x| < 1, otherwise 1 - erfc(|x|) with the sign of x."""
     small = x * _horner(x * x, _ERF)
     a = T.min(T.abs(x), _f32(4.0))
     t = _f32(1.0) / (_f32(1.0) + _f32(0.47) * a)

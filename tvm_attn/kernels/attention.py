@@ -1,8 +1,8 @@
 """What prefill and decode attention share: the mask, the float64 reference, random operands.
 
 Keys and values are read from the KV cache, (S, 2, H, P, D), in their storage dtype; scores, softmax and sums are
-float32. What lies in the cache beyond a sequence's length may be anything: masked scores are replaced before the
-exponential, and values beyond the length are never read into a sum.
+float32. The cache may hold anything beyond a sequence's length: masked scores are replaced before the exponential, and
+values beyond the length are never read into a sum.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from tvm_attn.storage import numpy_dtype
 
-# Below every score that float32 can reach in practice, and far enough from its limit that differences stay finite.
+# Below every score that occurs in practice, and far enough from float32's limit that differences stay finite.
 MASKED = -1.0e30
 
 OVERFLOWING = 16.0
@@ -26,30 +26,30 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) ->
 
 
 def attend_heads(q: np.ndarray, cache: np.ndarray, scale: float) -> np.ndarray:
-    """The same for all heads of a row: q (H, D), cache (2, H, T, D) -> (H * D,)."""
+    """`attend` for all heads of a row: q (H, D), cache (2, H, T, D) -> (H * D,)."""
     return np.concatenate([attend(q[h], cache[0, h], cache[1, h], scale) for h in range(len(q))])
 
 
 def random_queries(shape: tuple[int, int, int], dtype: str, magnitude: float) -> np.ndarray:
-    """Queries (rows, H, D), normally distributed with that standard deviation."""
+    """Queries (rows, H, D), normally distributed with standard deviation `magnitude`."""
     q = np.random.default_rng(1).standard_normal(shape, dtype=np.float32) * np.float32(magnitude)
     return q.astype(numpy_dtype(dtype))
 
 
 def random_cache(shape: tuple[int, int, int, int, int], dtype: str, magnitude: float) -> np.ndarray:
-    """A cache (S, 2, H, P, D) of normally distributed numbers of that standard deviation."""
+    """A cache (S, 2, H, P, D), normally distributed with standard deviation `magnitude`."""
     rng = np.random.default_rng(0)
     cache = rng.standard_normal(shape, dtype=np.float32) * np.float32(magnitude)
     return cache.astype(numpy_dtype(dtype))
 
 
 def forget(cache: np.ndarray, slot: int, length: int) -> None:
-    """Fills what lies beyond a sequence's length with NaN: it must not matter."""
+    """Fills a slot with NaN beyond a sequence's length: it must not matter."""
     cache[slot, :, :, length:] = np.nan
 
 
 def error_bound(magnitude: float) -> float:
-    """Bound on the normalised mean squared error of attention over such a cache, computed in float32.
+    """Bound on the normalised mean squared error of float32 attention over a `random_cache` of this magnitude.
 
     At magnitude 256 a score is of order 1e5, and float32 resolves it to about 1e-2.
     """

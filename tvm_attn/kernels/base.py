@@ -1,8 +1,8 @@
 """The protocol that every kernel meets.
 
 A kernel is a frozen dataclass of its static sizes and dtypes. It says what is computed, does the same thing in NumPy
-float64, and lists the cases that tests and benchmarks share. How it is computed is up to the templates of each device
-class (`tvm_attn.kernels.template`): tiles, vector widths and instructions are theirs, and no field here is about them.
+float64, and lists the cases that tests and benchmarks share. How it is computed is up to each device class's templates
+(`tvm_attn.kernels.template`): they choose tiles, vector widths and instructions, and no field here describes those.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from tvm import ir, tirx
 
 ROUNDED = {"float32": 0.0, "float16": 2.0**-22, "bfloat16": 2.0**-16}
-"""Normalised mean squared error of rounding to a dtype, at most: half a unit in the last place of 24, 11 or 8 bits,
-squared. Results in float32 are bounded by the order of their sums instead."""
+"""Bound on the normalised mean squared error of rounding to a dtype: the square of half a unit in the last place of 24,
+11 or 8 bits. The error of float32 results depends on the order of their sums instead."""
 
 
 TENSOR_CORE_DTYPES = ("float16", "bfloat16")
-"""Dtypes of activations that tensor cores multiply with float32 sums; everywhere else activations are float32."""
+"""Activation dtypes that tensor cores multiply with float32 sums; everywhere else activations are float32."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Case:
     """One input of a kernel, for tests and benchmarks.
 
     Attributes:
-        kernel: the kernel, its static sizes filled in.
+        kernel: the kernel with its static sizes.
         name: what is special about the input, e.g. `"full context"`.
         inputs: arrays in the order of the function's parameters, outputs excluded.
-        outputs: arrays of the outputs' shapes and dtypes; where `in_place` names an input, that input is an output.
+        outputs: arrays with the outputs' shapes and dtypes, without the inputs that `in_place` names.
         expected: float64 results, one per output (the in-place inputs first).
         in_place: indices of the inputs that the kernel updates.
         nmse: bound on the normalised mean squared error, ``sum((x - y)**2) / sum(y**2)``, of each output.
@@ -62,7 +62,7 @@ class Kernel(Protocol):
 
 
 def shape_of(kernel: Any) -> dict[str, Any]:
-    """A kernel's family and static sizes as a plain dictionary, which keys the tuned records."""
+    """A kernel's family and static sizes as a plain dictionary, the key of its tuned records."""
     return {"family": kernel.family} | {field.name: getattr(kernel, field.name) for field in fields(kernel)}
 
 
@@ -83,12 +83,12 @@ def label(kernel: Any) -> str:
 
 
 def row_groups(groups: int | None) -> int | tirx.Var:
-    """The number of row groups of a TensorIR function: the static one, or a symbolic "g" where that is None."""
+    """The number of row groups of a TensorIR function: `groups`, or a symbolic "g" if that is None."""
     return tirx.Var("g", "int32") if groups is None else groups
 
 
 def without_unused(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """The function less the parameters that were never matched with a buffer.
+    """The function without the parameters that were never matched with a buffer.
 
     TVMScript's signatures are fixed; a kernel with optional operands declares them all.
     """

@@ -1,4 +1,4 @@
-"""Causal attention of one token a row over the KV cache: Flash-Decoding (Dao et al., 2023)."""
+"""Causal attention of one token per row over the KV cache: Flash-Decoding (Dao et al., 2023)."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tvm_attn.storage import numpy_dtype
 
 @dataclass(frozen=True)
 class DecodeAttention:
-    """Attention of one query a row over its slot, up to and including its own position.
+    """Attention of one query per row over its slot, up to and including its own position.
 
     Parameters of the function: q (g, R, E) activations; cache (S, 2, H, P, D) dtype; slots (g, R) int32; positions
-    (g, R) int32, of the row's token, whose key and value are written; o (g, R, E) activations. A row whose position is
-    -1 is padding and gets zeros.
+    (g, R) int32, each row's position, whose key and value are already in the cache; o (g, R, E) activations. A row
+    whose position is -1 is padding and gets zeros.
 
     Attributes:
         heads: H.
         head_dim: D.
         context: P, the positions of a cache slot.
         rows: R, the rows of a group.
-        dtype: of the cache.
-        scale: what scores are multiplied with, positive.
+        dtype: dtype of the cache.
+        scale: factor of the scores, positive.
         groups: a static number of row groups, or None for a symbolic one.
         activations: dtype of q and o.
     """
@@ -75,7 +75,7 @@ class DecodeAttention:
 
 
 def _case(kernel: DecodeAttention, name: str, positions: tuple[int, ...], magnitude: float = 1.0) -> Case:
-    """One row a position, in slots in another order than rows; the rest of the last group is padding."""
+    """One row per position, with slots in another order than rows; the rest of the last group is padding."""
     heads, head_dim, rows = kernel.heads, kernel.head_dim, kernel.rows
     groups = -(-len(positions) // rows)
     q = random_queries((groups * rows, heads, head_dim), kernel.activations, magnitude)
@@ -98,5 +98,5 @@ def _case(kernel: DecodeAttention, name: str, positions: tuple[int, ...], magnit
 
 
 def random_case(kernel: DecodeAttention, positions: tuple[int, ...]) -> Case:
-    """A case of one row a position with random operands, of the sizes that a search measures."""
+    """A case of one row per position with random operands, of a size that a search measures."""
     return _case(kernel, f"{len(positions)} rows", positions)

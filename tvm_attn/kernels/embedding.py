@@ -18,7 +18,7 @@ from tvm_attn.storage import numpy_dtype
 class Embedding:
     """x = wte[token_ids] + wpe[positions]; padding rows (position -1) read position 0.
 
-    The token table is the packed weight of the tied head, with K = E and N = V, so that it is in memory once.
+    The token table is the packed weight of the tied head, with K = E and N = V, so it is in memory only once.
 
     Parameters of the function: token_ids (g, R) int32, positions (g, R) int32, wte (one or two tensors, see
     `tvm_attn.kernels.weights`), wpe (P, E) dtype, x (g, R, E) float32.
@@ -33,7 +33,7 @@ class Embedding:
     columns: int
     weights: str
     dtype: str
-    """Of wpe."""
+    """Dtype of wpe."""
     groups: int | None = None
 
     @staticmethod
@@ -72,7 +72,7 @@ def _embedding_case(kernel: Embedding, groups: int, name: str) -> Case:
 
 @dataclass(frozen=True)
 class GatherRows:
-    """y = x[indices]: the rows whose logits are wanted, e.g. the last one of each prompt.
+    """y = x[indices]: the rows whose logits are wanted, e.g. the last row of each prompt.
 
     Parameters of the function: x (g, R, E) float32, indices (q, R) int32 into the g * R rows, y (q, R, E) float32.
     """

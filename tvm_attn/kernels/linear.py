@@ -1,18 +1,18 @@
 """Linear layers: packed weights, and a fused epilogue.
 
 Four kernels that differ in their epilogue: `Linear` (bias, activation), `ResidualLinear` (bias, residual), `QKVLinear`
-(bias, split, cache write) and `Head` (none). Each takes its weight in any format of `tvm_attn.kernels.weights`, and its
-input x as that format and the dtype of activations want it:
+(bias, split, cache write) and `Head` (none). Each takes its weight in any format of `tvm_attn.kernels.weights`. The
+form of the input x follows from that format and the dtype of activations:
 
 | activations | weights | x | products |
 |---|---|---|---|
 | float32 | float32, float16, bfloat16 | x (g, R, K) float32 | float32 multiply and add |
-| float32 | bfloat16_pairs | pairs (g, R, K/2) int32, see `PackPairs` | two bfloat16 products a step, float32 sum |
+| float32 | bfloat16_pairs | pairs (g, R, K/2) int32, see `PackPairs` | two bfloat16 products per step, float32 sum |
 | float32 | int8, int4 | words, scales and corrections, see `QuantizeRows` | four 8-bit products, int32 sum in a group |
 | float16, bfloat16 | the same dtype, int8, int4 | x (g, R, K) of that dtype | on tensor cores, float32 sum |
 
-Sums over groups and everything after them are float32. With `epsilon`, x is the float32 residual stream followed by
-gamma (K,) and beta (K,) float32: LayerNorm comes first, and its result has the dtype of activations.
+Sums over groups and everything after them are float32. With `epsilon`, LayerNorm comes first: x is then the float32
+residual stream followed by gamma (K,) and beta (K,) float32, and LayerNorm's result has the dtype of activations.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class LinearKernel:
         in_features: K.
         out_features: N.
         rows: R, the rows of a group.
-        columns: C, the columns of a weight strip; 1 on tensor cores, which want each output's inputs side by side.
+        columns: C, the columns of a weight strip; 1 on tensor cores, which need each output's inputs side by side.
         weights: format of the weight.
         groups: a static number of row groups, or None for a symbolic one.
-        activations: dtype of x, and of y where it is not added to the residual stream.
-        epsilon: where given, LayerNorm with this epsilon comes first.
-        max_groups: upper bound of a symbolic number of row groups, where one is known.
+        activations: dtype of x, and of y unless it is added to the residual stream.
+        epsilon: epsilon of a LayerNorm that comes first; None for no LayerNorm.
+        max_groups: upper bound of a symbolic number of row groups, if one is known.
     """
 
     in_features: int
@@ -73,7 +73,7 @@ class LinearKernel:
 
     @property
     def weight_types(self) -> list[tuple[tuple[int, int, int], str]]:
-        """Shape and dtype of the weight's tensors: the weight, and its scales where it is quantized."""
+        """Shape and dtype of the weight's tensors: the weight, and its scales if it is quantized."""
         return packed_types(self.weights, self.in_features, self.out_features, self.columns)
 
     @property
@@ -144,7 +144,7 @@ class ResidualLinear(LinearKernel):
 
 @dataclass(frozen=True)
 class Head(LinearKernel):
-    """logits = x W, without bias; columns past the vocabulary hold what padding gives, zero in plain formats.
+    """logits = x W, without bias; columns past the vocabulary come from padded weights: zero in plain formats.
 
     Parameters of the function: x (one or three tensors), w (one or two), logits (g, R, ceil(V/C) * C) float32.
     """
@@ -168,8 +168,8 @@ class Head(LinearKernel):
 class QKVLinear(LinearKernel):
     """The fused projection of queries, keys and values: q = (x W + b)[:E]; keys and values go into the KV cache.
 
-    N = 3 E = 3 H D. Row (g, R) writes its key and value at `positions` of slot `slots`; a row whose position is -1 is
-    padding and writes none.
+    N = 3 E = 3 H D. Each row writes its key and value at its position in its slot; a row whose position is -1 is
+    padding and writes nothing.
 
     Parameters of the function: x (one or three tensors), w (one or two), b (N,) float32, slots (g, R) int32,
     positions (g, R) int32, cache (S, 2, H, P, D) cache_dtype, updated in place, q (g, R, E) activations.
@@ -207,14 +207,14 @@ FORMATS = ("float32", "float16", "bfloat16", "bfloat16_pairs", "int8", "int4")
 
 
 def _tensor_core_formats() -> Iterator[dict[str, Any]]:
-    """The dtypes of every linear layer that tensor cores compute."""
+    """The dtypes of the linear layers that tensor cores compute."""
     for dtype in TENSOR_CORE_DTYPES:
         for weights in (dtype, "int8", "int4"):
             yield {"weights": weights, "activations": dtype}
 
 
 def _one_group(kind: type[LinearKernel], k: int, n: int, **more: Any) -> Iterator[Case]:
-    """Cases of one static group on tensor cores: of one row and of eight, with LayerNorm first and without."""
+    """Cases of one static group on tensor cores: one row and eight, with and without a LayerNorm first."""
     for rows in (1, 8):
         for epsilon in (None, 1e-5):
             kernel = kind(k, n, rows, 1, groups=1, epsilon=epsilon, **more)
@@ -222,7 +222,7 @@ def _one_group(kind: type[LinearKernel], k: int, n: int, **more: Any) -> Iterato
 
 
 def _inputs(kernel: LinearKernel, x: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """x as the kernel takes it, and what enters the product, float64 (rows, K)."""
+    """x in the kernel's form, and the values that enter the product, float64 (rows, K)."""
     k = kernel.in_features
     if kernel.epsilon is not None:
         gamma, beta = np.random.default_rng(3).standard_normal((2, k), dtype=np.float32)
@@ -239,7 +239,7 @@ def _inputs(kernel: LinearKernel, x: np.ndarray) -> tuple[tuple[np.ndarray, ...]
 
 
 def _weight(kernel: LinearKernel, weight: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """A float32 weight (K, N) packed, and the values that this stands for, float64."""
+    """A float32 weight (K, N) packed, and the values that the packed weight represents, float64."""
     if kernel.weights in PLAIN:
         stored = weight.astype(numpy_dtype(kernel.weights))
         return (pack(stored, kernel.columns),), stored.astype(np.float64)
@@ -252,18 +252,18 @@ def _weight(kernel: LinearKernel, weight: np.ndarray) -> tuple[tuple[np.ndarray,
 
 
 def _bound(kernel: LinearKernel) -> float:
-    """NMSE: that of what is rounded; of float32 sums where nothing is."""
+    """Bound on the NMSE: that of rounding, or of float32 sums if nothing is rounded."""
     if isinstance(kernel, QKVLinear):
         return max(1e-12, ROUNDED[kernel.cache_dtype])
     if kernel.activations == "float32":
         return 1e-12
     if kernel.output_dtype == "float32" and not kernel.is_quantized and kernel.epsilon is None:
-        return 1e-10  # the order of sums is the hardware's
+        return 1e-10  # the hardware chooses the order of sums
     return ROUNDED[kernel.activations]
 
 
 def _case(kernel: Any, groups: int, name: str, scale: float = 1.0) -> Case:
-    """A case with random operands; the expected result is float64 on the values that the formats can hold."""
+    """A case with random operands; the expected result is float64 on the values as the formats hold them."""
     rng = np.random.default_rng(0)
     k, n, rows = kernel.in_features, kernel.out_features, groups * kernel.rows
     given_x = rng.standard_normal((groups, kernel.rows, k), dtype=np.float32) * np.float32(scale)
@@ -288,11 +288,11 @@ def _case(kernel: Any, groups: int, name: str, scale: float = 1.0) -> Case:
 
 
 def _qkv_case(kernel: QKVLinear, name: str, inputs: tuple[np.ndarray, ...], product: np.ndarray) -> Case:
-    """`inputs` are the operands up to the bias, `product` is x W + b, float64 (rows, N)."""
+    """A case from `inputs`, the operands up to the bias, and `product`, x W + b in float64 (rows, N)."""
     rng = np.random.default_rng(2)
     rows, width, cache_slots = len(product), kernel.out_features // 3, 3
     head_dim = width // kernel.heads
-    # Every row its own (slot, position); the last row is padding where there is more than one.
+    # Every row has its own (slot, position); if there are several, the last one is padding.
     count = min(max(rows - 1, 1), cache_slots * kernel.context)
     slots = np.zeros(rows, np.int32)
     positions = np.full(rows, -1, np.int32)

@@ -1,7 +1,7 @@
 """LayerNorm (Ba et al., 2016, arXiv:1607.06450) over the last dimension, in float32.
 
-The variance is the mean of squared distances from the mean, which does not cancel as E[x^2] - E[x]^2 does. The residual
-sum before it is the epilogue of `ResidualLinear`.
+The variance is the mean of squared distances from the mean, which does not cancel as E[x^2] - E[x]^2 does. The
+residual sum that precedes LayerNorm is the epilogue of `ResidualLinear`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LayerNorm:
 
     Attributes:
         width: E.
-        epsilon: what is added to the variance.
+        epsilon: added to the variance.
         rows: R, the rows of a group.
         groups: a static number of row groups, or None for a symbolic one.
         activations: dtype of y.

@@ -20,25 +20,26 @@ from tvm_attn.kernels.base import ROUNDED, Case
 from tvm_attn.storage import numpy_dtype
 
 ROUNDED_PROBABILITIES = 2.0**-18
-"""Bound on the normalised mean squared error where each probability is rounded to bfloat16, by 2**-9 at most."""
+"""Bound on the normalised mean squared error if each probability is rounded to bfloat16, by 2**-9 at most."""
 
 
 @dataclass(frozen=True)
 class PrefillAttention:
     """Causal attention of all rows of several sequences, packed one after the other.
 
-    Parameters of the function: q (g, R, E) activations; cache (S, 2, H, P, D) dtype; sequences (b, 4) int32, one row a
+    Parameters of the function: q (g, R, E) activations; cache (S, 2, H, P, D) dtype; sequences (b, 4) int32, one row
+    per
     sequence: slot, first row of the flattened (g * R) rows, number of rows, position of the first row; o (g, R, E)
-    activations. Row i of a sequence attends to the positions 0 .. first position + i of its slot, which must be
-    written. Rows that belong to no sequence are left as they are.
+    activations. Row i of a sequence attends to positions 0 .. first position + i of its slot, which must have been
+    written. Rows that belong to no sequence are left unchanged.
 
     Attributes:
         heads: H.
         head_dim: D.
         context: P, the positions of a cache slot.
         rows: R, the rows of a group.
-        dtype: of the cache.
-        scale: what scores are multiplied with, positive.
+        dtype: dtype of the cache.
+        scale: factor of the scores, positive.
         activations: dtype of q and o.
     """
 
@@ -84,7 +85,7 @@ class PrefillAttention:
 def _case(
     kernel: PrefillAttention, name: str, sequences: tuple[tuple[int, int, int], ...], magnitude: float = 1.0
 ) -> Case:
-    """`sequences`: slot, number of rows, first position of each.
+    """A case of some sequences, each given by its slot, number of rows and first position.
 
     Queries of rows that belong to no sequence are NaN, and their outputs are expected to stay zero.
     """
@@ -92,10 +93,10 @@ def _case(
     count = sum(length for _, length, _ in sequences)
     groups = -(-count // rows)
     if kernel.activations != "float32":
-        # The probabilities are rounded before they are multiplied with values, and the result is.
+        # The probabilities are rounded before they are multiplied with values, and so is the result.
         bound = 2 * ROUNDED[kernel.activations]
     elif kernel.dtype == "bfloat16":
-        # Dot products may take queries and probabilities in bfloat16: these queries exactly, the probabilities rounded.
+        # Dot products may use bfloat16 for queries, which are exact in it, and for probabilities, which are rounded.
         bound = max(error_bound(magnitude), ROUNDED_PROBABILITIES)
     else:
         bound = error_bound(magnitude)

@@ -1,6 +1,6 @@
-"""Activations as the dot product instructions want them: bfloat16 pairs, or 8-bit integers with a scale a group.
+"""Activations in the form of the dot product instructions: bfloat16 pairs, or 8-bit integers with a scale per group.
 
-The row order inside a word is that of the packed weights; `tvm_attn.kernels.weights` defines it.
+The order of rows inside a word is that of the packed weights (`tvm_attn.kernels.weights`).
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def pair_words(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class QuantizeRows:
-    """Activations as signed bytes, symmetric, with a scale for every group of G = 32: x = scale * q, q in -127..127.
+    """Quantizes activations to signed bytes, symmetric, with a scale per group of G = 32: x = scale * q, q in
+    -127..127.
 
     Parameters of the function: x (g, R, K) float32, words (g, R, K/4) int32 with 4 bytes each, scales (g, R, K/G)
-    float32, corrections (g, R, K/G) float32: scale * offset * sum(q), what the weights' offset adds to a dot product.
+    float32, corrections (g, R, K/G) float32: scale * offset * sum(q), which the weights' offset adds to a dot product.
     """
 
     family: ClassVar[str] = "quantize_rows"

@@ -1,4 +1,4 @@
-"""Greedy sampling: the index of the largest logit of each row, alone or as the end of a decode step."""
+"""Greedy sampling: the index of the largest logit of each row, by itself or at the end of a decode step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Advance:
     """token_ids = argmax(logits[:, :, :V]), and positions + 1, of the rows whose position is not -1.
 
     The lowest index wins a tie, as in NumPy; a row with a NaN becomes token -1. A padding row (position -1) becomes
-    token 0, and its logits are not looked at.
+    token 0, and its logits are not read.
 
     Parameters of the function: logits (g, R, N) float32 with N >= V columns; token_ids (g, R) int32 and positions
     (g, R) int32, both updated in place.
@@ -94,7 +94,7 @@ class Advance:
 
 
 def _random_logits(kernel: Argmax | Advance, groups: int, rng: np.random.Generator) -> np.ndarray:
-    """What lies in the padding must not matter, and of equal maxima the first one wins."""
+    """Logits with large values in the padding, which must not matter, and equal maxima, of which the first wins."""
     logits = rng.standard_normal((groups, kernel.rows, kernel.columns), dtype=np.float32)
     logits[..., kernel.vocabulary :] = 1e9
     logits[0, 0, [kernel.vocabulary - 1, kernel.vocabulary // 2]] = 100.0

@@ -12,10 +12,10 @@ from tvm_attn.kernels.base import Kernel
 
 
 class Chooser(Protocol):
-    """Takes a template's decisions."""
+    """Makes a template's decisions."""
 
     def __call__(self, name: str, candidates: Sequence[int], default: int) -> int:
-        """One of `candidates` for the decision `name`; `default` (a candidate) where nothing is known."""
+        """One of `candidates` for the decision `name`; `default`, a candidate too, if nothing is known."""
         ...
 
 
@@ -27,8 +27,8 @@ class Template:
         name: e.g. "cpu.matmul"; with `version` it keys tuned records.
         version: raised when the meaning of a decision changes, which retires the records made before.
         families: the kernel families that it computes.
-        apply: builds the kernel's scheduled function for a target; the chooser takes its decisions.
-        activations: dtypes of activations that it takes; a kernel without such a field counts as float32.
+        apply: builds the kernel's scheduled function for a target; the chooser makes the decisions.
+        activations: activation dtypes that it accepts; a kernel without such a field counts as float32.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Template:
     activations: tuple[str, ...] = ("float32",)
 
     def takes(self, kernel: Kernel) -> bool:
-        """Whether it computes a kernel."""
+        """Whether this template computes a kernel."""
         return kernel.family in self.families and activations_of(kernel) in self.activations
 
 

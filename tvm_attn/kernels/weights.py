@@ -1,8 +1,8 @@
-"""How weights lie in memory: canonical in an artifact, packed for the inner loop on a device.
+"""The layout of weights in memory: canonical in an artifact, packed for the inner loop on a device.
 
 Every packed format is cut into strips of C columns, so that the inner loop reads C neighbours with unit stride.
 
-| format | canonical (K, N) | packed | what a word holds |
+| format | canonical (K, N) | packed | contents of a word |
 |---|---|---|---|
 | float32, float16, bfloat16 | the dtype | (N/C, K, C) of the dtype | - |
 | bfloat16_pairs | bfloat16 | (N/C, K/2, C) int32 | rows p and p + K/2: one step of a bfloat16 dot product |
@@ -10,8 +10,8 @@ Every packed format is cut into strips of C columns, so that the inner loop read
 | int4 | uint8 (K/2, N), scales as above | (N/C, K/8, C) int32, scales as above | 8 rows of a group, as nibbles |
 
 G = 32 rows share a scale; quantization is symmetric, ``weight = scale * q`` with q in -127..127 or -7..7. Bytes hold
-q + 128 and nibbles q + 8, because the dot product instructions multiply unsigned by signed bytes. Word p of a group has
-row ``8 j + p`` in byte j; of two nibbles of a byte the low one belongs to word p, the high one to word p + 4.
+q + 128 and nibbles q + 8, because the dot product instructions multiply unsigned by signed bytes. Byte j of word p of a
+group is row ``8 j + p``; the low nibble of a byte belongs to word p, the high one to word p + 4.
 Embedding tables are stored (N, K), "transposed", with their scales (N, K/G).
 """
 
@@ -29,7 +29,7 @@ from tvm_attn.storage import GROUP, numpy_dtype
 
 PLAIN = ("float32", "float16", "bfloat16")
 OFFSETS = {"int8": 128, "int4": 8}
-"""What is added to a quantized weight to make it unsigned."""
+"""Added to a quantized weight to make it unsigned."""
 _ROWS_PER_WORD = {"bfloat16_pairs": 2, "int8": 4, "int4": 8}
 
 
@@ -69,14 +69,14 @@ def pack_words(weight: np.ndarray, weights: str, columns: int) -> np.ndarray:
     return np.ascontiguousarray(words).reshape(count, -1, columns).view(np.int32)
 
 
-# ---- kernels, which run once, when an artifact is loaded ----
+# ---- kernels; they run once, when an artifact is loaded ----
 
 
 @dataclass(frozen=True)
 class PackPlain:
     """(K, N) -> (ceil(N/C), K, C), zeros past N.
 
-    Parameters of the function: weight (K, N) dtype, or (N, K) where `transposed`, packed (ceil(N/C), K, C) dtype.
+    Parameters of the function: weight (K, N) dtype, or (N, K) if `transposed`, packed (ceil(N/C), K, C) dtype.
     """
 
     family: ClassVar[str] = "pack_plain"
@@ -103,10 +103,10 @@ class PackPlain:
 
 @dataclass(frozen=True)
 class PackWords:
-    """Canonical bfloat16, int8 or int4 weights as packed int32 words; zeros past N.
+    """Packs canonical bfloat16, int8 or int4 weights into int32 words; zeros past N.
 
-    Parameters of the function: weight (K, N) bfloat16, (K, N) int8 or (K/2, N) uint8, or its transpose where
-    `transposed`; packed as `packed_types` says.
+    Parameters of the function: weight (K, N) bfloat16, (K, N) int8 or (K/2, N) uint8, or its transpose if
+    `transposed`; packed, with the shape and dtype that `packed_types` gives.
     """
 
     family: ClassVar[str] = "pack_words"

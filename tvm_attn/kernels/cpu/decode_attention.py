@@ -1,4 +1,4 @@
-"""Decode attention on processors: the keys of a row are split into chunks that are independent work, and merged."""
+"""Decode attention on processors: a row's keys are split into chunks that run independently; the results are merged."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class DecodeTiles:
     """The sizes of `decode_attention`.
 
     Attributes:
-        key_chunk: keys of one piece of work.
-        key_block: keys whose scores are one vector, a divisor of `key_chunk`.
-        lanes: partial sums of a dot product kept side by side, a divisor of D.
-        prefetch: whether values are fetched while keys are read, and the next head's keys while values are: a head's
-            run of either is too short for the hardware to fetch ahead.
+        key_chunk: keys of one task.
+        key_block: keys whose scores form one vector, a divisor of `key_chunk`.
+        lanes: partial sums of a dot product, a divisor of D.
+        prefetch: whether values are fetched while keys are read, and the next head's keys while values are read. The
+            keys or values of one head are too short a run for the hardware's prefetcher.
     """
 
     key_chunk: int
@@ -39,7 +39,7 @@ class DecodeTiles:
 
 
 def _sum_of_lanes(vector: tirx.Buffer, lanes: int) -> tirx.Expr:
-    """The sum of a buffer of a power of two of elements, in pairs: a chain of additions would wait for each."""
+    """The sum of `lanes` elements, a power of two, in pairs: in a chain each addition would wait for the one before."""
     total = vector[tirx.Ramp(0, 1, lanes)] if lanes > 1 else vector[0]
     while lanes > 1:
         lanes //= 2
@@ -51,7 +51,7 @@ def _sum_of_lanes(vector: tirx.Buffer, lanes: int) -> tirx.Expr:
 def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFunc:
     """Blocks "chunk" and "merge".
 
-    A chunk's scores are kept until all of them are known, so that there is one maximum and nothing to rescale.
+    A chunk's scores are kept until all are known, so there is one maximum and nothing to rescale.
     """
     heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
     width, scale, g = heads * head_dim, kernel.scale, row_groups(kernel.groups)
@@ -95,7 +95,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                 )
                 T.writes(outputs[vg, vr, vh, vk, 0:head_dim], maxima[vg, vr, vh, vk], totals[vg, vr, vh, vk])
                 scores = T.sblock_alloc_buffer((key_chunk,), "float32", scope="local")
-                # As many of them as a block has keys; added up at the end.
+                # One maximum and one sum for each key of a block; merged at the end.
                 maxima_of_lanes = T.sblock_alloc_buffer((key_block,), "float32", scope="local")
                 totals_of_lanes = T.sblock_alloc_buffer((key_block,), "float32", scope="local")
                 maximum = T.sblock_alloc_buffer((1,), "float32", scope="local")
@@ -104,7 +104,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                 slot: T.let[T.int32] = slots[vg, vr]
                 first: T.let[T.int32] = vk * key_chunk
                 count: T.let[T.int32] = T.max(T.min(positions[vg, vr] + 1 - first, key_chunk), 0)
-                # Nothing reads what belongs to a chunk without keys.
+                # Nothing reads the results of a chunk without keys.
                 if count > 0:
                     for j in range(key_block):
                         with T.sblock("init_maxima"):
@@ -125,7 +125,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                                             vd, vl = T.axis.remap("RS", [d, lane])
                                             with T.init():
                                                 partial[vl] = T.float32(0.0)
-                                            # The last block of the last positions would read past the slot.
+                                            # At the end of the context a block would read past the slot.
                                             partial[vl] = partial[vl] + q[
                                                 vg, vr, vh * head_dim + vd * lanes + vl
                                             ] * T.Cast(
@@ -236,7 +236,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                 for d in range(head_dim):
                     with T.sblock("store"):
                         vd = T.axis.spatial(head_dim, d)
-                        # A padding row has seen no key: 0 / 1 instead of 0 / 0.
+                        # A padding row sees no key: compute 0 / 1 instead of 0 / 0.
                         o[vg, vr, vh * head_dim + vd] = output[vd] / T.Select(
                             positions[vg, vr] >= 0, total[0], T.float32(1.0)
                         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from tvm_attn.targets import CpuTarget
 
 DOT_BFLOAT16, DOT_INT8 = "tvm_attn_dot_bfloat16", "tvm_attn_dot_int8"
-"""Functions (acc, x word, w words) -> acc over a vector of columns; the names end in their number, e.g. "_16"."""
+"""Functions (acc, x word, w words) -> acc over a vector of columns; a name ends in the number of columns: "_16"."""
 
-# One dot product step for 16 columns, as LLVM IR: TVM's own calls of these intrinsics fail LLVM's checks, because they
-# give bfloat16 and packed bytes other types than LLVM expects. linkonce_odr: every kernel of a module imports them.
+# One dot product step for 16 columns, as LLVM IR: TVM's own calls of these intrinsics fail LLVM's checks, because their
+# types for bfloat16 and packed bytes are not those LLVM expects. linkonce_odr: every kernel of a module imports them.
 DOT_STEPS = {
     DOT_BFLOAT16: """
 define linkonce_odr <16 x float> @tvm_attn_dot_bfloat16_16(<16 x float> %acc, i32 %x, <16 x i32> %w) alwaysinline {
@@ -34,7 +34,7 @@ declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8
 """,
 }
 _FEATURES = {DOT_BFLOAT16: "avx512_bf16", DOT_INT8: "avx512_vnni"}
-# The same for 32 columns. One step for a whole strip reads its weights in the order in which they lie in memory.
+# The same for 32 columns. One step for a whole strip reads its weights in memory order.
 _PAIR = """
 define linkonce_odr <32 x TYPE> @NAME_32(<32 x TYPE> %acc, i32 %x, <32 x i32> %w) alwaysinline {
   %acc0 = shufflevector <32 x TYPE> %acc, <32 x TYPE> poison, <16 x i32> LOW
@@ -50,7 +50,7 @@ define linkonce_odr <32 x TYPE> @NAME_32(<32 x TYPE> %acc, i32 %x, <32 x i32> %w
 
 
 def dot_pair(name: str) -> str:
-    """The step for 32 columns, which needs that for 16 beside it."""
+    """LLVM IR of the step for 32 columns, together with the step for 16 that it calls."""
 
     def mask(lanes: range) -> str:
         return "<" + ", ".join(f"i32 {lane}" for lane in lanes) + ">"

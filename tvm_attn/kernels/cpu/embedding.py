@@ -1,4 +1,4 @@
-"""Embedding and the choice of rows on processors."""
+"""Embedding and row gather on processors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Linear layers on processors.
 
-Vector width and cache size come from the target; the rest are decisions.
+Vector width and cache size come from the target; everything else is a decision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tvm_attn.targets import CpuTarget
 
 
 def _dot_step(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tuple[int, str | None, str | None]:
-    """Columns of a step, and name and LLVM IR of its dot product where the target has an instruction."""
+    """The columns of a step, and the name and LLVM IR of its dot product (None without such an instruction)."""
     if kernel.weights in PLAIN:
         return 1, None, None
     name = DOT_BFLOAT16 if kernel.weights == "bfloat16_pairs" else DOT_INT8
@@ -34,8 +34,8 @@ def _dot_step(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tuple
 def _matmul(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
     """Register tiles of R x C accumulators over whole columns of K.
 
-    A task is one weight strip times a block of row groups that, K wide, fits half of the level-2 cache; the strip then
-    stays there as well. The groups of a block are the only loop with a bound that is not known, and it is outside.
+    A task is one weight strip times a block of row groups. The block, K wide, fits half of the level-2 cache, so that
+    the strip stays there too. Only the loop over a block's groups has an unknown bound, and it is the outer one.
     """
     lanes, dot, dot_step = _dot_step(kernel, target, choose)
     plain = kernel.weights in PLAIN or kernel.weights == "bfloat16_pairs"
@@ -43,7 +43,7 @@ def _matmul(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tirx.Pr
     schedule = s_tir.Schedule(linear(kernel, lanes, dot), enable_check=False)
     matmul, epilogue = schedule.get_child_blocks(schedule.get_sblock("root"))
     group, strip, row, column = schedule.get_loops(epilogue)
-    # powers of two, so that the block borders are the same for every kernel of a model
+    # Powers of two, so that all kernels of a model have the same block borders.
     fitting = max(1, target.l2_bytes // 2 // (kernel.rows * kernel.in_features * 4))
     default = min(32, 1 << (fitting.bit_length() - 1))
     block = choose("group_block", (1, 2, 4, 8, 16, 32), default) if kernel.groups is None else 1
@@ -51,7 +51,7 @@ def _matmul(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tirx.Pr
     schedule.reorder(outer, strip, group, row, column)
     task = schedule.fuse(outer, strip)
     schedule.parallel(task)
-    # Where there is one row, the hardware keeps up by itself, except with int4 (benchmarks/README.md).
+    # With one row, the hardware's prefetcher keeps up, except with int4 (benchmarks/README.md).
     default = 16384 if kernel.rows > 1 or kernel.weights == "int4" else 0
     ahead = choose("prefetch_bytes", (0, 4096, 8192, 16384, 32768), default)
     has_tiles = kernel.groups is None
@@ -76,7 +76,7 @@ def _matmul(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tirx.Pr
         schedule.annotate(innermost, AHEAD, max(1, ahead // row_bytes))
     if has_tiles:
         schedule.annotate(group, TILES, 1)
-    # Plain formats vectorise the columns; the others hold vector statements.
+    # In plain formats the columns are vectorised; the others already have vector statements.
     spread = schedule.vectorize if kernel.weights in PLAIN else schedule.unroll
     spread(column)
     schedule.unroll(row)

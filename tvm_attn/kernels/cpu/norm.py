@@ -13,7 +13,7 @@ from tvm_attn.targets import CpuTarget
 
 
 def _layer_norm(kernel: LayerNorm, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """Both sums are kept in one vector of partial sums, which is added up at the end of the row."""
+    """Each sum is a vector of partial sums that are added up at the end of the row."""
     schedule = s_tir.Schedule(layer_norm(kernel), enable_check=False)
     lanes = largest_power(kernel.width, target.lanes)
     normalize = schedule.get_sblock("normalize")

@@ -14,13 +14,13 @@ from tvm_attn.kernels.attention import MASKED
 
 @dataclass(frozen=True)
 class PrefillTiles:
-    """The sizes of the loops.
+    """The tile sizes of the loops.
 
     Attributes:
-        queries: queries of a tile; they lie along the vector.
+        queries: queries of a tile, the vectorised dimension.
         key_block: keys between two updates of the running maximum.
-        key_tile: keys whose scores are in registers together, a divisor of `key_block`.
-        dim_tile: output dimensions that are in registers together, a divisor of D.
+        key_tile: keys whose scores are in registers at the same time, a divisor of `key_block`.
+        dim_tile: output dimensions that are in registers at the same time, a divisor of D.
     """
 
     queries: int
@@ -30,13 +30,14 @@ class PrefillTiles:
 
 
 def softmax_step(key_block: int, query_tile: int) -> Any:
-    """A TVMScript macro (scores, maximum, previous, total, first_key, first) that takes in another block of keys.
+    """A TVMScript macro (scores, maximum, previous, total, first_key, first) that adds a block of keys to the softmax.
 
-    Scores (key_block, query_tile) of keys past a query's position are masked. Then `scores` are exponentials over the
-    new `maximum`, `total` is their sum over all blocks, and `previous` is what sums over earlier blocks have to be
-    multiplied by; these three are (query_tile,). `first_key` and `first` are positions, of the first key and query.
+    Scores (key_block, query_tile) of keys past a query's position are masked. Afterwards `scores` holds the
+    exponentials of their distances to the new `maximum`, `total` their sum over all blocks, and `previous` the factor
+    for sums over earlier blocks; the last three are (query_tile,). `first_key` and `first` are the positions of the
+    first key and query.
 
-    Every function needs a macro of its own: TVM renames the blocks of one that is used again.
+    Every function needs its own macro: TVM renames the blocks of a macro that is used again.
     """
 
     @T.inline

@@ -1,13 +1,13 @@
 """Software prefetch in matrix multiplications, for which there is no schedule primitive.
 
-A register tile of several rows keeps a core busy for so long that its own loads and stores are not issued early enough
-to cover the latency of memory (benchmarks/README.md):
+A register tile of several rows keeps a core busy for so long that its loads and stores are issued too late to cover
+the latency of memory (benchmarks/README.md):
 
 - 8 rows of float32 read weights at 19 GB/s without prefetch and at 26 GB/s with it, one row at 27 GB/s;
-- with many rows, a core waits at the end of each tile for the lines that the tile's results are stored to.
+- with many rows, a core waits at the end of each tile for the cache lines of the tile's results.
 
-Weights are fetched into the level-2 cache: waiting for memory, they would hold the few buffers for misses of the first
-level, where they would also displace the rows of x.
+Weights are fetched into the level-2 cache: fetches into level 1 would occupy its few miss buffers while they wait for
+memory, and displace the rows of x.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tvm_ffi.structural import structural_map, structural_walk
 from tvm_attn.storage import numpy_dtype
 
 AHEAD = "tvm_attn.prefetch_ahead"
-"""On a loop over K of a block "matmul": the rows of the weight that lie between what is fetched and what is used."""
+"""Annotation of the loop over K of a block "matmul": how many rows of the weight to fetch ahead of those in use."""
 TILES = "tvm_attn.prefetch_tiles"
-"""On the loop over the groups of a block: what the epilogue of a tile stores to, and the residual that it reads, are
+"""Annotation of the loop over the groups of a block: a tile's results, and the residual that its epilogue reads, are
 fetched before the tile is computed."""
 
 PREFETCH, PREFETCH_TO_WRITE = "tvm_attn_prefetch", "tvm_attn_prefetch_to_write"
-"""Functions of an address: its cache line is wanted in the second level, or in the first to be written."""
+"""Functions of an address: fetch its cache line into level 2, or into level 1 for writing."""
 
 PREFETCH_LLVM = """
 define linkonce_odr i32 @tvm_attn_prefetch(ptr %address) alwaysinline {
@@ -40,8 +40,8 @@ define linkonce_odr i32 @tvm_attn_prefetch_to_write(ptr %address) alwaysinline {
 }
 declare void @llvm.prefetch.p0(ptr nocapture readonly, i32 immarg, i32 immarg, i32 immarg)
 """
-"""The functions, which a kernel with prefetches imports. TVM's own call could touch any memory as far as LLVM knows, so
-that accumulators would be stored at every step."""
+"""LLVM IR of these functions, which a kernel with prefetches imports. As far as LLVM knows, TVM's own call could touch
+any memory, and accumulators would be stored at every step."""
 
 _LINE_BYTES = 64
 _LINE_FLOATS = _LINE_BYTES // 4
@@ -52,15 +52,15 @@ def insert_prefetches(
 ) -> tirx.PrimFunc:
     """Adds prefetches to the loops that carry an annotation of this module.
 
-    Past the end of a strip lies the next one; past the end of the weight it is an address that nothing reads, which a
-    prefetch may have.
+    Prefetches past the end of a strip fetch the next one. Past the end of the weight they name memory that nothing
+    reads, which is allowed.
 
     Args:
         function: its blocks "matmul" and "epilogue" have the iterators (group, strip, row, column, ...); the last one
             of "matmul" is the step of K.
         weight: the parameter (strips, rows, C).
         rows_per_step: rows of the weight that a step of K takes.
-        residual: the parameter (groups, R, N) that the epilogue adds, if there is one.
+        residual: the parameter (groups, R, N) that the epilogue adds, if any.
     """
     columns = int(weight.ty.shape[2])
     per_line = _LINE_BYTES // numpy_dtype(str(weight.ty.dtype)).itemsize
@@ -80,7 +80,7 @@ def insert_prefetches(
         group, strip, *_ = _first_indices("epilogue", loop.body)
         count = tirx.min(loop.extent, function.params[0].ty.shape[0] - _substitute(group, {loop.loop_var: 0}))
         results = _results(_block("epilogue", loop.body), group, strip, columns, residual)
-        # The loop may run past the last group, where there is nothing to fetch.
+        # The loop may run past the last group: there is nothing to fetch then.
         return _with_body(
             loop, TILES, [tirx.IfThenElse(loop.loop_var < count, tirx.SeqStmt([*results, loop.body]), None)]
         )
@@ -92,7 +92,7 @@ def insert_prefetches(
 def _results(
     epilogue: s_tir.SBlockRealize, group: Any, strip: Any, columns: int, residual: ir.Var | None
 ) -> list[tirx.Stmt]:
-    """Fetches what the epilogue of a tile stores to, and what it reads of the residual: each line once."""
+    """Fetches the lines that a tile's epilogue stores to, and those of the residual that it reads, each once."""
 
     def fetch(store: tirx.BufferStore) -> tirx.Stmt:
         fetches = [_fetch(store.buffer[tuple(store.indices)], PREFETCH_TO_WRITE)]
@@ -117,7 +117,7 @@ def _with_body(loop: tirx.For, done: str, statements: list[tirx.Stmt]) -> tirx.F
 
 
 def _block(name: str, body: tirx.Stmt) -> s_tir.SBlockRealize:
-    """The first block of that name in a statement."""
+    """The first block called `name` in a statement."""
     found: list[s_tir.SBlockRealize] = []
 
     def visit(realize: s_tir.SBlockRealize) -> None:
@@ -129,7 +129,7 @@ def _block(name: str, body: tirx.Stmt) -> s_tir.SBlockRealize:
 
 
 def _first_indices(name: str, body: tirx.Stmt) -> list[Any]:
-    """The values of a block's iterators where the loops of the statement begin."""
+    """The values of a block's iterators in the first iteration of the statement's loops."""
     starts: dict[ir.Var, int] = {}
     structural_walk(body, (tirx.For, lambda loop: starts.update({loop.loop_var: 0})))
     return [_substitute(value, starts) for value in _block(name, body).iter_values]

@@ -1,8 +1,8 @@
 """Prefill attention on processors: FlashAttention-2's loop (Dao, 2023, arXiv:2307.08691).
 
 A tile of queries walks over blocks of keys with a running maximum and sum, and stops at the diagonal. Everything in the
-tile is transposed, so that queries lie along the vector: scores are (keys, queries), the output is (D, queries), and
-maximum, sum and rescaling are element by element, with no reduction across a vector.
+tile is transposed, so that the vectors run along the queries: scores are (keys, queries), the output is (D, queries),
+and maximum, sum and rescaling work element by element, with no reduction across a vector.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                 )
                 T.writes(o[0:g, 0:rows, vh * head_dim : vh * head_dim + head_dim])
                 query = T.sblock_alloc_buffer((head_dim, query_tile), "float32", scope="local")
-                # Keys, then values, where they are not float32: converted once, not for every tile.
+                # Keys, then values, if they are not float32: converted once, not for every tile.
                 converted = T.sblock_alloc_buffer((key_block, head_dim), "float32", scope="local")
                 scores = T.sblock_alloc_buffer((key_block, query_tile), "float32", scope="local")
                 output = T.sblock_alloc_buffer((head_dim, query_tile), "float32", scope="local")
@@ -60,7 +60,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                 slot: T.let[T.int32] = sequences[vb, 0]
                 first_row: T.let[T.int32] = sequences[vb, 1]
                 length: T.let[T.int32] = sequences[vb, 2]
-                # Position of the tile's first query, and one past the last position that its last query sees.
+                # The position of the tile's first query, and one past the last position that its last query sees.
                 first: T.let[T.int32] = sequences[vb, 3] + vt * query_tile
                 visible: T.let[T.int32] = sequences[vb, 3] + T.min(length, vt * query_tile + query_tile)
                 if vt * query_tile < length:
@@ -79,7 +79,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                             vd, vi = T.axis.remap("SS", [d, i])
                             output[vd, vi] = T.float32(0.0)
                     for block in range((visible + key_block - 1) // key_block):
-                        # The last block of the last positions would read past the slot.
+                        # At the end of the context a block would read past the slot.
                         with T.sblock("key_block"):
                             vk = T.axis.opaque((visible + key_block - 1) // key_block, block)
                             if converts:
@@ -173,8 +173,8 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
 
 
 def _prefill_attention(kernel: PrefillAttention, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """A task is one tile of queries of one head; two vectors of queries and eight keys (or dimensions) fill the
-    registers."""
+    """A task is one tile of queries of one head; by default two vectors of queries by eight keys (or dimensions) fill
+    the registers."""
     query_tile = 2 * target.lanes
     key_tile = choose("key_tile", (4, 8), 8 if target.tile_columns >= 16 else 4)
     dim_tile = largest_power(kernel.head_dim, choose("dim_tile", (4, 8), 8 if target.tile_columns >= 16 else 4))

@@ -1,9 +1,9 @@
 """The loop of prefill attention with bfloat16 dot products, for a bfloat16 cache.
 
 Queries, keys, values and the probabilities of a block are rounded to bfloat16 and go through dot products of pairs
-(`DOT_BFLOAT16`), which add up in float32; maximum, exponential and sum stay float32. As in `PackPairs`, the first half
-is paired with the second half: dimension p with p + D/2 for scores, key j of a block with j + B/2 for the output. The
-pairs are then made element by element, with no shuffle inside a vector.
+(`DOT_BFLOAT16`) with float32 sums; maximum, exponential and sum stay float32. As in `PackPairs`, the first half is
+paired with the second half: dimension p with p + D/2 for scores, key j of a block with j + B/2 for the output. Pairs
+are thus made element by element, with no shuffle inside a vector.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tvm_attn.kernels.prefill_attention import PrefillAttention
 from tvm_attn.kernels.unscheduled.quant import rounded_pair
 
 LANES = 16
-"""Queries of a dot product step."""
+"""Queries per dot product step."""
 
 
 def _stored_pair(low: tirx.Expr, high: tirx.Expr) -> tirx.Expr:
-    """Two bfloat16 values as they are stored, in one word."""
+    """One word of two bfloat16 values, given as stored."""
     low_bits, high_bits = (T.Cast("int32", T.reinterpret("uint16", value)) for value in (low, high))
     return low_bits | (high_bits << T.int32(16))
 
@@ -70,7 +70,7 @@ def prefill_attention_bfloat16(kernel: PrefillAttention, tiles: PrefillTiles) ->
                 slot: T.let[T.int32] = sequences[vb, 0]
                 first_row: T.let[T.int32] = sequences[vb, 1]
                 length: T.let[T.int32] = sequences[vb, 2]
-                # Position of the tile's first query, and one past the last position that its last query sees.
+                # The position of the tile's first query, and one past the last position that its last query sees.
                 first: T.let[T.int32] = sequences[vb, 3] + vt * query_tile
                 visible: T.let[T.int32] = sequences[vb, 3] + T.min(length, vt * query_tile + query_tile)
                 if vt * query_tile < length:
@@ -97,7 +97,7 @@ def prefill_attention_bfloat16(kernel: PrefillAttention, tiles: PrefillTiles) ->
                             for j, d in T.grid(key_block, half_dim):
                                 with T.sblock("load_keys"):
                                     vj, vd = T.axis.remap("SS", [j, d])
-                                    # The last block of the last positions would read past the slot.
+                                    # At the end of the context a block would read past the slot.
                                     keys[vj, vd] = _stored_pair(
                                         cache[slot, 0, vh, T.min(vk * key_block + vj, context - 1), vd],
                                         cache[slot, 0, vh, T.min(vk * key_block + vj, context - 1), half_dim + vd],
@@ -134,7 +134,7 @@ def prefill_attention_bfloat16(kernel: PrefillAttention, tiles: PrefillTiles) ->
                             for j, d in T.grid(half_block, head_dim):
                                 with T.sblock("load_values"):
                                     vj, vd = T.axis.remap("SS", [j, d])
-                                    # What lies beyond the last visible position may be NaN.
+                                    # The cache beyond the last visible position may hold NaN.
                                     values[vj, vd] = _stored_pair(
                                         cache[slot, 1, vh, T.min(vk * key_block + vj, context - 1), vd],
                                         cache[slot, 1, vh, T.min(vk * key_block + half_block + vj, context - 1), vd],

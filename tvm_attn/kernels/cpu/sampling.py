@@ -1,4 +1,4 @@
-"""Greedy sampling on processors: every lane keeps the maximum of its columns and where it was."""
+"""Greedy sampling on processors: every lane keeps the maximum of its columns and its index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def argmax(kernel: Argmax, lanes: int) -> tirx.PrimFunc:
 
     Args:
         kernel: the sizes.
-        lanes: a divisor of N; lane l looks at the columns that are l modulo `lanes`.
+        lanes: number of lanes, a divisor of N; lane l looks at columns l, l + `lanes`, ...
     """
     vocabulary, columns, rows = kernel.vocabulary, kernel.columns, kernel.rows
     g = row_groups(kernel.groups)
@@ -42,7 +42,7 @@ def argmax(kernel: Argmax, lanes: int) -> tirx.PrimFunc:
                 for step, lane in T.grid(columns // lanes, lanes):
                     with T.sblock("lane_max"):
                         vs, vl = T.axis.remap("RS", [step, lane])
-                        # Strictly greater: the first of equal values stays. A NaN is kept once it is seen.
+                        # Strictly greater, so the first of equal values stays. A NaN, once seen, stays.
                         better = T.meta_var(
                             tirx.all(
                                 vs * lanes + vl < vocabulary,

@@ -15,7 +15,7 @@ def _pack(kernel: PackPlain | PackWords, target: CpuTarget, choose: Chooser) -> 
     schedule = s_tir.Schedule(function, enable_check=False)
     strip, row, column = schedule.get_loops(schedule.get_sblock("pack"))
     if kernel.transposed:
-        # Rows of the source run along K: a block of K keeps its cache lines between one column and the next.
+        # Rows of the source run along K: within a block of K, cache lines stay from one column to the next.
         block = choose("row_block", (8, 16, 32, 64), 16)
         outer, row = schedule.split(row, [None, block])
         schedule.reorder(strip, outer, column, row)

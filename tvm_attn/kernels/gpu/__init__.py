@@ -1,6 +1,6 @@
-"""The loops and templates of GPUs: Vulkan devices, and CUDA where it has no better ones; one file a family.
+"""The loops and templates of GPUs, one file per family: for Vulkan, and for CUDA if `cuda` has nothing better.
 
-What a device can do comes from its target: threads of a block, shared memory, width of a load, subgroups.
+The target says what a device can do: threads per block, shared memory, width of a load, subgroups.
 """
 
 from tvm_attn.kernels.gpu import (

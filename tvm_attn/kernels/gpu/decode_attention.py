@@ -1,7 +1,7 @@
 """Decode attention on GPUs: Flash-Decoding (Dao et al., 2023).
 
-A block of threads takes a chunk of the keys of one row and head, and a second kernel merges the chunks. Barriers are
-not written here: TVM puts them where shared memory needs one.
+A block of threads takes a chunk of the keys of one row and head, and a second kernel merges the chunks. TVM inserts
+the barriers that shared memory needs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class DecodeChunks:
     """The sizes of `decode_attention`, all powers of two.
 
     Attributes:
-        keys: keys of a block, a multiple of `PARTIALS`.
-        threads: threads of a block, at least `PARTIALS`.
+        keys: keys per block, a multiple of `PARTIALS`.
+        threads: threads per block, at least `PARTIALS`.
         key_threads: threads that share the dot product of a key.
         lanes: the widest vector of a load, in elements.
     """
@@ -51,7 +51,7 @@ def decode_attention(kernel: DecodeAttention, chunks: DecodeChunks) -> tirx.Prim
     lanes = largest_power(head_dim, chunks.lanes)
     vectors = head_dim // lanes
     pass_keys, key_vectors, stride = threads // key_threads, -(-vectors // key_threads), key_threads + 1
-    # Threads along the output's vectors; the others split the keys.
+    # Some threads split the output's vectors, the others the keys.
     across = min(threads, 1 << (vectors - 1).bit_length())
     splits, thread_vectors = threads // across, -(-vectors // across)
     count = -(-context // keys)
@@ -96,7 +96,8 @@ def decode_attention(kernel: DecodeAttention, chunks: DecodeChunks) -> tirx.Prim
                             T.writes(
                                 outputs[vg, vr, vh, vk, 0:head_dim], maxima[vg, vr, vh, vk], totals[vg, vr, vh, vk]
                             )
-                            # Rows one longer than needed, so that those of neighbouring threads lie in other banks.
+                            # Rows are one element longer than needed, so that neighbouring threads read different
+                            # banks.
                             partial = T.sblock_alloc_buffer((keys * stride,), "float32", scope="shared")
                             scores = T.sblock_alloc_buffer((keys,), "float32", scope="shared")
                             maximum_part = T.sblock_alloc_buffer((PARTIALS,), "float32", scope="shared")
@@ -217,7 +218,7 @@ def decode_attention(kernel: DecodeAttention, chunks: DecodeChunks) -> tirx.Prim
                                     weight[0] = exp(maxima[vg, vr, vh, k] - maximum[0])
                                     total[0] = total[0] + weight[0] * totals[vg, vr, vh, k]
                                     output[0] = output[0] + weight[0] * outputs[vg, vr, vh, k, step * merge_threads + t]
-                                # A padding row has seen no key: 0 / 1 instead of 0 / 0.
+                                # A padding row sees no key: compute 0 / 1 instead of 0 / 0.
                                 o[vg, vr, vh * head_dim + step * merge_threads + t] = output[0] / T.Select(
                                     positions[vg, vr] >= 0, total[0], T.float32(1.0)
                                 )

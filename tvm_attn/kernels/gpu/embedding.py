@@ -1,4 +1,4 @@
-"""Embedding and the choice of rows on GPUs."""
+"""Embedding and row gather on GPUs."""
 
 from __future__ import annotations
 

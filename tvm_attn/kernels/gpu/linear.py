@@ -1,9 +1,9 @@
 """Linear layers on GPUs; `linear_matrix` has the loops for their matrix units.
 
-A linear layer has two loop structures; where the number of rows is unknown, both of them and a branch on the host. For
-many rows, a block of threads computes a tile of rows by columns: tiles of x and of the weight go through shared memory,
-and every thread keeps a small tile of sums in registers (Volkov and Demmel, 2008). For few rows, where the time is that
-of reading the weight, a block takes a few columns, its threads split K, and their sums meet in shared memory once.
+A linear layer has two loop structures; if the number of rows is unknown, it has both and a branch on the host. For many
+rows, a block of threads computes a tile of rows by columns: tiles of x and of the weight go through shared memory, and
+every thread keeps a small tile of sums in registers (Volkov and Demmel, 2008). With few rows, the time goes into
+reading the weight: a block takes a few columns, its threads split K, and shared memory is used once, to add their sums.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tvm_attn.storage import numpy_dtype
 from tvm_attn.targets import GpuTarget
 
 _TILE_COLUMNS = 64
-"""Columns of a block of threads in `_tiled`, where strips are no wider."""
+"""Columns of a block of threads in `_tiled`, unless strips are wider."""
 
 
 def _linear(kernel: LinearKernel, target: GpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """A linear layer of any format of weights."""
+    """A linear layer with weights of any format."""
     if kernel.weights not in PLAIN:
         return _one_sum_a_thread(kernel, target, choose)
     function = linear(kernel)
     if kernel.rows == 1 and kernel.groups == 1:
         return _split_features(kernel, function, target, choose)
-    # Groups of matrices are larger: their rows are then as many as those of two groups of register tiles.
+    # A group for matrices has the rows of two groups of register tiles.
     has_matrices = linear_matrix.fits(kernel, target)
     few_groups = choose("few_groups", (0, 1, 2, 4), 1 if has_matrices else 2)
     if kernel.groups is not None:
@@ -41,7 +41,7 @@ def _linear(kernel: LinearKernel, target: GpuTarget, choose: Chooser) -> tirx.Pr
     if not few_groups:
         return tiled
     split = _split_features(kernel, function, target, choose)
-    # Schedules of one function share its parameters. The call tells TVM that all threads take the same side.
+    # Schedules of one function share its parameters. The call tells TVM that all threads take the same branch.
     groups = function.params[0].ty.shape[0]
     few = tirx.call_intrin("bool", "tirx.tvm_thread_invariant", groups <= few_groups)
     return tirx.PrimFunc(tiled.params, tirx.IfThenElse(few, split.body, tiled.body), tiled.ret_type, tiled.attrs)
@@ -58,7 +58,7 @@ def _tiled(kernel: LinearKernel, function: tirx.PrimFunc, target: GpuTarget, cho
     thread_columns = largest_power(columns, choose("thread_columns", (2, 4, 8), 4))
     thread_rows = largest_power(rows, choose("thread_rows", (1, 2, 4, 8), 4))
     tile_rows, tile_columns = group_block * rows, strips * columns
-    # All are powers of two, and a thread has something to fetch of each tile: loops without predicates.
+    # All are powers of two, and every thread fetches a part of each tile, so loops need no predicates.
     across = tile_columns // thread_columns
     most = min(target.max_threads, k_tile * min(tile_rows, tile_columns))
     down = min(tile_rows // thread_rows, most // across)
@@ -111,7 +111,7 @@ def _tiled(kernel: LinearKernel, function: tirx.PrimFunc, target: GpuTarget, cho
 
 
 def _split_features(kernel: LinearKernel, function: tirx.PrimFunc, target: GpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """Few rows: a block takes some columns of a strip for one group of rows, and its threads split K."""
+    """Few rows: a block takes some columns of a strip for one row group, and its threads split K."""
     schedule = s_tir.Schedule(function)
     total, epilogue = schedule.get_child_blocks(schedule.get_sblock("root"))
     features, rows, columns = kernel.in_features, kernel.rows, kernel.columns
@@ -119,7 +119,7 @@ def _split_features(kernel: LinearKernel, function: tirx.PrimFunc, target: GpuTa
     vector = largest_power(columns, choose("vector", (1, 2, 4, 8), min(4, target.vector_bytes // weight_bytes)))
     across = largest_power(columns // vector, choose("column_threads", (2, 4, 8, 16), 8))
     block_columns = vector * across
-    # All partial sums of a block lie in shared memory together.
+    # All partial sums of a block are in shared memory at the same time.
     fitting = target.shared_bytes // (4 * rows * block_columns)
     parts = largest_power(features, 1 << (min(fitting, target.max_threads // across).bit_length() - 1))
     unroll = largest_power(features // parts, choose("k_unroll", (1, 2, 4, 8), 4))
@@ -142,7 +142,7 @@ def _split_features(kernel: LinearKernel, function: tirx.PrimFunc, target: GpuTa
     schedule.reverse_compute_at(epilogue, output)
     schedule.compute_at(shared, block_x, preserve_unit_loops=True)
     schedule.compute_at(partial, block_x, preserve_unit_loops=True)
-    # Only now: the predicate that this split brings must hold for the epilogue, and for nothing before it.
+    # Not earlier: the predicate that this split adds must apply to the epilogue only.
     _, output_y, output_x = schedule.split(output, [None, parts, across])
     _bind(schedule, {"threadIdx.y": output_y, "threadIdx.x": output_x})
 
@@ -166,7 +166,7 @@ def _split_features(kernel: LinearKernel, function: tirx.PrimFunc, target: GpuTa
 
 
 def _one_sum_a_thread(kernel: LinearKernel, target: GpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """Weights in words: a thread unpacks and multiplies a column for one row, with neighbours on the next columns."""
+    """Weights in words: a thread unpacks and multiplies one column for one row; its neighbours take the next ones."""
     schedule = s_tir.Schedule(linear(kernel), enable_check=False)
     matmul, epilogue = schedule.get_child_blocks(schedule.get_sblock("root"))
     threads = choose("threads", (32, 64, 128, 256), min(128, target.max_threads))

@@ -1,12 +1,12 @@
 """Float16 linear layers on GPUs with matrix units: KHR cooperative matrices on Vulkan.
 
 A block of subgroups computes a tile of rows by columns. Tiles of x, rounded to float16, and of the weight go through
-shared memory; every subgroup keeps some of the tile's fragments in registers and multiplies them with float32 sums. The
-sums go through shared memory to the epilogue, since which thread holds which element of a fragment is unspecified.
+shared memory; every subgroup computes some of the tile's fragments, with float32 sums in registers. The sums go through
+shared memory to the epilogue, because it is unspecified which thread holds which element of a fragment.
 
-Rounding x costs a relative 2**-11 an element at most, and x beyond 65504 becomes infinite; the plain template rounds
-nothing. These kernels are validated, and run on a software renderer with their matrix calls emulated; with matrix
-instructions they have never run on a device.
+Rounding x changes an element by a relative 2**-11 at most, and x beyond 65504 becomes infinite; the plain template
+rounds nothing. These kernels are validated, and tested on a software renderer with their matrix calls emulated; they
+have never run on a device with matrix instructions.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tvm_attn.kernels.linear import LinearKernel
 from tvm_attn.kernels.template import Chooser
 from tvm_attn.targets import GpuTarget
 
-# Rows of tiles in shared memory are a little longer than a power of two, or else their columns would share banks. They
-# begin at multiples of 16 bytes, as Vulkan asks of what a cooperative matrix is loaded from and stored to.
+# Rows of tiles in shared memory are a little longer than a power of two, or their columns would share banks. They begin
+# at multiples of 16 bytes, which Vulkan requires for loading and storing a cooperative matrix.
 _ALIGN, _PAD_BYTES = 16, 16
 
 
 def fits(kernel: LinearKernel, target: GpuTarget) -> bool:
-    """Whether this template computes a linear layer: the target has matrices, and groups and strips are whole ones."""
+    """Whether this template computes a linear layer: the target has matrices, and they divide groups and strips."""
     if target.matrix is None or target.subgroup is None or kernel.weights != "float16" or kernel.groups is not None:
         return False
     m, n, _ = target.matrix
@@ -104,7 +104,7 @@ def tiled(kernel: LinearKernel, function: tirx.PrimFunc, target: GpuTarget, choo
 
 
 def _tile(kernel: LinearKernel, target: GpuTarget, choose: Chooser) -> tuple[int, int, int]:
-    """Row groups and strips of a block and features of a step, of what shared memory allows."""
+    """The row groups and strips of a block and the features of a step, chosen from what shared memory allows."""
     assert target.matrix is not None
     k_step = target.matrix[2]
     group_blocks = _group_blocks(kernel, target)
@@ -122,25 +122,25 @@ def _tile(kernel: LinearKernel, target: GpuTarget, choose: Chooser) -> tuple[int
 
 
 def _parts(blocks: int, fragments: int, most: int) -> tuple[int, int]:
-    """Into how many parts the subgroups divide the row groups or strips of a tile, and the fragments of each."""
+    """How many parts the subgroups divide a tile's row groups or strips into, and how many the fragments of each."""
     outer = largest_power(blocks, most)
     return outer, largest_power(fragments, most // outer)
 
 
 def _group_blocks(kernel: LinearKernel, target: GpuTarget) -> list[int]:
-    """How many row groups of a block shared memory allows beside one strip."""
+    """The numbers of row groups per block for which shared memory has room, together with one strip."""
     assert target.matrix is not None
     columns, k = kernel.columns, target.matrix[2]
     return [n for n in (1, 2, 4, 8) if _shared_bytes(n * kernel.rows, columns, k) <= target.shared_bytes]
 
 
 def _shared_bytes(rows: int, columns: int, k: int) -> int:
-    """Shared memory of a block: float16 tiles of x and of the weight, float32 sums."""
+    """Bytes of shared memory of a block: float16 tiles of x and of the weight, float32 sums."""
     return rows * (2 * k + _PAD_BYTES) + k * (2 * columns + _PAD_BYTES) + rows * (4 * columns + _PAD_BYTES)
 
 
 def _share(schedule: s_tir.Schedule, loops: list[Any], threads: tuple[int, int], vector: int) -> None:
-    """Gives the elements that some loops visit to the threads of a block, `vector` neighbours at a time."""
+    """Divides the elements that some loops visit among the threads of a block, `vector` neighbours at a time."""
     _, y, x, lane = schedule.split(schedule.fuse(*loops), [None, *threads, vector])
     schedule.bind(y, "threadIdx.y")
     schedule.bind(x, "threadIdx.x")
@@ -149,15 +149,15 @@ def _share(schedule: s_tir.Schedule, loops: list[Any], threads: tuple[int, int],
 
 
 def _tensorize(schedule: s_tir.Schedule, blocks: dict[str, Any], target: GpuTarget) -> None:
-    """Replaces each block's loops over the elements of a fragment by its intrinsic, and unrolls those around it."""
+    """Replaces each block's loops over the elements of a fragment with its intrinsic; unrolls the loops around it."""
     assert target.matrix is not None
     names = intrinsics(*target.matrix)
     for operation, block in blocks.items():
         loops = schedule.get_loops(block)
         elements = len(loops) - (3 if operation == "multiply" else 2)
         schedule.tensorize(loops[elements], names[operation])
-        # A fragment is told from others, and lies in registers, only where its index is a constant. The outer loops are
-        # those of blocks and subgroups, and for operands that over tiles of K.
+        # A fragment can be in registers only if its index is a constant. The outer loops are those over blocks and
+        # subgroups, and for operands the one over tiles of K.
         for loop in loops[3 if operation in ("fill", "store") else 4 : elements]:
             if schedule.get(loop).kind == tirx.ForKind.SERIAL:
                 schedule.unroll(loop)

@@ -1,6 +1,6 @@
-"""Tensor intrinsics for float16 matrices with float32 sums, in TVM's matrix calls, for `linear_matrix`.
+"""Tensor intrinsics for float16 matrices with float32 sums, written with TVM's matrix calls, for `linear_matrix`.
 
-The code generators of CUDA and of `tvm_attn.vulkan` know these calls. TVM has such intrinsics, too, in a module that
+The code generators of CUDA and of `tvm_attn.vulkan` know these calls. TVM has such intrinsics too, in a module that
 takes half a minute to import.
 """
 
@@ -30,7 +30,7 @@ def intrinsics(m: int, n: int, k: int) -> dict[str, str]:
 
 
 def _at(fragment: Any, stride: Any, sizes: tuple[int, int]) -> Any:
-    """The index of the fragment that a region of fragments begins with: TVM counts them in rows of the buffer."""
+    """The index of the first fragment in a region of fragments: TVM counts them in rows of the buffer."""
     row = fragment.elem_offset // stride // sizes[0]
     return row * (stride // sizes[1]) + fragment.elem_offset % stride // sizes[1]
 
@@ -64,7 +64,7 @@ def _fill(m: int, n: int, k: int) -> tuple[tirx.PrimFunc, tirx.PrimFunc]:
 def _move(
     sizes: tuple[int, int, int], shape: tuple[int, int], dtype: str, source: str, target: str
 ) -> tuple[tirx.PrimFunc, tirx.PrimFunc]:
-    """Between shared memory and a fragment; the scopes say which is which."""
+    """Copies between shared memory and a fragment; the scopes say which is which."""
     (m, n, k), (rows, columns), loads = sizes, shape, source == "shared"
 
     def move(a: Any, a_row: Any, b: Any, b_row: Any) -> Any:

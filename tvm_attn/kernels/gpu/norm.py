@@ -1,5 +1,5 @@
-"""LayerNorm on GPUs. Reductions over the threads of a block are TVM's: through the registers of subgroups where
-the target has them, else through shared memory."""
+"""LayerNorm on GPUs. TVM implements the reductions over the threads of a block: through the registers of subgroups if
+the target has them, otherwise through shared memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tvm_attn.targets import GpuTarget
 
 
 def _layer_norm(kernel: LayerNorm, target: GpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """One block for a row; both sums are reductions over its threads.
+    """One block per row; both sums are reductions over its threads.
 
     With subgroups of s threads, the sums of up to s of them are added by the first, after one barrier.
     """

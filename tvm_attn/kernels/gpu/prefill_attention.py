@@ -1,8 +1,7 @@
 """Prefill attention on GPUs: FlashAttention-2's loop (Dao, 2023, arXiv:2307.08691).
 
 The tiles of queries, keys and values are in shared memory and the output in registers; tiles past the diagonal are
-skipped. Threads are numbered along one dimension. Barriers are not written here: TVM puts them where shared memory
-needs one.
+skipped. Threads are numbered along one dimension. TVM inserts the barriers that shared memory needs.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class PrefillTiles:
     """The sizes of `prefill_attention`, all powers of two.
 
     Attributes:
-        queries: queries of a block.
+        queries: queries per block.
         keys: keys in shared memory at a time.
         across: threads along keys and output dimensions, at most `keys`.
         down: threads along queries, at most `queries`; across * down is a multiple of `queries`.
@@ -40,11 +39,11 @@ class PrefillTiles:
     lanes: int
 
     def shared_bytes(self, head_dim: int) -> int:
-        """Shared memory of a block."""
+        """Bytes of shared memory of a block."""
         return 4 * sum(self._shared_floats(head_dim))
 
     def _shared_floats(self, head_dim: int) -> tuple[int, int, int, int]:
-        """Queries, keys or values, scores, and what a row's threads share."""
+        """Float32 numbers for queries, for keys or values, for scores, and for what a row's threads share."""
         width = head_dim + self.padding(head_dim)
         return (
             self.queries * width,
@@ -54,11 +53,11 @@ class PrefillTiles:
         )
 
     def vector(self, extent: int) -> int:
-        """Lanes of a load of rows of `extent` elements."""
+        """Lanes of a load from rows of `extent` elements."""
         return largest_power(extent, self.lanes)
 
     def padding(self, head_dim: int) -> int:
-        """What rows in shared memory are longer by, so that the rows that threads read lie in different banks."""
+        """Padding elements per row in shared memory, so that threads that read different rows read different banks."""
         return self.vector(head_dim)
 
 
@@ -96,7 +95,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                                 cache[0:cache_slots, 0:2, vh, 0:context, 0:head_dim],
                             )
                             T.writes(o[0:g, 0:rows, vh * head_dim : vh * head_dim + head_dim])
-                            # One dimension each: TVM would cut the padding off a row of a second one.
+                            # One-dimensional: with two dimensions TVM would cut off the padding.
                             query = T.sblock_alloc_buffer((queries * stride,), "float32", scope="shared")
                             # Keys, then values.
                             block_rows = T.sblock_alloc_buffer((keys * stride,), "float32", scope="shared")
@@ -114,12 +113,12 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                             largest = T.sblock_alloc_buffer((1,), "float32", scope="local")
                             total = T.sblock_alloc_buffer((1,), "float32", scope="local")
                             score = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                            # Scores, then weights, of this thread's part of a row.
+                            # This thread's part of a row: scores, then weights.
                             own = T.sblock_alloc_buffer((part_keys,), "float32", scope="local")
                             slot: T.let[T.int32] = sequences[vb, 0]
                             first_row: T.let[T.int32] = sequences[vb, 1] + vt * queries
                             count: T.let[T.int32] = T.min(sequences[vb, 2] - vt * queries, queries)
-                            # Position of the tile's first query, and one past the last that its last query sees.
+                            # The position of the tile's first query, and one past the last that its last query sees.
                             first: T.let[T.int32] = sequences[vb, 3] + vt * queries
                             visible: T.let[T.int32] = first + count
                             tx: T.let[T.int32] = t % across
@@ -146,7 +145,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                                     for i in range(-(-keys * vectors // threads)):
                                         at = T.meta_var(i * threads + t)
                                         if at < keys * vectors:
-                                            # The last block of the last positions would read past the slot.
+                                            # At the end of the context a block would read past the slot.
                                             place: T.let[T.int32] = T.min(block * keys + at // vectors, context - 1)
                                             for lane in T.vectorized(lanes):
                                                 block_rows[at // vectors * stride + at % vectors * lanes + lane] = (
@@ -198,7 +197,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                                         at = T.meta_var(i * threads + t)
                                         if at < keys * vectors:
                                             place: T.let[T.int32] = block * keys + at // vectors
-                                            # What lies past the sequence may be NaN, and a weight of zero keeps that.
+                                            # Past the sequence there may be NaN, which a weight of zero would keep.
                                             for lane in T.vectorized(lanes):
                                                 block_rows[at // vectors * stride + at % vectors * lanes + lane] = (
                                                     T.if_then_else(
@@ -224,7 +223,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                                                 ]
                                         for k in T.unroll(score_lanes):
                                             for c in T.unroll(thread_vectors):
-                                                # A thread past the last vector repeats it, and stores nothing.
+                                                # A thread past the last vector repeats it and stores nothing.
                                                 vector: T.let[T.int32] = T.min(tx + across * c, vectors - 1)
                                                 for i in T.unroll(thread_queries):
                                                     for lane in T.vectorized(lanes):
@@ -255,7 +254,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
     return prefill_attention
 
 
-# Queries, keys, threads across and down; see `PrefillTiles`. Records name them by index: new ones go to the end.
+# Queries, keys, threads across and down; see `PrefillTiles`. Records refer to them by index: add new ones at the end.
 _PREFILL_TILES = (
     (64, 32, 16, 16),
     (32, 32, 16, 8),
@@ -268,7 +267,7 @@ _PREFILL_TILES = (
 
 
 def _prefill_attention(kernel: PrefillAttention, target: GpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """The first tiles of `_PREFILL_TILES` that the device's threads and shared memory allow, or any of those after."""
+    """By default the first of `_PREFILL_TILES` that the device's threads and shared memory allow."""
     tiles = [PrefillTiles(*sizes, target.vector_bytes // 4) for sizes in _PREFILL_TILES]
     fitting = [
         index

@@ -18,7 +18,7 @@ def _pack_pairs(kernel: PackPairs, target: GpuTarget, choose: Chooser) -> tirx.P
 
 
 def _quantize_rows(kernel: QuantizeRows, target: GpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """One thread for a group of 32 elements."""
+    """One thread per group of 32 elements."""
     schedule = s_tir.Schedule(quantize_rows(kernel))
     elementwise(schedule, schedule.get_sblock("group"), target, choose)
     for name in ("largest", "words"):

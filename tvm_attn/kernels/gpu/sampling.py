@@ -15,7 +15,7 @@ from tvm_attn.targets import GpuTarget
 
 
 def _better(value: tirx.Expr, index: tirx.Expr, best: tirx.Expr, best_index: tirx.Expr) -> tirx.Expr:
-    """Whether a candidate beats the best so far: NaN before all, then the larger, then the one that comes first."""
+    """Whether a candidate beats the best so far: NaN beats everything, then the larger value, then the lower index."""
     first = index < best_index
     return tirx.any(
         tirx.all(tirx.isnan(value), tirx.any(tirx.Not(tirx.isnan(best)), first)),
@@ -28,8 +28,8 @@ def argmax(kernel: Argmax, threads: int, chunk: int) -> tirx.PrimFunc:
 
     Args:
         kernel: the sizes.
-        threads: threads of a block, a multiple of 16.
-        chunk: columns of a block.
+        threads: threads per block, a multiple of 16.
+        chunk: columns per block.
     """
     vocabulary, columns, rows, g = kernel.vocabulary, kernel.columns, kernel.rows, row_groups(kernel.groups)
     chunks = -(-vocabulary // chunk)
@@ -37,14 +37,14 @@ def argmax(kernel: Argmax, threads: int, chunk: int) -> tirx.PrimFunc:
 
     @T.inline
     def keep(best, best_index, value, index):
-        """The better of the best so far, in a register, and a candidate."""
+        """Replaces the best so far, in a register, if a candidate is better."""
         wins: T.let[T.bool] = _better(value, index, best[0], best_index[0])
         best_index[0] = T.Select(wins, index, best_index[0])
         best[0] = T.Select(wins, value, best[0])
 
     @T.inline
     def reduce_block(t, best, best_index, all_best, all_index, some_best, some_index):
-        """Leaves the best of all threads' candidates in the registers of thread 0."""
+        """Leaves the best candidate of all threads in the registers of thread 0."""
         all_best[t] = best[0]
         all_index[t] = best_index[0]
         if t < PARTIALS:

@@ -10,11 +10,11 @@ from tvm_attn.kernels.template import Chooser
 from tvm_attn.targets import GpuTarget
 
 PARTIALS = 16
-"""Threads that reduce a vector in shared memory to as many values, which one thread or every thread then reads."""
+"""Threads that reduce a vector in shared memory to one value each; one thread or every thread then reads those."""
 
 
 def elementwise(schedule: s_tir.Schedule, block: Any, target: GpuTarget, choose: Chooser, lanes: int = 1) -> None:
-    """One thread for `lanes` neighbouring elements of the last dimension."""
+    """One thread per `lanes` neighbouring elements of the last dimension."""
     threads = choose("threads", (32, 64, 128, 256), min(128, target.max_threads))
     *outer, last = schedule.get_loops(block)
     last, lane = schedule.split(last, [None, lanes])

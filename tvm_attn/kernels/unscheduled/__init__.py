@@ -1,1 +1,1 @@
-"""TensorIR without a schedule, from which the templates of processors and of GPUs both start, one file a family."""
+"""TensorIR without a schedule, from which the templates of both processors and GPUs start, one file per family."""

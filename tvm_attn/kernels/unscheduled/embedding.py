@@ -1,4 +1,4 @@
-"""Embedding and the choice of rows in TensorIR."""
+"""Embedding and row gather in TensorIR."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Linear layers in TensorIR: a register tile of R x C accumulators over packed weights, and a fused epilogue.
 
-Sums over groups and everything after them are float32. What these functions will not do: pad. C divides N
-(`strip_columns`), except for the head, whose output keeps the padded columns and whose readers know the vocabulary.
+Sums over groups and everything after them are float32. These functions do not pad: C divides N, except for the head,
+whose output keeps the padded columns and whose readers know the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tvm_attn.storage import GROUP
 def linear(kernel: LinearKernel, lanes: int = 1, dot: str | None = None) -> tirx.PrimFunc:
     """A linear layer with float32 activations: blocks "matmul" and "epilogue", in this order.
 
-    The function has the operands that the weight's format and the epilogue need; the others are dropped.
+    The function has only the operands that the weight's format and the epilogue need.
 
     Args:
         kernel: one of the linear kernels, without LayerNorm.
-        lanes: columns of one step of words, a divisor of C; plain formats do not use it.
-        dot: a function (acc, x word, w words) -> acc over `lanes` columns that the template imports, for one step of
-            words; None for shifts, masks and multiplications.
+        lanes: columns that one step over words computes, a divisor of C; plain formats do not use it.
+        dot: name of a function (acc, x word, w words) -> acc over `lanes` columns that the template imports, for one
+            step over words; None for shifts, masks and multiplications.
     """
     rows, columns, strips, k = kernel.rows, kernel.columns, kernel.strips, kernel.in_features
     n, g = strips * columns, row_groups(kernel.groups)
@@ -205,7 +205,7 @@ def _accumulate_quantized(kernel: LinearKernel, lanes: int, dot: str | None) -> 
 
 
 def _lanes(first: tirx.Expr | int, lanes: int) -> tirx.Expr | int:
-    """The indices of `lanes` neighbours; TVM has no vectors of one."""
+    """The indices of `lanes` neighbours; TVM has no vectors of one element."""
     return T.ramp(first, 1, lanes) if lanes > 1 else first
 
 

@@ -1,4 +1,4 @@
-"""LayerNorm in TensorIR: two passes over a row that is in cache."""
+"""LayerNorm in TensorIR: two passes over a row, the second from cache."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tvm_attn.storage import GROUP
 
 
 def _rounded_bits(value: tirx.Expr) -> tirx.Expr:
-    """The bfloat16 nearest to a float32 (ties to even), as the int32 that holds it in the high half."""
+    """The bfloat16 nearest to a float32 (ties to even), in the high half of an int32."""
     bits = T.reinterpret("int32", value)
     return bits + T.int32(0x7FFF) + ((bits >> T.int32(16)) & T.int32(1))
 

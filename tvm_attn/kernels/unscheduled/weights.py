@@ -1,4 +1,4 @@
-"""Packed weights in TensorIR: their elements, and the kernels that pack them."""
+"""Packed weights in TensorIR: reading their elements, and the kernels that pack them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tvm_attn.storage import GROUP
 
 
 def spread(value: tirx.Expr, lanes: int) -> tirx.Expr:
-    """A vector of a value; TVM has no vectors of one."""
+    """A vector that repeats a value; TVM has no vectors of one element."""
     return T.broadcast(value, lanes) if lanes > 1 else value
 
 
 def vector_type(dtype: str, lanes: int) -> str:
-    """TVM's name of a vector."""
+    """TVM's name of a vector type."""
     return f"{dtype}x{lanes}" if lanes > 1 else dtype
 
 
@@ -44,7 +44,7 @@ def element(
     if weights == "bfloat16_pairs":
         half = features // 2
         word = words[strip, row % half, column]
-        # No T.Select: TVM simplifies `row % half` by the condition inside each of its branches, and then reads both.
+        # Not T.Select: TVM simplifies `row % half` with the condition inside each branch, and then reads both.
         return high_half(word << (T.int32(16) - row // half * T.int32(16)))
     group, place = row // GROUP, row % GROUP
     byte, word_index = place // 8, place % 8
