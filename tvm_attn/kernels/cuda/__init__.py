@@ -1,6 +1,6 @@
-"""The loops and templates of NVIDIA GPUs with tensor cores (sm_80 and later), in TIRx and PTX; one file a family.
+"""The loops and templates of NVIDIA GPUs with tensor cores (sm_80 and later), in TIRx and PTX; one file per family.
 
-They take float16 and bfloat16 activations. Everything else has the loops that it has on any GPU.
+They take float16 and bfloat16 activations. Everything else uses the loops of `tvm_attn.kernels.gpu`.
 """
 
 from tvm_attn.kernels import gpu

@@ -1,4 +1,4 @@
-"""Sizes of a head of attention that tensor cores take."""
+"""Head sizes that the tensor-core attention kernels support."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.prefill_attention import PrefillAttention
 
 HEAD_DIMS = range(32, 129, 16)
-"""Whole steps of `mma.sync`, and registers for a row of the output."""
+"""Multiples of a step of `mma.sync`, small enough that a row of the output fits in registers."""
 
 
 def check_head(kernel: PrefillAttention | DecodeAttention) -> None:
-    """Refuses what the kernels do not take.
+    """Refuses kernels that are not supported.
 
     Raises:
-        ScheduleError: heads of another size, or a cache of another dtype than queries.
+        ScheduleError: the head size is not supported, or the cache and the queries have different dtypes.
     """
     if kernel.dtype != kernel.activations:
         dtypes = f"{kernel.activations} and {kernel.dtype}"

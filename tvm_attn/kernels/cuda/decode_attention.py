@@ -1,12 +1,12 @@
-"""Decode attention, at the speed of memory: Flash-Decoding (Dao et al., 2023) with float32 arithmetic.
+"""Decode attention at the speed of memory: Flash-Decoding (Dao et al., 2023) with float32 arithmetic.
 
-One query reads everything once, so there is nothing for tensor cores to do. A few neighbouring lanes share a key, 16
-bytes each at a time, and every such group of lanes has a softmax of its own over the keys that fall to it; nothing is
-exchanged inside the loop but the sum of a score. Groups merge through shuffles, warps through shared memory.
+One query reads everything once, so tensor cores would not help. A few neighbouring lanes share a key, 16 bytes each at
+a time, and every such group of lanes has its own softmax over its keys; inside the loop, lanes exchange only the sum of
+a score. Groups merge through shuffles, warps through shared memory.
 
-Where rows and heads are too few to fill the device, blocks split the keys of a row (`splits`) and pass their results on
+If rows and heads are too few to fill the device, blocks split the keys of a row (`splits`) and merge their results
 through a workspace. The number of blocks is static and positions are read on the device, so a launch can be replayed in
-a CUDA graph; blocks beyond what a row needs end at once.
+a CUDA graph; blocks that a row does not need end at once.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tvm_attn.kernels.template import Chooser, Template
 from tvm_attn.targets import CudaTarget
 
 _KEY_LANES = 8
-"""Most lanes that share a key: each more costs a shuffle, and fewer read from more rows at a time."""
+"""Most lanes that share a key. More lanes cost more shuffles; fewer lanes read from more rows at a time."""
 
 _BLOCKS = 384
-"""Blocks of threads that a split aims at: no more than three for each multiprocessor of a large device."""
+"""Blocks of threads to aim for when splitting keys: at most three per multiprocessor of a large device."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,12 @@ class DecodeTiles:
     """The sizes of `decode_attention`.
 
     Attributes:
-        warps: warps of a block.
+        warps: warps per block.
         splits: blocks that share the keys of a row and head.
-        alone: keys up to which one block does without the others, since merging costs what it could save.
-        loads: 16-byte loads of keys that a thread has in flight, and as many of values, as far as a key does not take
-            more.
+        alone: the largest number of keys that one block handles by itself, because merging would cost what it saves.
+        loads: 16-byte loads of keys that a thread has in flight, and as many of values; more if one key takes more.
         last: with `splits` above 1, whether the last block of a row and head merges; otherwise a second kernel does.
-            Blocks are counted in a variable of the loaded module, so of these functions one may run at a time, and the
+            Blocks are counted in a variable of the loaded module, so only one such function may run at a time, and the
             number of row groups is static.
     """
 
@@ -59,23 +58,23 @@ class DecodeTiles:
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """Threads per block."""
         return 32 * self.warps
 
     def shared_bytes(self, head_dim: int) -> int:
-        """Shared memory of a block: what its warps merge, and a flag."""
+        """Bytes of shared memory per block: what its warps merge, and a flag."""
         return 4 * (self.warps * (head_dim + 2) + 1)
 
 
 def default_decode_tiles(kernel: DecodeAttention) -> DecodeTiles:
-    """The tiles without a record: a static group splits its keys until the blocks fill a device, others do not."""
+    """The tiles without a record: with a static number of groups, keys are split until the blocks fill a device."""
     if kernel.groups is None:
         return DecodeTiles(8)
     return DecodeTiles(8, max(1, min(8, _BLOCKS // (kernel.groups * kernel.rows * kernel.heads))))
 
 
 def decode_candidates(kernel: DecodeAttention) -> Iterator[DecodeTiles]:
-    """What a search may try."""
+    """Tiles for a search to try."""
     for warps in (4, 8, 16):
         for loads in (2, 4, 8):
             yield DecodeTiles(warps, loads=loads)
@@ -86,10 +85,10 @@ def decode_candidates(kernel: DecodeAttention) -> Iterator[DecodeTiles]:
 
 
 def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFunc:
-    """The function of `DecodeAttention`: a block for each split, head and row, and a merge.
+    """The function of `DecodeAttention`: a block for each split, head and row, then a merge.
 
-    Indices are in elements and below 2**31 (a cache of 64 slots of the largest GPT-2 has 2.1e8); pointers multiply them
-    by the size of an element in 64 bits.
+    Indices count elements and stay below 2**31 (a cache of 64 slots of the largest GPT-2 has 2.1e8 elements); byte
+    offsets are computed in 64 bits.
     """
     heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
     # exp(scale * x) = 2**(exponent * x)
@@ -101,18 +100,18 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
     batch = max(1, tiles.loads // lane_units)
     warp_keys = key_groups * batch
     block_keys = warps * warp_keys
-    # Words of 32 bits, two numbers each.
+    # 32-bit words of two numbers each.
     head_words, unit_words = head_dim // 2, UNIT_ELEMENTS // 2
-    # What is merged: the outputs, the maximum and the sum.
+    # Numbers to merge: the outputs, the maximum and the sum.
     numbers = head_dim + 2
-    # Blocks of a multiprocessor that registers must allow: without a number, ptxas spills some to allow for more.
+    # Blocks per multiprocessor that registers must leave room for; without this ptxas spills some to fit more blocks.
     needed = max(8 * batch * lane_units + 16 * lane_units + 16, 4 * max(warps, splits) + 32)
     blocks = max(1, REGISTERS // (threads * needed))
     split, by_last = splits > 1, splits > 1 and tiles.last
     arrivals = kernel.rows * heads * (kernel.groups or 0)
 
     def share(end):
-        """The keys of a split where the row sees `end` keys: all of a few, else whole passes of a block."""
+        """Keys per split if the row sees `end` keys: all of them if they are few, else whole passes of a block."""
         part = ((end + (splits - 1)) // splits + (block_keys - 1)) // block_keys * block_keys
         return T.max(part, T.Select(end <= tiles.alone, end, 0))
 
@@ -161,13 +160,13 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
             factor = T.alloc_local((1,), "float32")
             word = T.alloc_local((1,), "uint32")
             merger = T.meta_var(_Merger(kernel, thread, part, result, maximum, total, factor, word))
-            # Keys that the row sees; those of a split, in whole passes of a block; and those of this one.
+            # The keys that the row sees, those of each split in whole passes of a block, and those of this split.
             end: T.let[T.int32] = row_positions[row] + 1
             own_keys: T.let[T.int32] = share(end)
             first: T.let[T.int32] = piece * own_keys
             last: T.let[T.int32] = T.min(first + own_keys, end)
             slot: T.let[T.int32] = row_slots[row]
-            # Of a warp, neighbouring groups of lanes have neighbouring keys, and lanes of a group neighbouring units.
+            # Neighbouring groups of lanes take neighbouring keys, and the lanes of a group neighbouring units.
             group: T.let[T.int32] = lane // key_lanes
             first_unit: T.let[T.int32] = lane % key_lanes
             if end <= 0:
@@ -190,7 +189,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                 for step in range(T.max(last - warp_first + (block_keys - 1), 0) // block_keys):
                     key: T.let[T.int32] = warp_first + step * block_keys + group
                     for u in T.unroll(batch):
-                        # Keys past the last repeat it, with a weight of zero.
+                        # Keys past the last one repeat it, with a weight of zero.
                         for j in T.unroll(lane_units):
                             place = T.meta_var(T.min(key + u * key_groups, last - 1))
                             at = T.meta_var((j * key_lanes + first_unit) * unit_words)
@@ -231,7 +230,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                             for i in T.unroll(unit_words):
                                 output[j, 2 * i] = output[j, 2 * i] + scores[u] * low(values[u, j, i], dtype)
                                 output[j, 2 * i + 1] = output[j, 2 * i + 1] + scores[u] * high(values[u, j, i], dtype)
-                # The groups of a warp: all end with the same.
+                # Merge the groups of a warp; all end up with the same result.
                 for i in T.unroll(int(math.log2(key_groups))):
                     lanes = T.meta_var(T.shift_left(key_lanes, i))
                     largest[0] = T.max(maximum[0], shuffle_xor(maximum[0], lanes))
@@ -302,17 +301,17 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
 
 @dataclass(frozen=True)
 class _Merger:
-    """Merges parts of the output of a row and head: thread t has numbers 2 t and 2 t + 1, the first D / 2 take part.
+    """Merges partial outputs of a row and head: thread t, one of the first D / 2, has numbers 2 t and 2 t + 1.
 
     Attributes:
         kernel: the kernel.
         thread: t.
-        part: (parts, 4) float32: of each part that is merged two numbers of the output, the maximum and the sum.
-        result: (2,) float32, what they come to.
-        maximum: (1,) float32, theirs.
-        total: (1,) float32, theirs.
-        factor: (1,) float32.
-        word: (1,) uint32.
+        part: (parts, 4) float32: two numbers of the output, the maximum and the sum of each part.
+        result: (2,) float32: the merged numbers of the output.
+        maximum: (1,) float32: the maximum of all parts.
+        total: (1,) float32: the sum of all parts.
+        factor: (1,) float32, scratch.
+        word: (1,) uint32, scratch.
     """
 
     kernel: DecodeAttention
@@ -326,7 +325,7 @@ class _Merger:
 
     @T.inline
     def gather(self, parts, first, most, count):
-        """Adds up `count` parts, at most `most`, that lie one after the other from `first`; all loads are in flight."""
+        """Merges `count` consecutive parts, at most `most`, from `first` on; all loads are in flight at once."""
         for i in T.unroll(most):
             at = T.meta_var(first + i * (self.kernel.head_dim + 2))
             for j in T.unroll(4):
@@ -371,9 +370,9 @@ def high(word: tirx.Expr, dtype: str) -> tirx.Expr:
 
 
 def arrive(counters: int, counter: tirx.Expr, blocks: tirx.Expr) -> tirx.Expr:
-    """Counts a block of threads; 1 for the last of `blocks`, which sees what the others wrote before. For one thread.
+    """Counts a block of threads; 1 for the last of `blocks`, which sees what the others wrote. Called by one thread.
 
-    The counters are zero when the module is loaded, and again after every last block.
+    The counters are zero when the module is loaded, and each last block sets its counter back to zero.
     """
     name = f"tvm_attn_arrive_{counters}"
     source = f"""

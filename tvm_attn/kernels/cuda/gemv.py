@@ -1,25 +1,25 @@
 """Linear layers of one group of at most 8 rows, at the speed of memory.
 
-Tensor cores also multiply one row: the weight is the left operand of `mma.sync` (16 outputs by 16 inputs) and the rows
-are its 8 columns, repeated where there are fewer. Seven of eight products are then wasted, but an instruction takes 256
-weights instead of 32, and what it multiplies needs no conversion to float32. Weights flow from global memory through a
-ring of stages that belongs to one warp (`cp.async`, `ldmatrix`), so the loop has no barrier; a stage has 64 bytes, or a
-multiple, of each of the warp's outputs. Warps of a block lie side by side (`columns`) and share K (`splits`); what
-those computed is added in shared memory.
+Tensor cores serve even one row: the weight is the left operand of `mma.sync` (16 outputs by 16 inputs) and the rows are
+the 8 columns of the right one, repeated if there are fewer. With one row, seven of eight products are wasted, but an
+instruction takes 256 weights instead of 32 and needs no conversion to float32. Weights flow from global memory through
+each warp's own ring of stages (`cp.async`, `ldmatrix`), so the loop has no barrier; a stage has 64 bytes, or a
+multiple, of each of the warp's outputs. Warps of a block have different outputs (`columns`) or share K (`splits`); the
+sums of the latter are added in shared memory.
 
-Before the loop, every block puts x into shared memory in the order in which lanes take it as right operand: 64 bytes
-for 32 inputs of a row, 16 of them for each of four lanes. LayerNorm happens there, its rows in registers. The weights
-of the first stages are on their way meanwhile.
+Before the loop, while the weights of the first stages are being loaded, every block puts x into shared memory in the
+order in which lanes read it as right operand: 64 bytes for 32 inputs of a row, 16 for each of four lanes. LayerNorm is
+computed then, with its rows in registers.
 
 Quantized weights are not converted, only masked out of their words (see `tvm_attn.kernels.cuda.gemv_operands`). The sum
-over a group of 32 inputs starts at minus what the offset of the weights adds; then the group's scale is applied, in
-float32. So nothing is rounded but sums, and x of int4 layers below 2**-10, to a multiple of 2**-20.
+over a group of 32 inputs starts at minus what the weights' offset adds; the group's scale is applied in float32
+afterwards. So only sums are rounded, and x of int4 layers below 2**-10, to a multiple of 2**-20.
 
-Instructions of a lane for each weight in the loop, all overhead included (sm_90a, 8 rows, 16 outputs, stages of 64
-bytes), and their share of the 128 that a multiprocessor issues for its lanes in a clock while it takes 18.6 bytes of
-weights (4.3 TB/s, 132 multiprocessors, 1.75 GHz):
+Instructions per lane and weight in the loop, all overhead included (sm_90a, 8 rows, 16 outputs, stages of 64 bytes),
+and their share of the 128 that a multiprocessor issues for its lanes per clock, in which it reads 18.6 bytes of weights
+(4.3 TB/s, 132 multiprocessors, 1.75 GHz):
 
-| weights | x | for each weight | of 128 |
+| weights | x | per weight | of 128 |
 |---|---|---|---|
 | 16 bits | either | 2.6 | 19 % |
 | int8 | float16 | 2.9 | 42 % |
@@ -27,7 +27,7 @@ weights (4.3 TB/s, 132 multiprocessors, 1.75 GHz):
 | int4 | float16 | 2.1 | 60 % |
 | int4 | bfloat16 | 2.6 | 75 % |
 
-Scalar arithmetic takes 3 for a weight of 4 bits (shift and mask, conversion, multiplication) and one row, without any
+Scalar arithmetic takes 3 for a 4-bit weight and one row (shift and mask, conversion, multiplication), without any
 overhead: 87 %.
 """
 
@@ -64,7 +64,7 @@ from tvm_attn.storage import GROUP
 
 
 def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
-    """The function of a linear layer whose `groups` is 1, of at most 8 rows.
+    """The function of a linear layer with `groups` 1 and at most 8 rows.
 
     Raises:
         ScheduleError: the layer has more rows, or the tiles do not fit it.
@@ -96,13 +96,13 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
     ring_bytes, x_bytes, sum_bytes, constant_bytes, shared_scale_bytes, norm_bytes = plan.shared
 
     def within(output: tirx.Expr, unit: tirx.Expr) -> tirx.Expr | None:
-        """Whether a unit of an output is one of the weight's, where that is not known."""
+        """Whether a unit of an output is inside the weight; None if that is known to be so."""
         conditions = [output < n] if n % block_outputs else []
         conditions += [unit < plan.units] if plan.units % (stage_units * splits) else []
         return tirx.all(*conditions) if conditions else None
 
     def norm_ready() -> None:
-        """Gamma and beta, of all threads, are in shared memory."""
+        """Waits until the gamma and beta that all threads copied are in shared memory."""
         cp_async_wait(stages - 1)
         T.evaluate(T.cuda.cta_sync())
 
@@ -176,7 +176,7 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
         first_output: T.let[T.int32] = block * block_outputs
         warp_ring: T.let[T.uint32] = shared_address(ring) + uint32(warp * (stages * plan.stage))
         x_base: T.let[T.uint32] = shared_address(rows_x)
-        # Where this lane reads: a row of a matrix, and its inputs of a row of x, the last row again past the rows.
+        # Where this lane reads: a row of a matrix, and its inputs of a row of x; past the last row, that row again.
         matrix: T.let[T.uint32] = warp_ring + uint32((lane // outputs * plan.pitch + lane % outputs) * UNIT)
         x_lane: T.let[T.uint32] = x_base + uint32(T.min(lane // 4, rows - 1) * plan.x_row + lane % 4 * UNIT)
         if quantized:
@@ -195,8 +195,8 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
             )
         )
 
-        # Of the next load: its stage in K, the first output of its tile, and where its stage lies in the ring; of the
-        # next product the last one too.
+        # For the next load: its stage in K, the first output of its tile, and its stage in the ring. For the next
+        # product: its stage in the ring.
         next_stage[0] = split
         next_output[0] = first_output + column * outputs
         load_place[0] = uint32(0)
@@ -204,7 +204,7 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
 
         @T.inline
         def load():
-            """Starts the copies of this warp's next stage; what lies past N or K becomes zeros."""
+            """Starts the copies of this warp's next stage, with zeros past N or K."""
             for i in T.unroll(copies):
                 unit: T.let[T.int32] = (i * 32 + lane) % stage_units
                 row: T.let[T.int32] = (i * 32 + lane) // stage_units
@@ -242,7 +242,7 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
 
         @T.inline
         def multiply(k_stage, part_stage, tile):
-            """Adds the products of one stage to `total`; `k_stage` is its place in K, `part_stage` that in its part."""
+            """Adds the products of one stage, number `k_stage` in K and `part_stage` in its part, to `total`."""
             for step in T.unroll(steps):
                 for i in T.unroll(halves):
                     matrices = T.meta_var([words[i * 4 // halves + j // halves, j % halves] for j in range(4)])
@@ -274,8 +274,8 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
                     else:
                         multiply_group(total, units, right, dtype)
 
-        # What no earlier kernel writes comes first: gamma and beta, the block's scales (which lie side by side, a
-        # multiple of 16 bytes from the first), the first stages.
+        # First the data that no earlier kernel writes: gamma and beta, the block's scales (contiguous, a multiple of
+        # 16 bytes from the first), the first stages.
         if normalized:
             for i in T.unroll(-(-k // (4 * threads))):
                 at: T.let[T.int32] = (i * threads + thread) * 4
@@ -303,7 +303,7 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
 
         for repeat in range(repeats):
             tile: T.let[T.int32] = repeat * tile_outputs
-            # What is added at the end is on its way during the loop.
+            # Load what is added at the end during the loop.
             for i in T.unroll(per_thread):
                 result: T.let[T.int32] = i * threads + thread
                 row: T.let[T.int32] = result // outputs % rows
@@ -326,7 +326,7 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
                     iteration: T.let[T.int32] = part * part_iterations + i
                     cp_async_wait(stages - 2)
                     T.cuda.warp_sync()
-                    # The stage that this fills was read before all lanes met.
+                    # All lanes have read the stage that this fills.
                     if repeat * iterations + iteration + (stages - 1) < work:
                         load()
                     cp_async_commit()

@@ -1,14 +1,15 @@
 """The operands of `tvm_attn.kernels.cuda.gemv`: x in shared memory, quantized weights in registers.
 
-32 inputs of a row of x take 64 bytes of shared memory, 16 for each pair of columns of the operand; a lane reads its
-pair's 16 bytes at once, the right operands of two products. They hold the inputs that meet the weights which `ldmatrix`
-gives this lane: of plain weights inputs 2 pair and 2 pair + 1 of each 8; of quantized ones, in whose words
-`tvm_attn.kernels.weights` puts inputs that lie 8 apart, p, p + 16, p + 8 and p + 24 for p = pair and p = pair + 4.
+32 inputs of a row of x take 64 bytes of shared memory, 16 for each `pair` of a lane (lane % 4). A lane reads its pair's
+16 bytes at once, the right operands of two products. They are the inputs for the weights that `ldmatrix` gives the
+lane: for plain weights, inputs 2 pair and 2 pair + 1 of each 8; for quantized weights, whose words hold inputs that are
+8 apart (`tvm_attn.kernels.weights`), inputs p, p + 16, p + 8 and p + 24 for p = pair and p = pair + 4.
 
-Quantized weights are float16 operands, for either dtype of x: the bits u of a weight, alone in 16 bits, are the
-denormal u * 2**-24, which `mma.sync` multiplies exactly. So they need a mask, and a shift for every second. Nibbles
-that are masked without a shift count 16-fold, and their x is stored divided by 16. bfloat16 x becomes float16 by a
-power of two for each group of 32 that brings the largest near 2**14; what that rounds is 2**-38 of the largest.
+Quantized weights are float16 operands, for either dtype of x: the bits u of a weight, in 16 bits of their own, are the
+denormal u * 2**-24, which `mma.sync` multiplies exactly. So every weight needs a mask, and every second one a shift.
+Nibbles that are masked without a shift count 16-fold, and their x is stored divided by 16. bfloat16 x becomes float16
+through a power of two per group of 32 that scales the largest to near 2**14; the rounding error is 2**-38 of the
+largest.
 
 The functions emit statements of the TIRx function that is being built.
 """
@@ -28,16 +29,16 @@ from tvm_attn.kernels.weights import OFFSETS
 from tvm_attn.storage import GROUP
 
 GROUP_BYTES = 2 * GROUP
-"""Of a group of 32 inputs of a row of x, and of the constants of a group of quantized weights."""
+"""Bytes of 32 inputs of a row of x, and of the constants of a group of quantized weights."""
 
 
 QUANTIZED_UNIT = 2.0**-24
-"""What a quantized weight of 1 is as an operand."""
+"""The value of a quantized weight of 1 as an operand."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """One `mma.sync` of quantized weights: the bits of a word that it takes, and the first register of x they meet."""
+    """One `mma.sync` of quantized weights: the bits of a word that it takes, and the first register of their x."""
 
     mask: int
     right: int
@@ -48,10 +49,10 @@ class Format:
     """How weights become operands.
 
     Attributes:
-        per_unit: weights of 16 bytes.
-        words: registers of a group of 32 inputs of an output that a lane holds, each with its products; plain weights
-            have none.
-        offset: what is added to a weight to make it unsigned.
+        per_unit: weights per 16 bytes.
+        words: the registers with which a lane holds a group of 32 inputs of an output, each with its products; empty
+            for plain weights.
+        offset: added to a weight to make it unsigned.
     """
 
     per_unit: int
@@ -69,7 +70,7 @@ def weight_format(weights: str) -> Format:
 
 
 def multiply_group(total: tirx.Buffer, words: Sequence[Sequence[tirx.Expr]], right: tirx.Buffer, dtype: str) -> None:
-    """total += the products of 32 inputs; `words` are of 8 each, of outputs `group` and, if any, `group` + 8."""
+    """total += the products of 32 inputs; `words` hold 8 each, for output `group` and, if present, `group` + 8."""
     for i in (0, 2):
         left = [word for pair in words[i : i + 2] for word in (*pair, T.uint32(0))[:2]]
         mma(registers(total), left, (right[i], right[i + 1]), dtype)
@@ -78,7 +79,7 @@ def multiply_group(total: tirx.Buffer, words: Sequence[Sequence[tirx.Expr]], rig
 def multiply_quantized_group(
     partial: tirx.Buffer, words: Sequence[Sequence[tirx.Expr]], left: tirx.Buffer, right: tirx.Buffer, form: Format
 ) -> None:
-    """partial += the products of 32 inputs, without scales; `words` of outputs `group` and, if any, `group` + 8."""
+    """partial += the products of 32 inputs, without scales; `words` for output `group` and, if present, `group` + 8."""
     for outputs, products in zip(words, form.words, strict=True):
         for product in products:
             for half in range(2):
@@ -91,7 +92,7 @@ def multiply_quantized_group(
 def load_scales(
     values: tirx.Buffer, start: tirx.Expr, count: int, scales: tirx.Buffer, index: tirx.Expr, groups: int
 ) -> None:
-    """values[start ..] = scales of an output from an index on, which is rows of `groups` and a multiple of `count`."""
+    """values[start ..] = `count` scales from `index` on, which is a multiple of `groups` plus one of `count`."""
     wide = math.gcd(groups, count)
     if wide == 1:
         for i in range(count):
@@ -106,18 +107,18 @@ def load_scales(
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of x in shared memory: where, how many threads put them there, and in which order.
+    """Rows of x in shared memory: where they are, in which order, and how threads write them.
 
     Attributes:
         base: address in shared memory, uint32.
-        pitch: bytes of a row.
-        rows: how many.
+        pitch: bytes from one row to the next.
+        rows: number of rows.
         features: K.
-        groups: groups of 32 inputs of a row that are there at a time; zeros past K.
-        dtype: of x.
-        threads: of the block.
-        constants: of quantized weights, in shared memory: for each group, 16 bytes for each pair of rows, which is what
-            their sums start with, and the factors of their x (the first two again where x is float16). Else None.
+        groups: groups of 32 inputs per row that are in shared memory at a time; zeros past K.
+        dtype: dtype of x.
+        threads: threads per block.
+        constants: for quantized weights, constants in shared memory: 16 bytes per group and pair of rows, with the
+            start values of their sums and the factors of their x (the former again if x is float16). Otherwise None.
         weights: format of the weights.
     """
 
@@ -133,17 +134,17 @@ class Rows:
 
     @property
     def quantized(self) -> bool:
-        """Whether the weights are."""
+        """Whether the weights are quantized."""
         return self.constants is not None
 
     def load(self, x: tirx.Buffer, thread: tirx.Expr, first_group: tirx.Expr | int) -> None:
-        """Puts x (1, R, K) of `dtype` there, from a group on; a thread takes inputs i .. i + 3 and i + 16 .. i + 19."""
+        """Writes x (1, R, K) of `dtype`, from a group on; a thread takes inputs i .. i + 3 and i + 16 .. i + 19."""
         total, batch = self.rows * self.groups * 4, 4
         count = -(-total // self.threads)
         raw = T.alloc_local((4 * min(batch, count),), "uint32")
         numbers = T.alloc_local((8,), "float32")
         for start in range(0, count, batch):
-            # All loads of a batch are on their way before the first is used.
+            # All loads of a batch are started before the first result is used.
             indices = [T.Bind(i * self.threads + thread) for i in range(start, min(start + batch, count))]
             rows = [index // (4 * self.groups) for index in indices]
             groups = [index // 4 % self.groups for index in indices]
@@ -173,9 +174,9 @@ class Rows:
         member: tirx.Expr,
         inside: tirx.Expr,
     ) -> list[tirx.Expr]:
-        """Eight numbers of each of four neighbouring lanes, a group, as float16 operands of quantized weights.
+        """Float16 operands for quantized weights, from a group: eight numbers of each of four neighbouring lanes.
 
-        Also stores the factor of the group, where `inside`.
+        Also stores the factor of the group, if `inside`.
         """
         assert self.constants is not None
         peak, words = T.alloc_local((1,), "float32"), T.alloc_local((4,), "uint32")
@@ -187,7 +188,8 @@ class Rows:
             T.buffer_store(peak, largest, [0])
             for distance in (1, 2):
                 T.buffer_store(peak, T.max(peak[0], shuffle_xor(peak[0], distance)), [0])
-            # The exponent of the largest, at least that of 2**-112, so that both powers are normal numbers.
+            # The exponent of the largest number, or of 2**-112 if that is larger, so that both powers are normal
+            # numbers.
             exponent = T.Bind(T.max(T.reinterpret("int32", peak[0]) >> 23, 15))
             with T.If(tirx.all(inside, member == 0)), T.Then():
                 factor = T.reinterpret("float32", (exponent - 14) << 23)
@@ -207,7 +209,7 @@ class Rows:
         return group * 16 + row // 2 * 4 + row % 2
 
     def _store(self, pairs: list[tirx.Expr], row: tirx.Expr, group: tirx.Expr, member: tirx.Expr) -> None:
-        """Four words of inputs 4 member .. + 3 and 16 more of a group; pairs are neighbours, or 16 apart."""
+        """Stores inputs 4 member .. + 3 of a group and those 16 later; pairs are neighbours, or 16 apart."""
         for i, word in enumerate(pairs):
             if self.quantized:
                 place = 4 * i + 2 * (member % 2) + member // 2
@@ -226,19 +228,19 @@ class Rows:
         lane: tirx.Expr,
         ready: Callable[[], None],
     ) -> None:
-        """Puts LayerNorm of x (1, R, K) float32, rounded to `dtype`, there.
+        """Writes LayerNorm of x (1, R, K) float32, rounded to `dtype`.
 
-        A row is in the registers of one warp, or of several where there are more warps than rows, so that the squares
-        are of distances from the mean.
+        A row stays in the registers of one warp, or of several if there are more warps than rows, so that the variance
+        can use distances from the mean.
 
         Args:
             x: the rows in global memory.
             norm: gamma and beta in shared memory.
-            sums: shared memory for two numbers of each warp.
-            epsilon: what is added to the variance.
-            warp: of the block.
-            lane: of the warp.
-            ready: emits what must happen before gamma and beta are read; called once, while x is on its way.
+            sums: shared memory for two numbers per warp.
+            epsilon: added to the variance.
+            warp: number of the warp in the block.
+            lane: number of the lane in the warp.
+            ready: emits what must happen before gamma and beta are read; called once, while x is being loaded.
         """
         warps = self.threads // 32
         share = max(1, warps // self.rows)
@@ -247,8 +249,8 @@ class Rows:
         numbers = T.alloc_local((8 * count,), "float32")
         moments = T.alloc_local((2,), "float32")
         words = T.alloc_local((4,), "uint32")
-        # A lane's numbers are runs of four, two of them 16 apart in a group; whether a run lies in the row, where that
-        # is not known.
+        # A lane's numbers are runs of four, two of them 16 apart in a group. Whether a run is inside the row; None if
+        # that is known.
         groups = [T.Bind((i * share + warp % share) * 8 + lane // 4) for i in range(count)]
         firsts = [groups[i // 2] * GROUP + lane % 4 * 4 + i % 2 * 16 for i in range(2 * count)]
         inside = {
@@ -258,11 +260,11 @@ class Rows:
         }
 
         def kept(i: int, number: tirx.Expr) -> tirx.Expr:
-            """Number i of a lane, or zero past the row."""
+            """Number i of a lane; zero past the row."""
             return T.Select(inside[i // 4], number, T.float32(0.0)) if i // 4 in inside else number
 
         def add_row(moment: int, row: tirx.Expr) -> None:
-            """moments[moment] = its sum over the lanes that share a row."""
+            """Replaces moments[moment] with its sum over the lanes that share a row."""
             add_lanes(moments, moment)
             if share > 1:
                 first = (moment * self.rows + row) * share
@@ -273,10 +275,10 @@ class Rows:
 
         for first_row in range(0, self.rows, teams):
             team_row = T.Bind(first_row + warp // share)
-            # Warps past the last row compute it again, and store nothing.
+            # Warps past the last row compute it again and store nothing.
             row = T.Bind(T.min(team_row, self.rows - 1))
             for i, first in enumerate(firsts):
-                # What lies past the row is its end again.
+                # Past the row, its end is read again.
                 at = T.min(first, self.features - 4) if i in inside else first
                 load_global(registers(numbers, 4 * i), x.ptr_to([0, row, at]))
             for i in range(8 * count):
@@ -309,14 +311,14 @@ class Rows:
                     self._store(operands, row, group, lane % 4)
 
     def sum_groups(self, form: Format, thread: tirx.Expr) -> None:
-        """Puts there what the sums of quantized products start with: minus what the offset of the weights adds."""
+        """Writes the start values of the sums of quantized products: minus what the weights' offset adds."""
         assert self.constants is not None
         total = self.rows * self.groups * 4
         words = T.alloc_local((4,), "uint32")
         value = T.alloc_local((1,), "float32")
         for i in range(-(-total // self.threads)):
             index = T.Bind(i * self.threads + thread)
-            # Lanes past the end do what others do, since all take part in the sum.
+            # Lanes past the end do the same work, since all take part in the sum.
             item = T.Bind(T.Select(index < total, index, index % 4))
             group, row, quarter = item // (4 * self.rows), item // 4 % self.rows, item % 4
             load_shared(registers(words), self.base + uint32(row * self.pitch + group * GROUP_BYTES + quarter * 16))
@@ -330,7 +332,7 @@ class Rows:
 
 
 def halves(word: tirx.Expr, dtype: str = "float16") -> tuple[tirx.Expr, tirx.Expr]:
-    """The two numbers of a word, float32."""
+    """The two numbers of a word, as float32."""
     if dtype == "bfloat16":
         low, high = word << T.uint32(16), word & T.uint32(0xFFFF0000)
         return T.reinterpret("float32", low), T.reinterpret("float32", high)

@@ -1,7 +1,7 @@
-"""Tiles of `tvm_attn.kernels.cuda.gemv`: the sizes that follow from them, defaults, and what is worth measuring.
+"""Tiles of `tvm_attn.kernels.cuda.gemv`: the sizes that follow from them, defaults, and candidates worth measuring.
 
-A multiprocessor reads memory as fast as bytes are on their way to it: at 4.8 TB/s and 600 ns they are 2.9 MB, 22 KB of
-each of an H200's 132. So tiles are chosen by how many bytes all blocks of a multiprocessor ask for at once, and by how
+The bytes in flight limit how fast memory is read: 4.8 TB/s at 600 ns take 2.9 MB in flight, 22 KB for each of an H200's
+132 multiprocessors. So tiles are chosen by how many bytes all blocks of a multiprocessor request at once, and by how
 evenly blocks fill the multiprocessors.
 """
 
@@ -20,10 +20,10 @@ ROWS = 8
 """The most rows of a group: the columns of `mma.sync`."""
 
 UNIT = 16
-"""Bytes of one copy, and of a row of a matrix of `ldmatrix`."""
+"""Bytes of one copy, and of a row of an `ldmatrix` matrix."""
 
 STEP_UNITS = 4
-"""Units of an output in one step of the loop, 64 bytes."""
+"""Units of an output per step of the loop: 64 bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class GemvTiles:
     """The sizes of `gemv`.
 
     Attributes:
-        outputs: outputs of a warp, 8 or 16.
-        columns: warps of a block side by side in N.
+        outputs: outputs per warp, 8 or 16.
+        columns: warps of a block with different outputs.
         splits: warps of a block that share K.
-        steps: of 64 bytes of each output, in a stage.
-        stages: stages of a warp in shared memory, at least 2; all but one are on their way.
-        repeats: tiles that a block takes one after another.
+        steps: steps per stage, each of 64 bytes of each output.
+        stages: stages per warp in shared memory, at least 2; all but one are being loaded.
+        repeats: tiles that a block computes one after another.
         parts: parts of K whose x is in shared memory at a time; 1 with LayerNorm.
     """
 
@@ -50,16 +50,16 @@ class GemvTiles:
 
     @property
     def warps(self) -> int:
-        """Warps of a block."""
+        """Warps per block."""
         return self.columns * self.splits
 
     @property
     def block_outputs(self) -> int:
-        """Outputs of a block."""
+        """Outputs per block."""
         return self.outputs * self.columns * self.repeats
 
     def shared_bytes(self, kernel: LinearKernel) -> int:
-        """Shared memory of a block."""
+        """Bytes of shared memory per block."""
         return sum(Plan.of(kernel, self).shared)
 
 
@@ -68,15 +68,15 @@ class Plan:
     """Sizes that follow from a kernel and its tiles.
 
     Attributes:
-        units: units of 16 bytes of an output.
-        stage_units: those in a stage.
-        k_stages: stages of an output, of all warps.
-        iterations: stages of a warp.
+        units: 16-byte units per output.
+        stage_units: 16-byte units of an output per stage.
+        k_stages: stages per output, of all warps together.
+        iterations: stages per warp.
         part_groups: groups of 32 inputs whose x is in shared memory at a time.
         pitch: units from one unit of an output to the next, in a stage.
-        stage: bytes of a stage.
-        x_row: bytes of a row of x.
-        sum_row: float32 numbers of a row in the sums of a warp.
+        stage: bytes per stage.
+        x_row: bytes per row of x.
+        sum_row: float32 numbers per row of a warp's sums.
         shared: bytes of the parts of shared memory: stages, x, sums of warps, constants of groups, scales, and gamma
             with beta.
     """
@@ -94,7 +94,7 @@ class Plan:
 
     @staticmethod
     def of(kernel: LinearKernel, tiles: GemvTiles) -> Plan:
-        """The sizes of a kernel with tiles."""
+        """The sizes for a kernel and its tiles."""
         k, rows, quantized = kernel.in_features, kernel.rows, kernel.weights != kernel.activations
         per_unit = weight_format(kernel.weights).per_unit
         units, stage_units = k // per_unit, STEP_UNITS * tiles.steps
@@ -102,13 +102,13 @@ class Plan:
         iterations = -(-k_stages // tiles.splits)
         part_stages = min(k_stages, -(-iterations // tiles.parts) * tiles.splits)
         part_groups = part_stages * stage_units * per_unit // GROUP
-        # Eight units that are copied together (of one or two outputs), or read together (of eight outputs), and the
-        # four pairs of two rows of x, lie in different banks.
+        # Different banks for eight units that are copied together (of one or two outputs) or read together (of eight
+        # outputs), and for the four pairs of two rows of x.
         pitch = tiles.outputs + (2 if stage_units == STEP_UNITS else 1)
         x_row = (part_groups + (1 - part_groups % 2 if rows > 1 else 0)) * GROUP_BYTES
-        # So do the numbers that a warp writes of four rows and eight outputs.
+        # The same for the numbers of four rows and eight outputs that a warp writes.
         sum_row = tiles.outputs + 4
-        # Scales past a row are read, and multiplied with zero.
+        # Scales past a row are read and multiplied with zero.
         padding = k_stages * stage_units * per_unit // GROUP - k // GROUP
         scales = -(-(tiles.block_outputs * (k // GROUP) + padding) * 2 // UNIT) * UNIT
         shared = (
@@ -124,16 +124,16 @@ class Plan:
 
 
 _IN_FLIGHT = 40 << 10
-"""Bytes of weights that a multiprocessor should ask for at once: twice what an H200 needs."""
+"""Bytes of weights that a multiprocessor should request at once: twice what an H200 needs."""
 
 
 def default_tiles(kernel: LinearKernel, multiprocessors: int = 132) -> GemvTiles:
-    """Tiles for a device of so many multiprocessors.
+    """Default tiles for a device with this number of multiprocessors.
 
-    Narrow layers have a block for each 8 or 16 outputs, whose warps share K; wide ones have two blocks for each
-    multiprocessor, which repeat.
+    Narrow layers have one block for each 8 or 16 outputs, whose warps share K; wide layers have two blocks per
+    multiprocessor, each of which computes several tiles.
     """
-    # 16 outputs halve the work of a byte, but should fill three quarters of the multiprocessors.
+    # 16 outputs halve the work per byte, but the blocks should still fill three quarters of the multiprocessors.
     outputs = 16 if -(-kernel.out_features // 16) * 4 >= 3 * multiprocessors else 8
     count = -(-kernel.out_features // outputs)
     tiles = GemvTiles(outputs)
@@ -160,7 +160,7 @@ def default_tiles(kernel: LinearKernel, multiprocessors: int = 132) -> GemvTiles
 
 
 def candidates(kernel: LinearKernel, multiprocessors: int = 132) -> Iterator[GemvTiles]:
-    """Tiles worth measuring, the default first: they waste no warp and ask for enough bytes, or for all at once."""
+    """Tiles worth measuring, the default first: they waste no warp, and request enough bytes at once, or all."""
     default = default_tiles(kernel, multiprocessors)
     yield default
     for outputs in (8, 16):

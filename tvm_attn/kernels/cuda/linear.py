@@ -1,7 +1,7 @@
 """Linear layers on tensor cores: one static group of rows (`gemv`) at the speed of memory, or any number (`matmul`).
 
-A weight has strips of one column, (N, K, 1): each output's inputs side by side, which is the column-major operand of
-`mma.sync`. Quantized weights are made floats in registers; x is not quantized.
+A weight has strips of one column, (N, K, 1): each output's inputs are contiguous, which is the column-major operand of
+`mma.sync`. Quantized weights become floats in registers; x is not quantized.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tvm_attn.storage import GROUP
 from tvm_attn.targets import CudaTarget
 
 _PROMPT_ROWS = 1024
-"""Rows that tiles are chosen for where a kernel does not say how many there can be."""
+"""Rows that tiles are chosen for if a kernel does not say how many there can be."""
 
 
 def _linear(kernel: LinearKernel, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:

@@ -1,18 +1,18 @@
 """Matrix multiplication on tensor cores for any number of rows: `mma.sync` fed by `cp.async` and `ldmatrix`, sm_80 up.
 
 A block computes `rows` x `columns` of the result, see `MatmulTiles`. Tiles of x and of the weight go through a ring of
-`stages` buffers in shared memory: while one is multiplied, `stages` - 1 others are on their way (the multistage
-pipeline of CUTLASS, "Efficient GEMM in CUDA"). A warp loads the fragments of the next step while it multiplies those
-of the current one, also from one stage to the next, so that the barrier between stages hides behind products. Rows
-and columns past the end, and steps past K, are zeros in shared memory and not stored.
+`stages` buffers in shared memory: while one is multiplied, `stages` - 1 others are being loaded (the multistage
+pipeline of CUTLASS, "Efficient GEMM in CUDA"). A warp loads the fragments of the next step while it multiplies those of
+the current one, also across stages, so that products hide the barrier between stages. Rows and columns past the end,
+and steps past K, are zeros in shared memory and are not stored.
 
 Shared memory has no padding: 16-byte units are swizzled within their row (`ptx.swizzle`), so that a row of 64 or 128
 bytes is written by one `cp.async` after another and read by `ldmatrix`, both without bank conflicts. Since a swizzle
-depends on the row modulo 8 alone and steps take two units, a lane's address in step s is its address in step 0 with
-32 s xored, plus constants.
+depends only on the row modulo 8 and steps take two units, a lane's address in step s is its address in step 0 xor 32 s,
+plus constants.
 
-Blocks are numbered in groups of `raster` tiles of rows, column after column inside, so that the blocks that run at one
-time share their tiles of both operands in L2.
+Blocks are numbered in groups of `raster` row tiles, column by column inside a group, so that blocks that run at the
+same time share their tiles of both operands in L2.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tvm_attn.kernels.linear import LinearKernel, QKVLinear, ResidualLinear
 def matmul(kernel: LinearKernel, tiles: MatmulTiles) -> tirx.PrimFunc:
     """The TIRx function of a linear layer with `groups` None and `epsilon` None; its name is the kernel's family.
 
-    The number of row groups is symbolic: any multiple of `kernel.rows` rows, one row of tiles and less included.
+    The number of row groups is symbolic: any multiple of `kernel.rows` rows, even less than one tile.
 
     Raises:
         ScheduleError: the tiles do not fit the kernel (`MatmulTiles.fits`).
@@ -53,7 +53,7 @@ def matmul(kernel: LinearKernel, tiles: MatmulTiles) -> tirx.PrimFunc:
 
 
 def _parameters(kernel: LinearKernel) -> tuple[tirx.Buffer, list[tirx.Buffer], Operands]:
-    """The function's parameters in the order that the kernel's docstring gives."""
+    """The function's parameters in the order of the kernel's docstring."""
     k, n, dtype = kernel.in_features, kernel.out_features, kernel.activations
     shape = (tirx.Var("groups", "int32"), kernel.rows)
 
@@ -79,14 +79,14 @@ def _parameters(kernel: LinearKernel) -> tuple[tirx.Buffer, list[tirx.Buffer], O
 
 
 def _block(kernel: LinearKernel, tiles: MatmulTiles, rows: tirx.Expr) -> Block:
-    """Launches the blocks and finds each its output tile."""
+    """Launches the blocks and assigns each its output tile."""
     row_tiles = (rows + (tiles.rows - 1)) // tiles.rows
     column_tiles = -(-kernel.out_features // tiles.columns)
     number, thread = T.cta_id([row_tiles * column_tiles]), T.thread_id([tiles.threads])
     shared = T.alloc_buffer((tiles.shared_bytes(kernel),), "uint8", scope="shared.dyn")
     first = number // (tiles.raster * column_tiles) * tiles.raster
     within, height = number % (tiles.raster * column_tiles), T.min(row_tiles - first, tiles.raster)
-    # None of these is negative: truncated division needs no correction.
+    # None of these is negative, so truncated division needs no correction.
     row = ptx.variable("int32", (first + T.truncmod(within, height)) * tiles.rows)
     column = ptx.variable("int32", T.truncdiv(within, height) * tiles.columns)
     address = ptx.variable("uint32", ptx.shared_address(shared))
@@ -94,14 +94,14 @@ def _block(kernel: LinearKernel, tiles: MatmulTiles, rows: tirx.Expr) -> Block:
 
 
 class _Rows:
-    """The tile of x: fragments of A, double-buffered across steps."""
+    """The tile of x as fragments of A, double-buffered across steps."""
 
     def __init__(self, block: Block, x: tirx.Buffer) -> None:
         self.block, tiles, k = block, block.tiles, block.kernel.in_features
         self.count, self.row_bytes = tiles.row_fragments, tiles.depth * 2
         self.x = T.decl_buffer((ptx.int64(block.rows) * k,), block.kernel.activations, data=x.data)
         self.fragments = T.alloc_local((2 * self.count * 4,), "uint32")
-        # The four matrices of a load: rows 0-7 and 8-15 with k 0-7, then with k 8-15.
+        # The four matrices of a load: rows 0-7 and 8-15 with k 0-7, then both with k 8-15.
         lane = block.lane
         unit = ptx.swizzle(lane % 8, block.slice * (2 * tiles.steps) + lane // 16, self.row_bytes)
         self.offset = ptx.variable("uint32", ptx.uint32((block.warp_row + lane % 16) * self.row_bytes + unit * 16))
@@ -125,7 +125,7 @@ class _Rows:
 
 
 def _multiply(block: Block, x: tirx.Buffer, weights: list[tirx.Buffer]) -> tirx.Buffer:
-    """x W of the block's tile: (row fragments, column fragments, 4) float32 in each lane's registers."""
+    """x W for the block's tile: (row fragments, column fragments, 4) float32 in each lane's registers."""
     kernel, tiles = block.kernel, block.tiles
     count = tiles.row_fragments * tiles.column_fragments * 4
     sums = T.alloc_local((count,), "float32")
@@ -151,7 +151,7 @@ def _multiply(block: Block, x: tirx.Buffer, weights: list[tirx.Buffer]) -> tirx.
         ptx.assign(stage, T.Select(following == end, block.shared, following))
 
     def await_stage() -> None:
-        # Of all groups of copies but the newest `stages` - 2, one for each stage: the next one is complete.
+        # All groups of copies (one per stage) but the newest `stages` - 2 are complete, so the next stage is.
         ptx.cp_async_wait(tiles.stages - 2)
         T.evaluate(T.cuda.cta_sync())
 
@@ -169,21 +169,21 @@ def _multiply(block: Block, x: tirx.Buffer, weights: list[tirx.Buffer]) -> tirx.
         for step in range(tiles.steps):
             b.prepare(step)
             if step == tiles.steps - 1:
-                # All warps have loaded their last fragments of this stage: the next copies may overwrite it.
+                # All warps have loaded their last fragments of this stage, so the next copies may overwrite it.
                 advance(read)
                 await_stage()
             load(read, (step + 1) % tiles.steps)
             if step == 0:
                 with ptx.when(tile + (tiles.stages - 1) < tile_count):
                     copy(write, tile + (tiles.stages - 1))
-                # A group for every tile, empty ones at the end, so that the count to wait for stays the same.
+                # Commit a group for every tile, at the end an empty one, so that the count to wait for stays the same.
                 ptx.cp_async_commit()
                 advance(write)
             with T.unroll(tiles.row_fragments) as row, T.unroll(tiles.column_fragments) as column:
                 index = (row * tiles.column_fragments + column) * 4
                 registers = [sums[index + i] for i in range(4)]
                 ptx.mma(registers, a.fragment(step, row), b.fragment(step, column), kernel.activations)
-    # The epilogue reuses shared memory; the last loads were of a stage that nobody multiplies.
+    # The epilogue reuses shared memory, and the last fragments, which nothing multiplies, were loaded from there.
     ptx.cp_async_wait(0)
     T.evaluate(T.cuda.cta_sync())
     return sums

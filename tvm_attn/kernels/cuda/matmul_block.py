@@ -1,4 +1,4 @@
-"""What the parts of the tensor-core matmul know of the block that runs them, and how a tile gets to shared memory."""
+"""The block of threads that runs the tensor-core matmul, and how it copies a tile to shared memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tvm_attn.kernels.linear import LinearKernel
 
 @dataclass(frozen=True)
 class Block:
-    """One block of threads: its output tile, and where a thread and its warp are in it."""
+    """One block of threads: its output tile, and the positions of a thread and its warp in it."""
 
     kernel: LinearKernel
     tiles: MatmulTiles
     shared: tirx.Expr
-    """Address of its shared memory, uint32."""
+    """Address of the block's shared memory, uint32."""
     rows: tirx.Expr
     """M, the rows of x."""
     first_row: tirx.Expr
@@ -29,17 +29,17 @@ class Block:
 
     @property
     def lane(self) -> tirx.Expr:
-        """Of the warp."""
+        """The lane's number in its warp."""
         return self.thread % 32
 
     @property
     def tile_thread(self) -> tirx.Expr:
-        """The thread among those of its slice: two with the same number have the same part of the output."""
+        """The thread's number in its slice: threads of equal number have the same part of the output."""
         return self.thread % (32 * self.tiles.warp_rows * self.tiles.warp_columns)
 
     @property
     def slice(self) -> tirx.Expr:
-        """Of K, which the thread's warp has in every stage."""
+        """The slice of K that the thread's warp takes in every stage."""
         return self.thread // (32 * self.tiles.warp_rows * self.tiles.warp_columns)
 
     @property
@@ -54,12 +54,12 @@ class Block:
 
     @property
     def column_bound(self) -> int | None:
-        """N where a tile may reach past it."""
+        """N if a tile may reach past it, otherwise None."""
         n = self.kernel.out_features
         return n if n % self.tiles.columns else None
 
     def spread(self, count: int) -> Iterator[tirx.Expr]:
-        """Numbers 0 to `count` - 1, each for one thread, neighbours for neighbours; what follows runs for each."""
+        """Numbers 0 to `count` - 1, divided among the threads, neighbours to neighbours; the body runs for each."""
         whole, rest = divmod(count, self.tiles.threads)
         if whole:
             with T.unroll(whole) as turn:
@@ -80,10 +80,10 @@ class Block:
 
         Args:
             source: the matrix, flat.
-            rows: first row of the tile, its rows, and the rows of the matrix where the tile may reach past them.
-            columns: first column of the tile, its columns, and the columns of the matrix; zeros come from past them.
+            rows: first row of the tile, its number of rows, and the rows of the matrix if the tile may reach past them.
+            columns: first column of the tile, its number of columns, and the columns of the matrix; zeros past them.
             shared: address of the tile, uint32.
-            unit_bytes: a multiple of 16, which keeps its bytes together.
+            unit_bytes: bytes that swizzling keeps together, a multiple of 16.
         """
         (first_row, row_count, row_bound), (first_column, column_count, row_length) = rows, columns
         size = DataType(source.dtype).bits // 8

@@ -1,17 +1,17 @@
-"""What matmul tiles should cost: a model of one GPU, which gives the default tiles and the order in which to tune.
+"""A cost model of matmul tiles on one GPU, which gives the default tiles and the order in which to tune.
 
-The model is of an H100 or H200 and was made without one: its figures are NVIDIA's data sheets, the rate of `mma.sync`
-and the latencies are those of published microbenchmarks ("Benchmarking and Dissecting the Nvidia Hopper GPU
-Architecture via Microbenchmarking", 2024). No prediction has been compared with a measurement yet. In clocks, it takes
-the slowest of
+It models an H100 or H200 and was made without one: its figures come from NVIDIA's data sheets, the rate of `mma.sync`
+and the latencies from published microbenchmarks ("Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+Microbenchmarking", 2024). No prediction has been compared with a measurement yet. The result, in clocks, is the slowest
+of
 
 - tensor cores: `mma.sync` reaches about 62 % of what Hopper's `wgmma` does;
 - shared memory, 128 bytes per clock: a stage is written once, and each warp reads its fragments. A warp tile of 64 x 64
-  does 16 multiplications a byte read, one of 32 x 32 does 8, and a byte written costs the same: this is the limit of
-  all large products here;
+  does 16 multiplications per byte read, one of 32 x 32 does 8, and a byte written costs the same: this limits all large
+  products here;
 - L2, 64 bytes per clock and multiprocessor, and device memory, 18.6;
 - instructions, one per clock and scheduler;
-- latency: copies in flight, and what a warp waits for at each barrier.
+- latency: copies in flight, and waiting at each barrier.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from tvm_attn.kernels.linear import Linear, LinearKernel
 PROCESSORS, SCHEDULERS = 132, 4
 CLOCK = 1.755e9  # Hz
 _SHARED_RATE, _L2_RATE, _MEMORY_RATE = 128.0, 64.0, 18.6  # bytes per clock and multiprocessor
-_MMA = 6.4  # clocks of a tensor core for m16n8k16: 512 multiplications a clock, of which `mma.sync` gets 62 %
+_MMA = 6.4  # clocks of a tensor core per m16n8k16: 512 multiplications per clock, of which `mma.sync` gets 62 %
 _LATENCY = 800.0  # from global to shared memory, clocks
-_LAUNCH = 3000.0  # clocks, a kernel's begin and end
-_ALL_SHARED_BYTES, _THREADS = 227 * 1024, 2048  # of a multiprocessor
+_LAUNCH = 3000.0  # clocks for starting and ending a kernel
+_ALL_SHARED_BYTES, _THREADS = 227 * 1024, 2048  # per multiprocessor
 _ALONE, _SHORT, _ROOM = 0.25, 0.15, 0.05
 _KEPT = 48
 
 
 def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int) -> float:
-    """Clocks of a call with so many rows."""
+    """Clocks of a call with this number of rows."""
     k, n, quantized = kernel.in_features, kernel.out_features, kernel.weights != kernel.activations
     blocks = -(-rows // tiles.rows) * -(-n // tiles.columns)
     per_processor = -(-blocks // PROCESSORS)
@@ -48,7 +48,7 @@ def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int) -> flo
     )
     if resident == 0:
         return float("inf")
-    # One step of 16 along K of one block.
+    # One step of 16 along K, of one block.
     height, width, warps = tiles.row_fragments, tiles.column_fragments, tiles.warp_rows * tiles.warp_columns
     written = sum(tiles.stage_bytes(kernel.weights)) / (tiles.depth // 16)
     read = warps * (height * 16 * 32 + width * 8 * (20 if quantized else 32))
@@ -63,9 +63,9 @@ def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int) -> flo
     )
     stages = -(-k // tiles.depth)
     throughput = per_processor * (stages * tiles.depth // 16) * step
-    # A guess: what a scheduler with few warps cannot hide.
+    # A guess at what a scheduler with few warps cannot hide.
     throughput *= 1 + _ALONE * SCHEDULERS * 32 / (resident * tiles.threads)
-    # A stage of one block: what a warp does in it, one thing after another.
+    # One stage of one block: the work of a warp, one thing after another.
     own = tiles.steps * (height * width * _MMA + (12 * width if quantized else 0)) + 60
     in_turn = -(-per_processor // resident) * stages * max(_LATENCY / (tiles.stages - 1), own)
     size = 4 if kernel.output_dtype == "float32" else 2
@@ -74,8 +74,8 @@ def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int) -> flo
     finish = outputs * (size / 32 + (10 if isinstance(kernel, Linear) and kernel.activation else 3) / 128)
     finish += 200 * (tiles.warp_slices > 1)
     memory = traffic / (_MEMORY_RATE * PROCESSORS)
-    # Two more, for what would else be equal: a short pipeline leaves latency to chance, a long one takes room that
-    # another block could have on a smaller GPU.
+    # Two terms to break ties: a short pipeline may not hide latency, and a long one takes room that another block
+    # could have on a smaller GPU.
     flow = max(throughput, in_turn, memory) * (1 + _SHORT / (tiles.stages - 1) ** 2)
     flow *= 1 + _ROOM * tiles.shared_bytes(kernel) / SHARED_BYTES
     return _LAUNCH + -(-per_processor // resident) * _LATENCY + flow + finish / resident**0.5
@@ -83,7 +83,7 @@ def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int) -> flo
 
 @lru_cache
 def candidates(kernel: LinearKernel, rows: int = 1024) -> tuple[MatmulTiles, ...]:
-    """Tiles that are worth measuring for about so many rows, the best prediction first."""
+    """Tiles worth measuring for about this number of rows, the best prediction first."""
     best: dict[tuple[int, ...], list[tuple[float, MatmulTiles]]] = {}
     for block_rows, columns, depth in product((16, 32, 64, 128), (16, 32, 64, 96, 128, 192, 256), (32, 64, 128)):
         if block_rows > max(16, rows):
@@ -96,11 +96,11 @@ def candidates(kernel: LinearKernel, rows: int = 1024) -> tuple[MatmulTiles, ...
                 if tiles.fits(kernel):
                     shape = (block_rows, columns, warp_rows, warp_columns, slices)
                     best.setdefault(shape, []).append((predicted_clocks(kernel, tiles, rows), tiles))
-    # Two of each shape: depth and stages are less of a difference.
+    # Two of each shape: depth and stages matter less.
     kept = [pair for pairs in best.values() for pair in sorted(pairs, key=lambda pair: pair[0])[:2]]
     return tuple(tiles for _, tiles in sorted(kept, key=lambda pair: pair[0])[:_KEPT])
 
 
 def default_tiles(kernel: LinearKernel, rows: int = 1024) -> MatmulTiles:
-    """The tiles with the best prediction for about so many rows: 1024 for a prompt, the slots of a batch to decode."""
+    """The tiles with the best prediction for about this number of rows: 1024 for prompts, the batch size for decode."""
     return candidates(kernel, rows)[0]

@@ -1,8 +1,8 @@
-"""What the tensor-core matmul does with its sums: bias, activation, residual, KV cache, stores.
+"""The epilogue of the tensor-core matmul: bias, activation, residual, KV cache, stores.
 
-float32 results are stored from the registers, two columns a lane: the four lanes of a fragment's row write 32 bytes,
-a whole sector. 16-bit results would be half a sector, so they go through shared memory and are stored 16 bytes a lane,
-a row's lanes side by side.
+float32 results are stored from the registers, two columns per lane: the four lanes of a fragment's row write 32 bytes,
+a whole sector. 16-bit results would fill half a sector, so they go through shared memory and are stored 16 bytes per
+lane, with a row's lanes side by side.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Operands:
 
 
 def epilogue(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
-    """Finishes the sums, which are (row fragments, column fragments, 4) in each lane's registers, and stores them.
+    """Finishes and stores the sums, (row fragments, column fragments, 4) in each lane's registers.
 
-    All copies to shared memory are complete and all threads past their last load from there.
+    All copies to shared memory must be complete, and all threads past their last load from it.
     """
     if block.tiles.warp_slices > 1:
         _add_slices(block, sums)
@@ -50,7 +50,7 @@ def epilogue(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
 
 
 def _add_slices(block: Block, sums: tirx.Buffer) -> None:
-    """Adds the sums of all slices into those of slice 0, in the order of slices."""
+    """Adds the sums of all slices to those of slice 0, in the order of slices."""
     tiles = block.tiles
     count, threads = tiles.row_fragments * tiles.column_fragments * 4, tiles.threads // tiles.warp_slices
     address = block.shared + ptx.uint32(block.tile_thread * 4)
@@ -69,7 +69,7 @@ def _add_slices(block: Block, sums: tirx.Buffer) -> None:
 
 
 def _column(block: Block, fragment: tirx.Expr) -> tirx.Expr:
-    """The first of a lane's two columns of a fragment, in the output tile."""
+    """The first of a lane's two columns of a fragment, relative to the output tile."""
     return block.warp_column + fragment * 8 + block.lane % 4 * 2
 
 
@@ -80,7 +80,7 @@ def _load_pair(
     first: tirx.Expr,
     column: tirx.Expr,
 ) -> None:
-    """Loads float32 `first` and the next of a row at `column`; leaves registers of columns past N as they are."""
+    """Loads two consecutive float32, from `first` on, at `column` of a row; leaves registers past N unchanged."""
     n = block.kernel.out_features
     if n % 2 == 0:
         with ptx.when(column < n if block.column_bound else None):
@@ -106,7 +106,7 @@ def _add_bias(block: Block, sums: tirx.Buffer, bias: tirx.Buffer) -> None:
 
 
 def _store_float32(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
-    """y = sums, + bias + residual where there are."""
+    """Stores y = sums, plus bias and residual if the kernel has them."""
     tiles, n = block.tiles, block.kernel.out_features
     size = ptx.int64(block.rows) * n
     y = T.decl_buffer((size,), "float32", data=operands.y.data)
@@ -121,13 +121,13 @@ def _store_float32(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
         first = ptx.int64(row) * n
 
         def part(i: tirx.Expr) -> tuple[tirx.Expr, list[tirx.Expr]]:
-            """The first column of a fragment, and the registers of its two columns."""
+            """A lane's first column of a fragment, and the registers of its two columns."""
             index = (fragment * count + i) * 4 + half * 2
             return block.first_column + _column(block, i), [sums[index], sums[index + 1]]
 
         with ptx.when(row < block.rows):
             if operands.residual is not None:
-                # All loads of a row before its stores, which the compiler may not move them past.
+                # All loads of a row come before its stores, because the compiler may not reorder them.
                 with T.unroll(count) as i:
                     column, _ = part(i)
                     registers = [loaded[2 * i], loaded[2 * i + 1]]
@@ -150,8 +150,8 @@ def _store_float32(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
 def _activate(name: str, x: tirx.Expr) -> None:
     """Replaces x by activation(x).
 
-    `kernels.activation.EXPRESSIONS` are polynomials for vectors of a CPU. Here they would cost as much as a product of
-    768 steps: a lane has 64 to 128 values to finish. The sigmoid takes two special functions of the hardware, with
+    `kernels.activation.EXPRESSIONS` are polynomials for CPU vectors. Here they would cost as much as a product of 768
+    steps, because a lane has 64 to 128 values to finish. The sigmoid uses two special functions of the hardware, with
     relative errors of 2**-22; erf and tanh are CUDA's.
     """
     if name == "relu":
@@ -175,7 +175,7 @@ def _activate(name: str, x: tirx.Expr) -> None:
 
 
 def _stage(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
-    """Writes the finished tile as `dtype` to shared memory, rows of `staging_row_bytes`."""
+    """Writes the finished tile as `dtype` to shared memory, in rows of `staging_row_bytes`."""
     kernel, tiles = block.kernel, block.tiles
     assert operands.bias is not None
     _add_bias(block, sums, operands.bias)
@@ -196,7 +196,7 @@ def _stage(block: Block, sums: tirx.Buffer, operands: Operands) -> None:
 def _store_staged(block: Block, operands: Operands) -> None:
     """Copies the tile from shared memory to y, or to q and the KV cache."""
     kernel, tiles, n = block.kernel, block.tiles, block.kernel.out_features
-    # As many columns a lane as stay in one row, and in one head: 16 bytes but for odd sizes.
+    # As many columns per lane as stay in one row and one head: 16 bytes, except for odd sizes.
     width = gcd(n // 3 // kernel.heads if isinstance(kernel, QKVLinear) else n, 8)
     chunks, buffer = tiles.columns // width, T.alloc_local((width // 2,), "uint32")
     registers = [buffer[i] for i in range(width // 2)]
@@ -221,7 +221,7 @@ def _store_qkv(
     column: tirx.Expr,
     registers: list[tirx.Expr],
 ) -> None:
-    """Stores neighbouring columns of one head of q, or of a key or a value into the cache."""
+    """Stores neighbouring columns of one head: of q, or of a key or value into the cache."""
     kernel = block.kernel
     assert isinstance(kernel, QKVLinear) and operands.slots is not None and operands.positions is not None
     assert operands.cache is not None

@@ -1,4 +1,4 @@
-"""How the tensor-core matmul is cut into blocks, warps and pipeline stages: what a tuner chooses."""
+"""How the tensor-core matmul is divided into blocks, warps and pipeline stages, which a tuner chooses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tvm_attn.kernels.linear import Linear, LinearKernel, QKVLinear
 from tvm_attn.storage import GROUP
 
 _MOST_REGISTERS = 236
-"""Estimates above this were seen to spill: a thread has at most 255."""
+"""Estimated registers above which kernels were seen to spill: a thread has at most 255."""
 _WORD_BYTES = {"int8": 32, "int4": 16}
-"""The bytes of a group of 32 rows of one column."""
+"""Bytes of a group of 32 rows of one column."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class MatmulTiles:
     """The free choices of one matmul kernel.
 
     Attributes:
-        rows: of x that a block computes, a multiple of 16 `warp_rows`.
-        columns: of the weight that a block computes, a multiple of 8 `warp_columns`.
-        depth: steps of K that a pipeline stage holds, a power of two.
-        warp_rows: warps side by side along the rows.
-        warp_columns: warps side by side along the columns.
-        warp_slices: warps that share an output tile, each with its part of every stage; their sums meet in shared
-            memory. For few rows, where one warp cannot keep enough work in flight.
-        stages: of the pipeline, at least 2.
-        raster: tiles of rows that are computed together, column after column, so that what they read stays in L2.
+        rows: rows of x per block, a multiple of 16 `warp_rows`.
+        columns: columns of the weight per block, a multiple of 8 `warp_columns`.
+        depth: extent of a pipeline stage along K, a power of two.
+        warp_rows: warps along the rows.
+        warp_columns: warps along the columns.
+        warp_slices: warps that share an output tile, each with its part of every stage; their sums are added in shared
+            memory. For few rows, when one warp cannot keep enough work in flight.
+        stages: pipeline stages, at least 2.
+        raster: row tiles that are computed together, column by column, so that what they read stays in L2.
     """
 
     rows: int
@@ -41,22 +41,22 @@ class MatmulTiles:
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """Threads per block."""
         return 32 * self.warp_rows * self.warp_columns * self.warp_slices
 
     @property
     def steps(self) -> int:
-        """m16n8k16 steps along K that a warp does in one stage."""
+        """m16n8k16 steps along K per warp and stage."""
         return self.depth // 16 // self.warp_slices
 
     @property
     def row_fragments(self) -> int:
-        """Fragments of 16 rows of a warp."""
+        """Fragments of 16 rows per warp."""
         return self.rows // self.warp_rows // 16
 
     @property
     def column_fragments(self) -> int:
-        """Fragments of 8 columns of a warp."""
+        """Fragments of 8 columns per warp."""
         return self.columns // self.warp_columns // 8
 
     def weight_row_bytes(self, weights: str) -> int:
@@ -70,24 +70,24 @@ class MatmulTiles:
 
     @property
     def staging_row_bytes(self) -> int:
-        """Bytes between two rows of a 16-bit result in shared memory; 16 more than needed, against bank conflicts."""
+        """Bytes per row of a 16-bit result in shared memory; 16 more than needed, to avoid bank conflicts."""
         return self.columns * 2 + 16
 
     def shared_bytes(self, kernel: LinearKernel) -> int:
-        """Bytes of shared memory of a block: of the pipeline, or of what the epilogue keeps there after it."""
+        """Bytes of shared memory per block: for the pipeline, or afterwards for the epilogue, whichever is more."""
         pipeline = self.stages * sum(self.stage_bytes(kernel.weights))
         slices = (self.warp_slices - 1) * self.rows * self.columns * 4
         staging = self.rows * self.staging_row_bytes if kernel.output_dtype != "float32" else 0
         return max(pipeline, slices, staging)
 
     def registers(self, kernel: LinearKernel) -> int:
-        """An estimate of a thread's registers: sums, fragments, addresses. ptxas takes up to 30 more where it can."""
+        """An estimate of a thread's registers: sums, fragments, addresses. ptxas uses up to 30 more if it can."""
         fragments = 8 * self.row_fragments + (6 if kernel.weights in _WORD_BYTES else 4) * self.column_fragments
         copies = sum(self.stage_bytes(kernel.weights)) // (16 * self.threads)
         return 4 * self.row_fragments * self.column_fragments + fragments + 24 + copies * 3 // 2
 
     def fits(self, kernel: LinearKernel) -> bool:
-        """Whether these tiles make a kernel that every architecture can run, and that keeps its sums in registers."""
+        """Whether a kernel with these tiles runs on every architecture and keeps its sums in registers."""
         quantized = kernel.weights in _WORD_BYTES
         return (
             self.rows % (16 * self.warp_rows) == 0
@@ -102,7 +102,7 @@ class MatmulTiles:
             and self.shared_bytes(kernel) <= SHARED_BYTES
             and kernel.in_features % (GROUP if quantized else 16) == 0
             and kernel.epsilon is None
-            # 16-bit results are stored in pairs, which must not cross a row or a head.
+            # 16-bit results are stored in pairs, which must not cross the end of a row or head.
             and (not isinstance(kernel, Linear) or kernel.out_features % 2 == 0)
             and (not isinstance(kernel, QKVLinear) or kernel.out_features // 3 // kernel.heads % 2 == 0)
         )

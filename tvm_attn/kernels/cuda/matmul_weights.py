@@ -1,17 +1,18 @@
-"""The weight's side of the tensor-core matmul: what lies in shared memory, and how it becomes fragments of B.
+"""The weight of the tensor-core matmul: its form in shared memory, and how it becomes fragments of B.
 
 float16 and bfloat16 weights are loaded with `ldmatrix`. int8 and int4 weights stay packed in shared memory and become
-floats in registers. The packed format (`tvm_attn.kernels.weights`) gives word p of a group of 32 the rows 8 j + p. Lane
-(group, pair) needs the rows 8 j + 2 pair and 8 j + 2 pair + 1 for j = 0..3, in this order, because that is how
-`ldmatrix` delivers x: bytes j of the words 2 pair and 2 pair + 1. So one 8-byte load is all a lane needs for two steps
-of 16, and nothing has to be permuted. int4 has rows 8 j + p and 8 j + p + 4 in byte j of word p: the words are
-2 (pair % 2) and the next, the low nibbles for pairs 0 and 1, the high ones for 2 and 3.
+floats in registers. In the packed format (`tvm_attn.kernels.weights`), word p of a group of 32 holds rows 8 j + p. Lane
+(group, pair) needs rows 8 j + 2 pair and 8 j + 2 pair + 1 for j = 0..3, in this order, because that is how `ldmatrix`
+delivers x. These are bytes j of words 2 pair and 2 pair + 1, so a lane needs one 8-byte load for two steps of 16, and
+no permutation. int4 has rows 8 j + p and 8 j + p + 4 in byte j of word p: a lane needs word 2 (pair % 2) and the next
+one, the low nibbles for pairs 0 and 1, the high nibbles for pairs 2 and 3.
 
 A byte u becomes a float by putting it into the low bits of a number whose unit in the last place is 1: 0x6400 | u is
-1024 + u in float16. bfloat16 has 7 bits for it: 0x4300 | u is 128 + u; bit 7 chooses between two offsets to subtract.
-The subtraction is exact. The scale is multiplied here and not into the sums: a fragment of B takes 4 multiplications
-of pairs for 32 rows of K, its sums would take 4 for every 16 rows of x. The product is rounded to `dtype`, as weights
-that are stored in `dtype` are; for bfloat16 so is the scale. Both together stay within the bound of the cases.
+1024 + u in float16. bfloat16 has 7 bits for it: 0x4300 | u is 128 + u, and bit 7 chooses between two offsets to
+subtract. The subtraction is exact. The scale is applied to the weights, not to the sums: a fragment of B takes 4
+multiplications of pairs per 32 rows of K, whereas its sums would take 4 per 16 rows of x. The product is rounded to
+`dtype`, like weights that are stored in `dtype`; for bfloat16 the scale is rounded too. Both roundings together stay
+within the bound of the cases.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class PlainWeight:
             ptx.ldmatrix(registers, address + T.uint32((self.count - 1) * 8 * self.row_bytes))
 
     def prepare(self, step: int) -> None:
-        """Makes floats of what was loaded: nothing to do."""
+        """Converts loaded weights to floats: nothing to do."""
 
     def fragment(self, step: int, column: tirx.Expr) -> list[tirx.Expr]:
         """The two registers of a fragment."""
@@ -99,7 +100,7 @@ class QuantizedWeight:
         self.nibble = ptx.variable("uint32", ptx.uint32(pair // 2 * 4))
         scale = first_group // 2 * tiles.columns + block.warp_column + column
         self.scale_offset = ptx.variable("uint32", ptx.uint32(self.scales_start + scale * 4))
-        # A warp with one group of a stage begins with the second half of a word of scales if its slice is odd.
+        # A warp that has one group per stage starts at the second half of a word of scales if its slice is odd.
         self.half = ptx.variable("uint32", ptx.uint32(first_group % 2))
 
     def copy(self, shared: tirx.Expr, tile: tirx.Expr | int) -> None:
@@ -121,7 +122,7 @@ class QuantizedWeight:
             if self.groups % 2 == 0:
                 ptx.cp_async(address, self.scales.ptr_to([first]), 4, tirx.all(inside, group < self.groups))
                 continue
-            # Rows of an odd number of scales are not multiples of the 4 bytes that a copy takes at least.
+            # A row with an odd number of scales is not a multiple of 4 bytes, the least that a copy takes.
             pair = ptx.variable("uint32", T.uint32(0))
             for half in range(2):
                 with ptx.when(tirx.all(inside, group + half < self.groups)):
@@ -144,12 +145,13 @@ class QuantizedWeight:
                 ptx.load_shared([self.raw_scales[column]], scales + ptx.uint32(column * 32))
 
     def prepare(self, step: int) -> None:
-        """Makes floats of the group that begins with a step."""
+        """Converts the group that begins with a step to floats."""
         if step % 2:
             return
         with T.unroll(self.count) as column:
             for half in range(2):
-                # Words 2 pair and 2 pair + 1 become: bytes 2 half of both in bytes 0 and 2, bytes 2 half + 1 above.
+                # From words 2 pair and 2 pair + 1: bytes 2 half of both go to bytes 0 and 2, bytes 2 half + 1 above
+                # them.
                 words = self.raw[2 * column], self.raw[2 * column + 1]
                 ptx.permute_bytes(self.scratch[half], *words, (0x5410, 0x7632)[half])
             self._scale_pair(self.raw_scales[column], step // 2)

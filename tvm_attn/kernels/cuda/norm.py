@@ -1,7 +1,7 @@
 """LayerNorm (Ba et al., 2016, arXiv:1607.06450) on NVIDIA GPUs: one pass over memory.
 
-A row stays in the registers of one warp or several, so both moments are those of `tvm_attn.kernels.norm`: the variance
-is the mean of squared distances from the mean.
+A row stays in the registers of one or more warps, so the variance is the mean of squared distances from the mean, as in
+`tvm_attn.kernels.norm`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class NormTiles:
     """The sizes of `layer_norm`.
 
     Attributes:
-        row_warps: warps of a row, a power of two.
-        block_rows: rows of a block.
+        row_warps: warps per row, a power of two.
+        block_rows: rows per block.
     """
 
     row_warps: int = 1
@@ -34,12 +34,12 @@ class NormTiles:
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """Threads per block."""
         return 32 * self.row_warps * self.block_rows
 
 
 def default_tiles(kernel: LayerNorm) -> NormTiles:
-    """One warp for each 1024 numbers of a row, so that a lane holds at most 32; a block of four warps or one row."""
+    """One warp per 1024 numbers of a row, so that a lane holds at most 32; a block has four warps or one row."""
     row_warps = 1
     while row_warps < 32 and 1024 * row_warps < kernel.width:
         row_warps *= 2
@@ -53,7 +53,7 @@ def candidates(kernel: LayerNorm) -> list[NormTiles]:
 
 
 def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
-    """The function of `LayerNorm`; the numbers of a thread lie in runs of four where the width is a multiple of 4."""
+    """The function of `LayerNorm`; a thread's numbers come in runs of four if the width is a multiple of 4."""
     width, rows, dtype, epsilon, groups = kernel.width, kernel.rows, kernel.activations, kernel.epsilon, kernel.groups
     row_warps, block_rows, threads = tiles.row_warps, tiles.block_rows, tiles.threads
     run = 4 if width % 4 == 0 else 1
@@ -82,7 +82,7 @@ def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
         words = T.alloc_local((2,), "uint32")
         moments = T.alloc_local((2,), "float32")
         row: T.let[T.int32] = block * block_rows + warp // row_warps
-        # Warps past the last row compute it again, and store nothing.
+        # Warps past the last row compute it again and store nothing.
         group: T.let[T.int32] = T.min(row, g * rows - 1) // rows
         member: T.let[T.int32] = T.min(row, g * rows - 1) % rows
         first: T.let[T.int32] = thread % row_threads * run
@@ -90,7 +90,7 @@ def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
 
         @T.inline
         def add_warps(moment):
-            """moments[moment] = its sum over the threads of this row."""
+            """Replaces moments[moment] with its sum over the threads of this row."""
             add_lanes(moments, moment)
             if row_warps > 1:
                 if lane == 0:
@@ -98,7 +98,7 @@ def layer_norm(kernel: LayerNorm, tiles: NormTiles) -> tirx.PrimFunc:
                 T.cuda.cta_sync()
                 moments[moment] = sum_of([shares[moment, warp // row_warps, i] for i in range(row_warps)])
 
-        # All is on its way at once; what lies past the row is its end again, and counts as zero.
+        # All loads are in flight at once; past the row they repeat its end, which counts as zero.
         for i in T.unroll(count):
             at: T.let[T.int32] = T.min(i * run * row_threads + first, width - run)
             load_global(registers(numbers, i * run, run), x.ptr_to([group, member, at]))

@@ -2,16 +2,16 @@
 
 A block of threads takes a tile of queries of one head and sequence and walks over the keys up to the diagonal. A warp
 holds 16 queries (or a multiple) in registers as left operands; keys and values come through a ring of stages in shared
-memory, filled with `cp.async`. Scores never leave registers: the layout of a product's result is that of the next
-product's left operand, so the exponentials are rounded, packed and multiplied with the values where they are. The
-division by the sums comes last.
+memory, filled with `cp.async`. Scores never leave registers: a product's result has the layout of the next product's
+left operand, so the exponentials are rounded, packed and multiplied with the values in place. The division by the sums
+comes last.
 
-Warps may also split the keys of a stage (`key_warps`), each with a softmax of its own; they merge through shared memory
-after the loop. That halves the way of the longest tile, which is what a single prompt waits for.
+Warps may also split the keys of a stage (`key_warps`), each with its own softmax; they merge through shared memory
+after the loop. That halves the time of the longest tile, which a single prompt waits for.
 
 Rows in shared memory are one unit of 16 bytes longer than their data. The number of units is then odd, so the eight
-rows of a matrix that `ldmatrix` reads lie in different banks for every size of a head, and the address of each matrix
-is one register plus a constant.
+rows of a matrix that `ldmatrix` reads are in different banks for every head size, and the address of each matrix is one
+register plus a constant.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class PrefillTiles:
     """The sizes of `prefill_attention`.
 
     Attributes:
-        queries: queries of a block, a multiple of 16 * `query_warps`.
-        keys: keys of a stage, a multiple of 16 * `key_warps`.
+        queries: queries per block, a multiple of 16 * `query_warps`.
+        keys: keys per stage, a multiple of 16 * `key_warps`.
         query_warps: warps along the queries.
         key_warps: warps along the keys.
         stages: stages of keys and values in shared memory, at least 2.
-        blocks: blocks of a multiprocessor that registers must allow. (Without a number, ptxas spills some to allow for
+        blocks: blocks per multiprocessor that registers must leave room for. (Without it ptxas spills some to fit
             more.)
     """
 
@@ -70,7 +70,7 @@ class PrefillTiles:
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """Threads per block."""
         return 32 * self.query_warps * self.key_warps
 
     @property
@@ -79,16 +79,16 @@ class PrefillTiles:
         return self.queries // self.query_warps // 16
 
     def shared_bytes(self, head_dim: int) -> int:
-        """Shared memory of a block: the stages, or what warps along the keys merge through after them."""
+        """Bytes of shared memory per block: the stages, or afterwards the results that warps along the keys merge."""
         stages = self.stages * 2 * self.keys * (head_dim + UNIT_ELEMENTS) * 2
         return max(stages, 4 * self.merge_floats(head_dim))
 
     def merge_floats(self, head_dim: int) -> int:
-        """Numbers that the warps along the keys pass on: of each row outputs, a maximum and a sum."""
+        """Numbers that the warps along the keys pass on: the outputs, a maximum and a sum of each row."""
         return (self.key_warps - 1) * self.query_warps * 32 * self.fragments * (head_dim // 2 + 4)
 
     def registers(self, head_dim: int) -> int:
-        """Registers of a thread for queries, scores and outputs, and about what else the loop needs."""
+        """An estimate of a thread's registers: queries, scores, outputs, and what else the loop needs."""
         scores = self.keys // self.key_warps // 2
         return self.fragments * (head_dim // 4 + scores + head_dim // 2) + 72
 
@@ -96,8 +96,8 @@ class PrefillTiles:
 def default_prefill_tiles(kernel: PrefillAttention) -> PrefillTiles:
     """The tiles without a record.
 
-    Two fragments of queries a warp halve what is read from shared memory for a product, as far as registers go; eight
-    warps in two halves of the keys are as many as fit then, and keep a single prompt's longest tile short.
+    Two fragments of queries per warp, if registers allow, halve the reads from shared memory per product. Eight warps,
+    in two halves of the keys, are as many as fit then, and keep a single prompt's longest tile short.
     """
     if kernel.head_dim <= 64:
         return PrefillTiles(128, 128, 4, 2)
@@ -107,7 +107,7 @@ def default_prefill_tiles(kernel: PrefillAttention) -> PrefillTiles:
 
 
 def prefill_candidates(kernel: PrefillAttention) -> Iterator[PrefillTiles]:
-    """What a search may try: all that fits every supported GPU."""
+    """Tiles for a search to try: all that fit every supported GPU."""
     sizes = itertools.product((64, 128), (32, 64, 128), (2, 4, 8), (1, 2), (2, 3), (1, 2, 3, 4))
     for queries, keys, query_warps, key_warps, stages, blocks in sizes:
         tiles = PrefillTiles(queries, keys, query_warps, key_warps, stages, blocks)
@@ -124,8 +124,8 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
     """The function of `PrefillAttention`, one block of threads for each head and tile of queries.
 
     A block finds its sequence in the table, since sequences have different numbers of tiles; within a sequence the
-    longest tiles start first. Indices are in elements and below 2**31 (a cache of 64 slots of the largest GPT-2 has
-    2.1e8); pointers multiply them by the size of an element in 64 bits.
+    longest tiles start first. Indices count elements and stay below 2**31 (a cache of 64 slots of the largest GPT-2 has
+    2.1e8 elements); byte offsets are computed in 64 bits.
     """
     heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
     # exp(scale * x) = 2**(exponent * x)
@@ -133,7 +133,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
     queries, keys, stages = tiles.queries, tiles.keys, tiles.stages
     query_warps, key_warps, threads = tiles.query_warps, tiles.key_warps, tiles.threads
     warp_queries, warp_keys = queries // query_warps, keys // key_warps
-    # Fragments of a warp: of 16 queries, 8 keys, 8 output dimensions, and steps of 16 along a query's dimensions.
+    # Fragments per warp: of 16 queries, 8 keys, 8 output dimensions; and steps of 16 along a query's dimensions.
     m_tiles, s_tiles, d_tiles, d_steps = tiles.fragments, warp_keys // 8, head_dim // 8, head_dim // 16
     stride, units = head_dim + UNIT_ELEMENTS, head_dim // UNIT_ELEMENTS
     values, stage_elements, copies = keys * stride, 2 * keys * stride, keys * units
@@ -149,11 +149,11 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
         cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
         sequences = T.match_buffer(sequences_handle, (b, 4), "int32")
         o = T.match_buffer(o_handle, (g, rows, width), dtype)
-        # Two numbers a word.
+        # Words of two numbers each.
         q_words = T.decl_buffer((g * rows, width // 2), "uint32", data=q.data)
         o_words = T.decl_buffer((g * rows, width // 2), "uint32", data=o.data)
         T.device_entry()
-        # Sequences of n_i rows have sum(ceil(n_i / queries)) tiles, which is no more than this.
+        # An upper bound on the number of tiles of sequences of n_i rows, sum(ceil(n_i / queries)).
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": tiles.blocks})
         head, place = T.cta_id([heads, (g * rows + b * (queries - 1)) // queries])
         warp = T.warp_id([query_warps * key_warps])
@@ -169,14 +169,14 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
         left = T.alloc_local((m_tiles, 4), "uint32")
         scores = T.alloc_local((m_tiles, s_tiles, 4), "float32")
         output = T.alloc_local((m_tiles, d_tiles, 4), "float32")
-        # For rows lane / 4 and lane / 4 + 8 of a fragment: the maximum times `exponent`, and this thread's share of
-        # the sum.
+        # For rows lane / 4 and lane / 4 + 8 of a fragment: the maximum times `exponent`, and this thread's part of the
+        # sum.
         maximum = T.alloc_local((m_tiles, 2), "float32")
         total = T.alloc_local((m_tiles, 2), "float32")
         largest = T.alloc_local((1,), "float32")
         factor = T.alloc_local((2,), "float32")
         word = T.alloc_local((1,), "uint32")
-        # The sequence of this block, the place of its first tile, its tiles; and the tiles of all so far.
+        # This block's sequence, its first tile and its number of tiles; and the tiles of all sequences so far.
         found = T.alloc_local((3,), "int32")
         passed = T.alloc_local((1,), "int32")
 
@@ -195,7 +195,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
         slot: T.let[T.int32] = sequences[found[0], 0]
         first_row: T.let[T.int32] = sequences[found[0], 1] + tile * queries
         count: T.let[T.int32] = T.min(sequences[found[0], 2] - tile * queries, queries)
-        # Position of the first query, and one past the last position that the last query sees.
+        # The position of the first query, and one past the last position that the last query sees.
         first: T.let[T.int32] = sequences[found[0], 3] + tile * queries
         visible: T.let[T.int32] = first + count
         blocks: T.let[T.int32] = (visible + (keys - 1)) // keys
@@ -204,7 +204,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
         merge_thread: T.let[T.int32] = warp % query_warps * 32 + lane
         group: T.let[T.int32] = lane // 4
         pair: T.let[T.int32] = lane % 4
-        # Rows of matrices that this lane names: 16 keys by 16 dimensions of keys, and of values, transposed.
+        # Rows of matrices whose addresses this lane gives: 16 keys by 16 dimensions, of keys and of transposed values.
         base: T.let[T.uint32] = shared_address(shared)
         key_row: T.let[T.uint32] = uint32(
             2 * ((key_warp * warp_keys + lane // 16 * 8 + lane % 8) * stride + lane // 8 % 2 * 8)
@@ -213,7 +213,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
 
         @T.inline
         def load(block):
-            """Starts the copies of a block of keys and values; what lies past the sequence becomes zeros."""
+            """Starts the copies of a block of keys and values, with zeros past the sequence."""
             stage: T.let[T.int32] = block % stages * stage_elements
             for i in T.unroll(-(-copies // threads)):
                 at = T.meta_var(i * threads + thread)
@@ -253,13 +253,13 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
 
         @T.inline
         def update_softmax(m, half):
-            """Scores become exponentials of their distance to the running maximum."""
+            """Replaces scores with exponentials of their distance to the running maximum."""
             largest[0] = scores[m, 0, 2 * half]
             for n in T.unroll(s_tiles):
                 largest[0] = T.max(largest[0], T.max(scores[m, n, 2 * half], scores[m, n, 2 * half + 1]))
             for i in T.unroll(2):
                 largest[0] = T.max(largest[0], shuffle_xor(largest[0], 1 + i))
-            # The product is rounded once here, so all of a row's terms share its error, and it cancels.
+            # The product is rounded once here, so all of a row's terms share its error, which cancels.
             largest[0] = T.max(maximum[m, half], largest[0] * T.float32(exponent))
             exp2(factor[0], maximum[m, half] - largest[0])
             maximum[m, half] = largest[0]
@@ -298,7 +298,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
 
         @T.inline
         def pass_on():
-            """Warps with later keys leave their outputs, maxima and sums in shared memory."""
+            """Warps with later keys write their outputs, maxima and sums to shared memory."""
             for m in T.unroll(m_tiles):
                 at = T.meta_var(
                     ((key_warp - 1) * merge_numbers + m * (head_dim // 2 + 4)) * merge_threads + merge_thread
@@ -312,7 +312,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
 
         @T.inline
         def merge(other):
-            """Adds what warps `other` + 1 left."""
+            """Merges the results of warp `other` + 1 along the keys."""
             for m in T.unroll(m_tiles):
                 at = T.meta_var((other * merge_numbers + m * (head_dim // 2 + 4)) * merge_threads + merge_thread)
                 for half in T.unroll(2):
@@ -337,7 +337,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                 cp_async_commit()
             for m in T.unroll(m_tiles):
                 for half in T.unroll(2):
-                    # Rows past the last query repeat it.
+                    # Rows past the last query repeat that query.
                     row: T.let[T.int32] = first_row + T.min(warp_row + 16 * m + 8 * half + group, count - 1)
                     for k in T.unroll(d_steps):
                         for i in T.unroll(2):
@@ -350,11 +350,11 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
             for block in range(blocks):
                 cp_async_wait(stages - 2)
                 T.cuda.cta_sync()
-                # Into the stage that all warps have read before this barrier.
+                # This fills the stage that all warps had read before the barrier.
                 if block + (stages - 1) < blocks:
                     load(block + (stages - 1))
                 cp_async_commit()
-                # Of this warp: its first key, and the position of its first query.
+                # This warp's first key, and the position of its first query.
                 first_key: T.let[T.int32] = block * keys + key_warp * warp_keys
                 first_query: T.let[T.int32] = first + warp_row
                 if warp_row < count and first_key < first_query + warp_queries:

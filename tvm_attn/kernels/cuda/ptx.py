@@ -2,8 +2,8 @@
 
 They are called while a TIRx function is built (inside `tvm.script.ir_builder.IRBuilder`, or from the body of a parsed
 `T.prim_func`), and take expressions. Registers are elements of `T.alloc_local` buffers with constant indices; those
-that hold two 16-bit numbers are uint32. Addresses in shared memory are uint32 (see `shared_address`): kernels compute
-them themselves, because one register and a constant offset is all that an address should cost.
+that hold two 16-bit numbers are uint32. Addresses in shared memory are uint32 (see `shared_address`), and kernels
+compute them, so that an address costs only one register and a constant offset.
 
 Fragments of `mma.sync.aligned.m16n8k16.row.col` (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point
 type"), with group = lane / 4 and pair = lane % 4; a register of A or B holds the numbers of two neighbouring k:
@@ -24,16 +24,16 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 SHORT = {"float16": "f16", "bfloat16": "bf16"}
-"""PTX's names of the types that tensor cores multiply here."""
+"""PTX's names of the dtypes that tensor cores multiply here."""
 
 
 def uint32(value: tirx.Expr | int) -> tirx.Expr:
-    """A number that is not negative, as uint32."""
+    """A non-negative number as uint32."""
     return T.uint32(value) if isinstance(value, int) else T.Cast("uint32", value)
 
 
 def int64(value: tirx.Expr) -> tirx.Expr:
-    """A number as int64: what multiplies rows by their length."""
+    """A number as int64, for multiplying a row by its length."""
     return T.Cast("int64", value)
 
 
@@ -45,13 +45,13 @@ def variable(dtype: str, value: tirx.Expr) -> tirx.Expr:
 
 
 def assign(register: tirx.Expr, value: tirx.Expr) -> None:
-    """Sets an element of a buffer: a register, or a scalar of `variable`."""
+    """Sets an element of a buffer: a register, or a scalar from `variable`."""
     T.buffer_store(register.source, value, list(register.indices))
 
 
 @contextmanager
 def when(condition: tirx.Expr | None) -> Iterator[None]:
-    """Statements that run where the condition holds; always, where there is none."""
+    """Statements emitted inside run only if the condition holds; always if it is None."""
     if condition is None:
         yield
         return
@@ -60,17 +60,17 @@ def when(condition: tirx.Expr | None) -> Iterator[None]:
 
 
 def shared_address(buffer: tirx.Buffer) -> tirx.Expr:
-    """Where a one-dimensional buffer begins in the window of shared memory, uint32."""
+    """The address of a one-dimensional buffer in the shared memory window, uint32."""
     return T.cuda.cvta_generic_to_shared(buffer.ptr_to([0]))
 
 
 def swizzle(row: tirx.Expr, unit: tirx.Expr, row_bytes: int, unit_bytes: int = 16) -> tirx.Expr:
-    """The place of a unit in its row of shared memory, so that one column of units touches all banks.
+    """The position of a unit in its row of shared memory, chosen so that a column of units touches all banks.
 
     Reading one unit of each of 128 / `unit_bytes` consecutive rows (which is what `ldmatrix` does with 16 bytes) takes
-    one pass if the units lie in different banks, that is at different places modulo 128 bytes. Rows of 128 bytes and
-    more all begin in bank 0, so unit u of row r goes to place u ^ (r % 8). Rows of 64 bytes begin in banks 0 and 16 by
-    turns, so each two rows share a value: u ^ (r / 2 % 4). Adding a multiple of 8 rows changes no place.
+    one pass if the units are in different banks, that is, at different offsets modulo 128 bytes. Rows of 128 bytes and
+    more all begin in bank 0, so unit u of row r goes to position u ^ (r % 8). Rows of 64 bytes begin in banks 0 and 16
+    alternately, so every two rows share a value: u ^ (r / 2 % 4). Adding a multiple of 8 rows changes no position.
     """
     units, line_units = row_bytes // unit_bytes, 128 // unit_bytes
     rows_per_line = max(1, line_units // units)
@@ -79,14 +79,14 @@ def swizzle(row: tirx.Expr, unit: tirx.Expr, row_bytes: int, unit_bytes: int = 1
 
 
 def cp_async(shared: tirx.Expr, source: tirx.Expr, size: int = 16, valid: tirx.Expr | None = None) -> None:
-    """Starts a copy of 4, 8 or 16 bytes from global to shared memory; where `valid` is false, of zeros.
+    """Starts a copy of 4, 8 or 16 bytes from global to shared memory; copies zeros if `valid` is false.
 
     Args:
         shared: address in shared memory, uint32, a multiple of `size`.
-        source: pointer to global memory, a multiple of `size`; not read where `valid` is false, so it may point
-            anywhere then.
-        size: bytes. 16 go past the L1 cache.
-        valid: condition.
+        source: pointer to global memory, a multiple of `size`; not read if `valid` is false, and may then point
+            anywhere.
+        size: number of bytes. Copies of 16 bypass the L1 cache.
+        valid: condition, or None for always.
     """
     cache = "cg" if size == 16 else "ca"
     sizes = (size,) if valid is None else (size, T.Select(valid, T.uint32(size), T.uint32(0)))
@@ -94,12 +94,12 @@ def cp_async(shared: tirx.Expr, source: tirx.Expr, size: int = 16, valid: tirx.E
 
 
 def cp_async_commit() -> None:
-    """Makes a group of the copies that this thread started since the last group."""
+    """Ends a group: the copies that this thread started since the last group."""
     T.evaluate(T.ptx.cp.async_.commit_group())
 
 
 def cp_async_wait(pending: int) -> None:
-    """Waits until at most `pending` of this thread's newest groups are not complete."""
+    """Waits until at most the `pending` newest groups of this thread are incomplete."""
     T.evaluate(T.ptx.cp.async_.wait_group(pending))
 
 
@@ -122,18 +122,18 @@ def mma(c: Sequence[tirx.Expr], a: Sequence[tirx.Expr], b: Sequence[tirx.Expr], 
 
 
 def pack(register: tirx.Expr, low: tirx.Expr, high: tirx.Expr, dtype: str) -> None:
-    """Rounds two float32 to `dtype`, to nearest even; `low` gets the lower address when the register is stored."""
+    """Rounds two float32 to `dtype`, to nearest even; `low` is at the lower address when the register is stored."""
     T.evaluate(T.ptx[f"cvt.rn.{SHORT[dtype]}x2.f32"](register, high, low))
 
 
 def permute_bytes(register: tirx.Expr, a: tirx.Expr, b: tirx.Expr, selector: tirx.Expr | int) -> None:
-    """Byte i of the result is the one that nibble i of `selector` names: 0-3 of a, 4-7 of b; all are uint32."""
+    """Byte i of the result is the byte that nibble i of `selector` names: 0-3 for a, 4-7 for b; all are uint32."""
     chosen = T.uint32(selector) if isinstance(selector, int) else selector
     T.evaluate(T.ptx["prmt.b32"](register, a, b, chosen))
 
 
 def mask_or(register: tirx.Expr, a: tirx.Expr, mask: int, bits: int) -> None:
-    """(a & mask) | bits in one instruction: from an expression ptxas makes two, as only one constant fits into it."""
+    """(a & mask) | bits in one instruction; ptxas makes two of the expression, each with one constant."""
     T.evaluate(T.ptx["lop3.b32"](register, a, T.uint32(mask), T.uint32(bits), 0xF0 & 0xCC | 0xAA))
 
 
@@ -148,22 +148,22 @@ def fma_pairs(register: tirx.Expr, a: tirx.Expr, b: tirx.Expr, c: tirx.Expr, dty
 
 
 def load_shared(registers: Sequence[tirx.Expr], address: tirx.Expr) -> None:
-    """Loads one, two or four 32-bit registers; the address is a multiple of their size together."""
+    """Loads one, two or four 32-bit registers; the address is a multiple of their total size."""
     T.evaluate(T.ptx[f"ld.shared{_vector(registers)}.b32"](*registers, address))
 
 
 def store_shared(address: tirx.Expr, registers: Sequence[tirx.Expr]) -> None:
-    """Stores one, two or four 32-bit registers; the address is a multiple of their size together."""
+    """Stores one, two or four 32-bit registers; the address is a multiple of their total size."""
     T.evaluate(T.ptx[f"st.shared{_vector(registers)}.b32"](address, *registers))
 
 
 def load_global(registers: Sequence[tirx.Expr], pointer: tirx.Expr) -> None:
-    """Loads one, two or four 32-bit registers; the pointer is a multiple of their size together."""
+    """Loads one, two or four 32-bit registers; the pointer is a multiple of their total size."""
     T.evaluate(T.ptx[f"ld.global{_vector(registers)}.b32"](*registers, pointer))
 
 
 def store_global(pointer: tirx.Expr, registers: Sequence[tirx.Expr]) -> None:
-    """Stores one, two or four 32-bit registers; the pointer is a multiple of their size together."""
+    """Stores one, two or four 32-bit registers; the pointer is a multiple of their total size."""
     T.evaluate(T.ptx[f"st.global{_vector(registers)}.b32"](pointer, *registers))
 
 

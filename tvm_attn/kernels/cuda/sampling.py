@@ -1,7 +1,7 @@
 """Greedy sampling at the end of a decode step on NVIDIA GPUs: the next token and position of each row, in place.
 
-One block reads a row. At 50257 columns that takes one multiprocessor about 2 us (200 KB at 64 bytes a clock), which is
-what a second launch would take; so rows are not split over blocks.
+One block reads a row. At 50257 columns that takes one multiprocessor about 2 us (200 KB at 64 bytes per clock), as long
+as a second launch would take, so rows are not split over blocks.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class AdvanceTiles:
     """The sizes of `advance`.
 
     Attributes:
-        threads: of a block, a power of two from 32 to 1024.
-        unroll: columns of a thread whose loads are on their way together.
+        threads: threads per block, a power of two from 32 to 1024.
+        unroll: columns per thread whose loads are in flight together.
     """
 
     threads: int = 1024
@@ -43,9 +43,10 @@ def default_tiles(kernel: Advance) -> AdvanceTiles:
 def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
     """The function of `Advance`.
 
-    A thread keeps the first of its largest numbers, and whether it saw a NaN. Then threads compare unsigned integers in
-    the order of numbers: the sign bit is set in those that have none, all bits are turned in those that have it, -0
-    counts as 0, and NaN comes above all. What wins has the largest such key, and of those the smallest index.
+    A thread keeps the first of its largest numbers, and whether it saw a NaN. Threads then compare unsigned integer
+    keys
+    in the order of the numbers: the sign bit is set for positive numbers, all bits are inverted for negative ones, -0
+    counts as 0, and NaN is above everything. The largest key wins, and of equal keys the smallest index.
     """
     vocabulary, columns, rows, groups = kernel.vocabulary, kernel.columns, kernel.rows, kernel.groups
     threads, unroll, warps = tiles.threads, tiles.unroll, tiles.threads // 32
@@ -76,7 +77,7 @@ def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
 
         @T.inline
         def reduce():
-            """The best of all lanes; all of them get it."""
+            """Finds the best of all lanes; all lanes get it."""
             for i in T.unroll(5):
                 key[1] = shuffle_xor(key[0], 1 << i)
                 index[1] = shuffle_xor(index[0], 1 << i)
@@ -87,7 +88,7 @@ def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
         if position >= 0:
             best[0] = T.float32(-math.inf)
             nan[0] = False
-            # Where all is minus infinity the first column wins.
+            # If everything is minus infinity, the first column wins.
             index[0] = T.Select(thread < vocabulary, thread, last)
             for step in range(-(-vocabulary // (threads * unroll))):
                 first: T.let[T.int32] = step * (threads * unroll) + thread
@@ -113,7 +114,7 @@ def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
                 key[0] = T.Select(lane < warps, warp_key[T.min(lane, warps - 1)], T.uint32(0))
                 index[0] = T.Select(lane < warps, warp_index[T.min(lane, warps - 1)], last)
                 reduce()
-        # All threads have read the position by now, or nobody waits for another.
+        # Before the position changes, all threads have read it: they passed the barrier above.
         if thread == 0:
             if position >= 0:
                 token_ids[group, row] = T.Select(key[0] == T.uint32(nan_key), -1, index[0])

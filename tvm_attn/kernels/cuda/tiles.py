@@ -1,4 +1,4 @@
-"""The choice of tiles: the decisions of the templates here are the fields of a dataclass."""
+"""Choosing tiles: the decisions of the templates here are the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Tiles = TypeVar("Tiles")
 
 
 def choose_tiles(choose: Chooser, default: Tiles, candidates: Iterable[Tiles]) -> Tiles:
-    """One of the candidates, a decision for each field: one of the values that those have which agree so far."""
+    """One of the candidates, with one decision per field among the candidates that agree with the decisions so far."""
     left = [default, *(candidate for candidate in candidates if candidate != default)]
     for field in fields(default):  # type: ignore[arg-type]
         values = [int(getattr(tiles, field.name)) for tiles in left]
