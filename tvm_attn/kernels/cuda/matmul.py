@@ -40,7 +40,7 @@ def matmul(kernel: LinearKernel, tiles: MatmulTiles) -> tirx.PrimFunc:
         ScheduleError: the tiles do not fit the kernel (`MatmulTiles.fits`).
     """
     if not tiles.fits(kernel):
-        raise ScheduleError(f"{tiles} does not fit {kernel}: choose from tvm_attn.kernels.cuda.matmul_tiles.candidates")
+        raise ScheduleError(f"{tiles} does not fit {kernel}: choose from tvm_attn.kernels.cuda.matmul_cost.candidates")
     with IRBuilder() as ir, builder.prim_func():
         T.func_name(kernel.family)
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
