@@ -119,7 +119,7 @@ class RunningPeers:
         threads: CPU threads of each.
         python: the Python that has them installed.
         stack: ends them when it is closed.
-        progress: told what happens next.
+        progress: called with a description of each step.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class RunningPeers:
 
 
 def _prepare(peer: Peer, case: Case) -> bool:
-    """Fills a peer's cache for a case; False where the peer cannot run it."""
+    """Fills a peer's cache for a case; False if the peer cannot run it."""
     if not peer.supports(case):
         return False
     if case.phase == "decode":

@@ -22,7 +22,7 @@ class Figure:
         work: what is done.
         unit: of both values.
         wanted: at least this much; at most, where `at_most`.
-        reached: takes the entries of a run and gives the value, or None where it was not measured.
+        reached: takes the entries of a run and gives the value, or None if it was not measured.
         at_most: less is better.
     """
 
@@ -33,7 +33,7 @@ class Figure:
     at_most: bool = False
 
     def result(self, entries: list[Entry]) -> dict[str, Any]:
-        """For JSON: what was wanted, what was reached, and whether that is enough; None where it was not measured."""
+        """For JSON: what was wanted, what was reached, and whether that is enough; None if it was not measured."""
         value = self.reached(entries)
         met = None if value is None else (value <= self.wanted if self.at_most else value >= self.wanted)
         return {

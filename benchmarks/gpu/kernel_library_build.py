@@ -92,7 +92,7 @@ def write_kernel_library(
     Args:
         target_name: a CUDA target, e.g. "cuda" or "cuda-sm90", or one of processors, to try this without a GPU.
         folder: made here.
-        progress: told what happens next.
+        progress: called with a description of each step.
         cases: default: `all_cases()` that the target has templates for.
         timed: default: `timed_kernels()`.
 
@@ -128,7 +128,7 @@ def _cuda_targets() -> list[str]:
 
 
 def _add(functions: dict[Kernel, Any], kernel: Kernel, target: Target, book: RecordBook) -> bool:
-    """Schedules a kernel that is not there yet; False where the target has no template for it."""
+    """Schedules a kernel that is not there yet; False if the target has no template for it."""
     if kernel in functions:
         return True
     try:

@@ -110,10 +110,10 @@ def run_parts(
         parts: in order.
         command: of a part that has so many seconds; it prints entries, see `benchmarks.gpu.processes`.
         seconds: of all parts; the last ones are left out where the others took them.
-        progress: told what happens next.
+        progress: called with a description of each step.
 
     Returns:
-        For each part "seconds", "error" (None where it went well), "entries", and "correctness".
+        For each part "seconds", "error" (None if it went well), "entries", and "correctness".
     """
     start, result = time.monotonic(), {}
     for part in parts:

@@ -27,7 +27,7 @@ class Outcome:
     Attributes:
         entries: what it printed, in order.
         seconds: how long it ran.
-        error: why it did not end well, one line; None where it did.
+        error: why it did not end well, one line; None if it did.
     """
 
     entries: list[Entry] = field(default_factory=list)

@@ -22,7 +22,7 @@ class PeerInfo:
     precisions: tuple[str, ...]
 
     def precision(self, wanted: str | None, ours: str) -> str | None:
-        """The precision to run: `wanted`, or None where the peer lacks it; by default what is nearest to `ours`."""
+        """The precision to run: `wanted`, or None if the peer lacks it; by default what is nearest to `ours`."""
         if wanted is not None:
             return wanted if wanted in self.precisions else None
         nearest = [ours, _SIMILAR.get(ours), self.precisions[0]]

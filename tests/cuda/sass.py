@@ -50,8 +50,8 @@ class Resources:
         spills: bytes that a thread stores to and loads from local memory for want of registers.
         stack: bytes of local memory of a thread, e.g. for arrays with indices known at run time alone.
         static_shared: bytes of a block that the code declares.
-        dynamic_shared: bytes of a block that the launch asks for; None where they depend on a size known at run time.
-        threads: of a block; None where they depend on such a size.
+        dynamic_shared: bytes of a block that the launch asks for; None if they depend on a size known at run time.
+        threads: of a block; None if they depend on such a size.
     """
 
     registers: int
@@ -86,7 +86,7 @@ def resources(function: tirx.PrimFunc, architecture: str = "sm_80") -> dict[str,
 
 
 def sass(function: tirx.PrimFunc, architecture: str = "sm_80") -> dict[str, str]:
-    """The instructions of each kernel of a scheduled function, a line each, by the kernel's name."""
+    """The instructions of each kernel of a scheduled function, one line each, by the kernel's name."""
     source, launches = _lowered(function)
     text = _disassembly(source, architecture)
     found = {}

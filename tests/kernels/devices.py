@@ -182,7 +182,7 @@ def vulkan_devices() -> list[TvmDevice]:
 
 
 def gpu() -> TvmDevice | None:
-    """The NVIDIA GPU, with the target made for it where there is one."""
+    """The NVIDIA GPU, with the target made for it if there is one."""
     if device_class("cuda").obstacle() is not None:
         return None
     candidates = [targets.read(name) for name in targets.names() if name.startswith("cuda-")]

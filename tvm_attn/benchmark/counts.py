@@ -133,7 +133,7 @@ def kernel_work(
         storage: how the library holds its numbers.
 
     Returns:
-        None where the family is not known here.
+        None if the family is not known here.
     """
     family = kernel["family"]
     if family in ("linear", "residual_linear", "qkv_linear", "head"):

@@ -30,7 +30,7 @@ class KernelTime:
         sizes: its main sizes, as text to print.
         calls: times that a call of the model calls it.
         seconds: all of those together, the median over several calls of the model.
-        work: all of those together, padding rows included; None where it is not known.
+        work: all of those together, padding rows included; None if it is not known.
     """
 
     name: str

@@ -28,7 +28,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int | None:
-    """Bytes of the last-level caches of the cores that this process may use, as Linux tells; None where it does not."""
+    """Bytes of the last-level caches of the cores that this process may use, as Linux tells; None if it does not."""
     caches: dict[str, int] = {}
     try:
         for core in os.sched_getaffinity(0):

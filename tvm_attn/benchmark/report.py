@@ -135,7 +135,7 @@ def case_figures(entry: Measurement, label: str, benchmark: Benchmark) -> dict[s
 
 
 def kernel_figures(entry: KernelTime, total: float, benchmark: Benchmark) -> dict[str, Any]:
-    """Derived figures of a kernel, None where work or limits are not known; `total` is the time of all kernels."""
+    """Derived figures of a kernel, None if work or limits are not known; `total` is the time of all kernels."""
     figures: dict[str, Any] = {"share": entry.seconds / total}
     if entry.work is None:
         return figures | dict.fromkeys(("gflops", "gbytes_per_second", "bound_by", "fraction_of_limit"))

@@ -73,7 +73,7 @@ class Benchmark:
         from_cache: whether the weights fit in the processor's caches, so that the speed of memory is no limit.
         arithmetic: what our matrix products are computed in, see `Storage.arithmetic`.
         systems: ours first.
-        skipped: why other systems were left out, a line each.
+        skipped: why other systems were left out, one line each.
         measurements: a case each.
         kernels: times of kernels, by case; empty where they were not asked for.
     """
@@ -95,7 +95,7 @@ class Peers(Protocol):
 
     Attributes:
         systems: those that run.
-        skipped: why others do not, a line each.
+        skipped: why others do not, one line each.
     """
 
     systems: list[SystemInfo]
@@ -106,7 +106,7 @@ class Peers(Protocol):
 
         Args:
             measurement: of the case.
-            progress: told what happens next.
+            progress: called with a description of each step.
         """
 
 

@@ -1,4 +1,4 @@
-"""Reading a GPT-2 checkpoint: `config.json` and safetensors, one tensor in memory at a time.
+"""Reads a GPT-2 checkpoint: `config.json` and safetensors, one tensor in memory at a time.
 
 A checkpoint is a folder in Hugging Face's layout, or an id on the hub. Everything about it is checked before it is
 used: its configuration, the names, shapes and dtypes of its tensors (from the files' headers, when it is opened) and
@@ -42,17 +42,17 @@ __all__ = [
 ]
 
 RANDOM_SOURCE = "random weights, seed 0"
-"""What an artifact with `random_params` says of where its weights came from."""
+"""The source that an artifact with `random_params` records for its weights."""
 
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _CONVERT = "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)"
-# Causal masks that older versions of transformers stored beside the weights.
+# Causal masks that older versions of transformers stored with the weights.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-# First parts of the names of GPT-2's own parameters; tensors outside belong to other heads.
+# First parts of the names of GPT-2's own parameters; all other tensors belong to other heads.
 _BODY = ("transformer", "wte", "wpe", "h", "ln_f", "lm_head")
-# What PyTorch's wrappers of a module put into the names of its tensors.
+# Prefixes that PyTorch's module wrappers add to the names of tensors.
 _WRAPPERS = {
     "_checkpoint_wrapped_module": "activation checkpointing",
     "_fsdp_wrapped_module": "FSDP",
@@ -65,7 +65,7 @@ _NAMED_PROBLEMS = 4  # how many offending tensors a message lists
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """Where a tensor lies, and what the header of its file says about it."""
+    """A tensor's file, and what the file's header says about it."""
 
     file: Path
     key: str
@@ -79,10 +79,10 @@ class Checkpoint:
 
     Attributes:
         config: the hyperparameters, with the token ids of `generation_config.json`.
-        source: where it came from: the folder as it was given, or `hub-id@revision`.
-        folder: its folder.
-        generation: sampling options that it asks for, see `read_generation_config`.
-        notes: what was left out of its files, a line each.
+        source: where it came from: the folder as given by the user, or `hub-id@revision`.
+        folder: the folder of its files.
+        generation: its recommended sampling options, see `read_generation_config`.
+        notes: what was left out of its files, one line each.
     """
 
     config: GPT2Config
@@ -93,12 +93,12 @@ class Checkpoint:
     _tensors: Mapping[str, _StoredTensor]
 
     def params(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Canonical name and array of every parameter, in canonical order, in the dtype in which it is stored.
+        """Canonical name and array of every parameter, in canonical order and in its stored dtype.
 
         Each array is read when the iterator reaches it: float64, float32, float16 or ml_dtypes.bfloat16.
 
-        Raises CheckpointError, naming the tensor, where a value is NaN or infinite, or where an `lm_head.weight` is
-        stored that differs from the `wte.weight` to which the configuration ties it.
+        Raises CheckpointError, naming the tensor, if a value is NaN or infinite, or if a stored `lm_head.weight`
+        differs from the `wte.weight` to which the configuration ties it.
         """
         with ExitStack() as stack:
             handles = {
@@ -130,7 +130,7 @@ class Checkpoint:
     def tokenizer(self) -> CheckpointTokenizer:
         """The checkpoint's tokenizer.
 
-        Raises TokenizerError where its files are malformed or do not fit the vocabulary size.
+        Raises TokenizerError if its files are malformed or do not fit the vocabulary size.
         """
         return read_tokenizer(self.folder, self.config.vocab_size)
 
@@ -138,12 +138,12 @@ class Checkpoint:
 def open_checkpoint(model: str | Path, on_download: Callable[[str], None] | None = None) -> Checkpoint:
     """Open a checkpoint: a local folder, a preset's name (`gpt2`, `gpt2-xl`, ...) or a Hugging Face hub id.
 
-    A model on the hub is taken from the local cache where it is there, and downloaded otherwise; `on_download` is
-    called with its id before that. Weights are `model.safetensors`, or shards with `model.safetensors.index.json`,
-    their names with or without the prefix `transformer.`. Other heads' weights are left out, with a note.
+    A model on the hub is taken from the local cache, or else downloaded; `on_download` is called with its id before a
+    download. Weights are `model.safetensors`, or shards with `model.safetensors.index.json`; names may have the prefix
+    `transformer.`. Weights of other heads are left out, with a note.
 
-    Raises CheckpointUnavailable where the model is not on this machine and cannot be had from the hub, CheckpointError
-    where its files are missing, unreadable or do not fit, and ConfigError where its `config.json` is unsupported.
+    Raises CheckpointUnavailable if the model is not on this machine and the hub does not provide it, CheckpointError if
+    its files are missing, unreadable or do not fit, and ConfigError if its `config.json` is unsupported.
     """
     folder, source = _locate(model, on_download)
     config = read_config(folder)
@@ -159,7 +159,7 @@ def open_checkpoint(model: str | Path, on_download: Callable[[str], None] | None
 def read_config(folder: Path) -> GPT2Config:
     """The configuration in a checkpoint's `config.json`.
 
-    Raises CheckpointError where it is missing or unreadable, ConfigError where it is unsupported.
+    Raises CheckpointError if it is missing or unreadable, ConfigError if it is unsupported.
     """
     path = folder / "config.json"
     if exists(folder / MANIFEST, CheckpointError):
@@ -177,10 +177,10 @@ def read_config(folder: Path) -> GPT2Config:
 def random_params(config: GPT2Config, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
     """Random parameters in canonical order, float32, at the scale of GPT-2's initialisation.
 
-    Matrices are normal with a standard deviation of 0.02, those that write to the residual stream with
-    0.02 / sqrt(2 n_layer) (GPT-2 paper, section 2.3). Biases and LayerNorm's parameters, which training starts at zero
-    and one, vary by 0.1 here, so that a check against a reference sees them. Each tensor depends on `seed`, its own
-    name and its shape only, not on the tensors before it.
+    Matrices are normal with a standard deviation of 0.02, or 0.02 / sqrt(2 n_layer) if they write to the residual
+    stream (GPT-2 paper, section 2.3). Biases and LayerNorm's parameters, which training starts at zero and one, vary by
+    0.1 here, so that a check against a reference notices them. Each tensor depends only on `seed`, its name and its
+    shape, not on the tensors before it.
     """
     with ThreadPoolExecutor() as pool:
         for name, shape in param_shapes(config).items():
@@ -198,19 +198,19 @@ def random_params(config: GPT2Config, seed: int = 0) -> Iterator[tuple[str, np.n
 
 
 def _fill_normal(flat: np.ndarray, seeds: list[int], start: int) -> None:
-    """Fill one chunk with standard normal values; chunks have streams of their own, so threads change nothing."""
+    """Fill one chunk with standard normal values; each chunk has its own stream, so threads change nothing."""
     # SFC64 is numpy's fastest bit generator; its quality is far beyond what weights need.
     generator = np.random.Generator(np.random.SFC64([*seeds, start]))
     generator.standard_normal(dtype=np.float32, out=flat[start : start + _CHUNK])
 
 
 def cast_params(params: Iterable[tuple[str, np.ndarray]], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Bring parameters to their stored form: matrices to `dtype`, vectors (biases, LayerNorm) always to float32.
+    """Cast parameters to their stored form: matrices to `dtype`, vectors (biases, LayerNorm) always to float32.
 
     `dtype` is "float32", "float16" or "bfloat16" (ml_dtypes). Values round to nearest even.
 
-    Raises CheckpointError, naming the tensor, where a finite value would become infinite, or most of a tensor would be
-    lost, as its values are smaller than the dtype's smallest.
+    Raises CheckpointError, naming the tensor, if a finite value would become infinite, or most of a tensor would be
+    lost because its values are smaller than the dtype's smallest.
     """
     for name, array in params:
         target = numpy_dtype(dtype if array.ndim > 1 else "float32")
@@ -223,12 +223,12 @@ def cast_params(params: Iterable[tuple[str, np.ndarray]], dtype: str) -> Iterato
         yield name, cast
 
 
-# Square of the rounding of bfloat16: a tensor that loses more has run out of exponents.
+# Square of bfloat16's rounding error: a tensor that loses more has values below the exponent range.
 _COARSEST = 2.0**-18
 
 
 def _require_fitting(name: str, array: np.ndarray, cast: np.ndarray) -> None:
-    """Refuses values that become infinite, and a tensor most of which is too small for its dtype."""
+    """Refuses values that become infinite, and tensors that are mostly too small for the dtype."""
     largest = float(np.abs(array).max(initial=0))
     if np.isfinite(largest) and not np.isfinite(cast).all():
         raise CheckpointError(
@@ -254,7 +254,7 @@ def _locate(model: str | Path, on_download: Callable[[str], None] | None) -> tup
     if not isinstance(model, str | os.PathLike):
         raise CheckpointError(f"the model must be a folder or a name, not {shorten(model)}")
     folder = Path(model)
-    # A preset's name means the preset, unless a folder of that name really is a checkpoint.
+    # A preset's name means the preset, unless a folder of that name is a checkpoint.
     if exists(folder, CheckpointError) and (model not in PRESETS or exists(folder / "config.json", CheckpointError)):
         if not folder.is_dir():
             raise CheckpointError(
@@ -269,7 +269,7 @@ def _locate(model: str | Path, on_download: Callable[[str], None] | None) -> tup
 
 
 def _is_usable(folder: Path) -> bool:
-    """Whether a folder has all the files that `open_checkpoint` needs, whatever is in them."""
+    """Whether a folder has all the files that `open_checkpoint` needs, regardless of their content."""
     try:
         _weight_files(folder)
         return exists(folder / "config.json", CheckpointError)
@@ -278,7 +278,7 @@ def _is_usable(folder: Path) -> bool:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files of a checkpoint, and its index (tensor -> file name) where it is sharded."""
+    """The safetensors files of a checkpoint, and its index (tensor -> file name) if it is sharded."""
     if exists(folder / _WEIGHTS, CheckpointError):
         return [folder / _WEIGHTS], None
     if exists(folder / _INDEX, CheckpointError):
@@ -327,7 +327,7 @@ def _safetensors_errors(file: Path) -> Iterator[None]:
 
 
 def _opened(file: Path) -> Any:
-    # safetensors would wait for the writer of a pipe, and calls a file without permission missing.
+    # safetensors would wait for the writer of a pipe, and reports an unreadable file as missing.
     with opened(file, CheckpointError), _safetensors_errors(file):
         return safe_open(file, framework="numpy")
 
@@ -352,8 +352,8 @@ def _check_index(folder: Path, index: dict[str, str], stored: list[_StoredTensor
 def _match(config: GPT2Config, source: str, stored: list[_StoredTensor]) -> tuple[dict[str, _StoredTensor], list[str]]:
     """Canonical name -> stored tensor, and notes on what was left out.
 
-    Those are the parameters that `config` asks for and a stored copy of a tied head. Tensors of other heads, which
-    stand outside the transformer, are left out; unknown ones inside it would change what it computes.
+    Stored tensors are the parameters of `config`, and possibly a copy of a tied head. Tensors of other heads, outside
+    the transformer, are left out; unknown tensors inside it would change what it computes.
     """
     shapes = param_shapes(config)
     optional = {"lm_head.weight": shapes["wte.weight"]} if config.tie_word_embeddings else {}
@@ -380,10 +380,10 @@ def _match(config: GPT2Config, source: str, stored: list[_StoredTensor]) -> tupl
             problems.append(f"{shown} is {tensor.shape}, expected {expected}{_transposed(tensor.shape, expected)}")
         tensors.setdefault(name, tensor)
     if config.tie_word_embeddings and "wte.weight" not in tensors and "lm_head.weight" in tensors:
-        # Of tensors that share memory, safetensors' save_model stores one.
+        # safetensors' save_model stores only one of several tensors that share memory.
         tensors["wte.weight"] = tensors.pop("lm_head.weight")
     missing = [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in tensors]
-    if missing:  # then these are not heads, but parameters by another name
+    if missing:  # then these are not heads but misnamed parameters
         problems += [f"{head} is not a parameter of this GPT-2" for head in heads]
     if problems or missing:
         raise CheckpointError(f"{shorten_path(source)} does not fit its config.json: {_listed(problems + missing)}")

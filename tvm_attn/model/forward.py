@@ -27,13 +27,13 @@ from tvm_attn.storage import GROUP
 
 
 class Forward:
-    """One forward pass: the layers of GPT-2 for rows of tokens, with the attention left to the caller.
+    """One forward pass: the layers of GPT-2 for rows of tokens.
 
     Args:
-        module: where calls go.
+        module: receives the calls.
         groups: number of row groups, a symbolic variable or 1.
-        rows: rows of a group.
-        max_groups: upper bound of that number.
+        rows: rows per group.
+        max_groups: upper bound of the number of row groups.
         inputs: token_ids, positions and slots.
         cache: gives the KV cache of a layer.
         param: gives the packed tensors of a parameter.
@@ -52,15 +52,15 @@ class Forward:
         self.module, self.config, self.dtype = module, module.config, module.layout.dtype
         self.groups, self.rows, self.activations = groups, rows, module.layout.activations
         self.static_groups = groups if isinstance(groups, int) else None
-        # Where one static group has a kernel of its own, LayerNorm is a part of the product.
+        # If one static group has its own kernels, LayerNorm is part of the linear layer.
         self.fuses_norm = module.layout.tensor_cores and self.static_groups == 1
-        # Elsewhere the same kernels serve prompts and decode.
+        # Otherwise the same kernels serve prompts and decode.
         self.max_groups = max_groups if module.layout.tensor_cores and self.static_groups is None else None
         self.token_ids, self.positions, self.slots = inputs
         self._cache, self._param = cache, param
 
     def _input(self, x: relax.Var, width: int) -> list[relax.Var]:
-        """x (g, R, K) as the weights' format wants it."""
+        """x (g, R, K) in the form that the weights' format needs."""
         weights, g = self.module.layout.weights, self.groups
         if self.module.layout.tensor_cores or weights in PLAIN:
             return [x]
@@ -77,7 +77,7 @@ class Forward:
         return relax.TensorType((self.groups, self.rows, width), dtype)
 
     def _sizes(self, name: str, fuses_norm: bool = False) -> dict[str, Any]:
-        """What all linear kernels share, for a packed weight."""
+        """The fields that all linear kernels share, for a packed weight."""
         k, n, columns = self.module.parameters[name].sizes
         return {
             "in_features": k,
@@ -121,13 +121,13 @@ class Forward:
         return self.module.call(kernel, arguments, [self._type(config.n_embd, self.activations)])
 
     def _normalized(self, x: relax.Var, name: str) -> list[relax.Var]:
-        """x after the LayerNorm `name`, as a linear layer takes it."""
+        """x after the LayerNorm `name`, in the form that a linear layer takes."""
         if self.fuses_norm:
             return [x, *self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         return self._input(self.norm(x, name), self.config.n_embd)
 
     def qkv(self, x: relax.Var, layer: int) -> tuple[relax.Var, relax.Var]:
-        """The cache with the rows' keys and values written, and q (g, R, E), of the normalized x."""
+        """The cache with the rows' keys and values written, and q (g, R, E); LayerNorm of x comes first."""
         name, cache = f"h.{layer}.attn.c_attn", self._cache(layer)
         weights = [*self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         arguments = [*self._normalized(x, f"h.{layer}.ln_1"), *weights, self.slots, self.positions, cache]
@@ -143,7 +143,7 @@ class Forward:
         return emit(relax.TupleGetItem(result, 0)), emit(relax.TupleGetItem(result, 1))
 
     def hidden(self, x: relax.Var, layer: int) -> relax.Var:
-        """activation(x W + b) of the normalized x: the first half of the MLP."""
+        """activation(x W + b) of x after LayerNorm: the first half of the MLP."""
         name = f"h.{layer}.mlp.c_fc"
         weights = [*self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         arguments = [*self._normalized(x, f"h.{layer}.ln_2"), *weights]
@@ -159,7 +159,7 @@ class Forward:
         return self.module.call(kernel, arguments, [self._type(kernel.out_features)])
 
     def block(self, x: relax.Var, layer: int, sequences: relax.Var | None) -> tuple[relax.Var, relax.Var]:
-        """One transformer layer: its cache and x; `sequences` is given for prompts, None for one token a row."""
+        """One transformer layer: its cache and x; `sequences` is None for one token per row (decode)."""
         cache, q = self.qkv(x, layer)
         x = self.residual_linear(self._attention(q, cache, layer, sequences), f"h.{layer}.attn.c_proj", x)
         return cache, self.residual_linear(self.hidden(x, layer), f"h.{layer}.mlp.c_proj", x)
@@ -183,12 +183,12 @@ class Forward:
         return self.module.call(kernel, [q, cache, *rows], [self._type(config.n_embd, self.activations)])
 
     def gather(self, x: relax.Var, rows: relax.Var) -> relax.Var:
-        """The given rows of x, as many as this pass has."""
+        """The given rows of x, as many as this pass has rows."""
         kernel = GatherRows(self.config.n_embd, self.rows)
         return self.module.call(kernel, [x, rows], [self._type(self.config.n_embd)])
 
     def head(self, x: relax.Var) -> relax.Var:
-        """Logits of the normalized x."""
+        """Logits of x after LayerNorm."""
         name = "wte.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         columns = padded_vocabulary(self.config, self.module.layout)
         arguments = [*self._normalized(x, "ln_f"), *self._param(name)]

@@ -1,7 +1,7 @@
-"""A checkpoint's `generation_config.json`: the tokens that end a text, and how its authors sample from it.
+"""A checkpoint's `generation_config.json`: the tokens that end a text, and its authors' sampling settings.
 
-transformers takes the tokens from this file alone where it is there, also where it names none, and otherwise from
-`config.json`; so does this. Its sampling settings are only recorded: they become ours where a caller asks for them.
+Like transformers, this takes the tokens from this file only if it exists, even if it names none, and otherwise from
+`config.json`. Sampling settings are only recorded: they apply if a caller asks for them.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from tvm_attn.jsonfile import CONFIG_BYTES, exists, read_json, shorten_path
 
 GENERATION_CONFIG = "generation_config.json"
 
-# Settings that change what transformers generates and that tvm_attn lacks, with the values that leave them out.
+# Settings that change what transformers generates and that tvm_attn lacks, with the values that disable them.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": (),
@@ -36,16 +36,16 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suppress_tokens": (),
     "typical_p": (1, 1.0),
 }
-_DEFAULT_TOP_K = 50  # transformers' where do_sample is set and top_k is not
+_DEFAULT_TOP_K = 50  # transformers' default if do_sample is set and top_k is not
 
 
 def read_generation_config(folder: Path, config: GPT2Config) -> tuple[GPT2Config, dict[str, Any], list[str]]:
     """`config` with the token ids of the folder's `generation_config.json`, its options, and notes for the user.
 
-    The options are those of `tvm_attn.runtime.decoding.GenerationOptions` that have the effect of the file's settings
+    The options are fields of `tvm_attn.runtime.decoding.GenerationOptions` that have the effect of the file's settings
     in transformers. They are not checked.
 
-    Raises CheckpointError where the file is unreadable, and ConfigError where a token id in it is malformed.
+    Raises CheckpointError if the file is unreadable, and ConfigError if a token id in it is malformed.
     """
     path = folder / GENERATION_CONFIG
     if not exists(path, CheckpointError):
@@ -72,7 +72,7 @@ def read_generation_config(folder: Path, config: GPT2Config) -> tuple[GPT2Config
 
 
 def _options(settings: dict[str, Any]) -> dict[str, Any]:
-    """transformers samples only with `do_sample`; without, temperature, top_k, top_p and min_p mean nothing there."""
+    """transformers samples only with `do_sample`; without it, it ignores temperature, top_k, top_p and min_p."""
     options = {
         "max_new_tokens": settings.get("max_new_tokens"),
         "repetition_penalty": settings.get("repetition_penalty"),

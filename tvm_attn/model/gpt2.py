@@ -1,23 +1,23 @@
 """GPT-2 (Radford et al., 2019) in Relax, over the kernels of `tvm_attn.kernels`.
 
-The module has these functions; token_ids, positions and slots are (g, R) int32, one value a row, and a padding row has
-position -1. `kv` is a tuple with one cache (S, 2, H, P, D) a layer, updated in place; `params` is the tuple of packed
-parameters that `transform_params` returns.
+The module has these functions; token_ids, positions and slots are (g, R) int32, one value per row, and a padding row
+has position -1. `kv` is a tuple with one cache (S, 2, H, P, D) per layer, updated in place; `params` is the tuple of
+packed parameters that `transform_params` returns.
 
     prefill(token_ids, positions, slots, sequences (b, 4), last_rows, last_positions, last_slots (q, R), kv, params)
         -> logits (q, R, V')
     logits(token_ids, positions, slots, sequences (b, 4), kv, params) -> logits (g, R, V')
     decode(token_ids, positions, slots, kv, params) -> logits (g, R, V')
-    decode_one(...)   the same for one row: g = R = 1, with kernels made for it
-    decode_group(...) the same for one group: g = 1, with kernels made for it; where the layout says so
-    step(...)         as decode, then token_ids becomes the argmax of the logits and positions count one up, in place;
-                      step_one and step_group for one row and group; where there are tensor cores
+    decode_one(...)   decode with kernels for one row: g = R = 1
+    decode_group(...) decode with kernels for one group: g = 1; only if the layout has `group_kernels`
+    step(...)         decode, then token_ids becomes the argmax of the logits and positions increase by one, in place;
+                      step_one and step_group for one row and group; only with tensor cores
     argmax(logits (g, R, V')) -> token_ids (g, R);  argmax_one for one row
     transform_params(get) -> packed parameters; `get(index, name)` gives a canonical one
 
-V' is the vocabulary rounded up to whole weight strips; the columns past V are zero. `sequences` is explained at
-`PrefillAttention`; `last_rows` are the rows whose logits are wanted, at most `max_batch`. A step is made for a CUDA
-graph: it needs nothing from the host but what the last one left in its arguments.
+V' is the vocabulary rounded up to whole weight strips; the columns past V are zero. `PrefillAttention` explains
+`sequences`; `last_rows` are the rows whose logits are wanted, at most `max_batch`. A step suits a CUDA graph: it reads
+only what the previous step left in its arguments, and needs nothing from the host.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def _sequences() -> relax.Var:
 
 
 def _add_logits(module: Module, max_groups: int) -> None:
-    """Adds logits, of all rows."""
+    """Adds the function logits, for all rows."""
     rows, builder, tuples, g = module.layout.rows, module.builder, _Tuples(module), tirx.Var("g", "int64")
     inputs, sequences = _row_inputs(g, rows), _sequences()
-    # The upper bound lets the memory planner place all activations once, for every length.
+    # The upper bound lets the memory planner place all activations once for every length.
     attributes = {"tir_var_upper_bound": {"g": max_groups}}
     with builder.function("logits", [*inputs, sequences, tuples.kv, tuples.params], attrs=attributes):
         with builder.dataflow():
@@ -80,10 +80,10 @@ def _add_logits(module: Module, max_groups: int) -> None:
 
 
 def _add_prefill(module: Module, max_groups: int, max_last_groups: int) -> None:
-    """Adds prefill, which gives the logits of chosen rows.
+    """Adds prefill, which gives the logits of selected rows.
 
-    The other rows matter to these only through their keys and values. So the last layer computes just those, and then
-    runs a layer of decode for the chosen rows, which writes their keys and values a second time.
+    In the last layer only keys and values of the other rows are needed. So that layer computes the keys and values of
+    all rows, then runs as a layer of decode for the selected rows, which writes their keys and values a second time.
     """
     rows, builder, tuples, final = module.layout.rows, module.builder, _Tuples(module), module.config.n_layer - 1
     g, q = (tirx.Var(letter, "int64") for letter in "gq")
@@ -107,8 +107,8 @@ def _add_prefill(module: Module, max_groups: int, max_last_groups: int) -> None:
 def _add_decode_layer(
     module: Module, name: str, layer: int, rows: int, groups: int | None, max_groups: int
 ) -> relax.GlobalVar:
-    """Adds one layer of decode as a function that becomes one kernel: (x, positions, slots, cache, parameters of the
-    layer) -> (cache, x)."""
+    """Adds one layer of decode as a function that becomes one kernel: (x, positions, slots, cache, the layer's
+    parameters) -> (cache, x)."""
     config, builder = module.config, module.builder
     g = tirx.Var("g", "int64") if groups is None else groups
     x = relax.Var("x", relax.TensorType((g, rows, config.n_embd), "float32"))
@@ -135,21 +135,21 @@ def _layer_parameters(module: Module, layer: int) -> list[str]:
 
 
 class _Decode:
-    """The arguments of decode and step functions, and the pass over them.
+    """The arguments of a decode or step function, and its forward pass.
 
     Args:
-        module: where the function is added.
-        name: of the function.
-        rows: rows of a group.
-        groups: a static number of them, or None for a symbolic one.
-        max_groups: most of them.
+        module: the module to which the function is added.
+        name: the function's name.
+        rows: rows per group.
+        groups: a static number of row groups, or None for a symbolic one.
+        max_groups: upper bound of the number of row groups.
     """
 
     def __init__(self, module: Module, name: str, rows: int, groups: int | None, max_groups: int) -> None:
         self._module, config, self._tuples = module, module.config, _Tuples(module)
         self._scales = [config.attention_scale(layer) for layer in range(config.n_layer)]
         self._layers: dict[float, relax.GlobalVar] = {}
-        if module.layout.fuse_layers:  # layers differ in nothing but their scale
+        if module.layout.fuse_layers:  # layers differ only in their scale
             for scale in dict.fromkeys(self._scales):
                 layer = self._scales.index(scale)
                 self._layers[scale] = _add_decode_layer(
@@ -161,7 +161,7 @@ class _Decode:
         self.arguments = [*self.inputs, self._tuples.kv, self._tuples.params]
 
     def logits(self) -> relax.Var:
-        """Emits the pass, inside the function."""
+        """Emits the forward pass inside the function."""
         module, tuples = self._module, self._tuples
         emit, (_, positions, slots) = module.builder.emit, self.inputs
         forward = Forward(module, self.groups, self.rows, self._max_groups, self.inputs, tuples.cache, tuples.param)
@@ -189,7 +189,7 @@ def _add_step(module: Module, name: str, rows: int, groups: int | None, max_grou
     """Adds step, step_group or step_one."""
     config, builder, decode = module.config, module.builder, _Decode(module, name, rows, groups, max_groups)
     columns = padded_vocabulary(config, module.layout)
-    # No argument comes from outside the graph, and a graph is captured for each value of the symbolic sizes.
+    # No argument is an input from outside the graph; a graph is captured for each value of the symbolic sizes.
     attributes = {
         "tir_var_upper_bound": {"g": max_groups},
         "num_input": 0,
@@ -233,19 +233,19 @@ def _add_transform_params(module: Module) -> None:
 
 
 MAX_BATCH = 64
-"""Most sequences of one decode call that libraries are planned for."""
+"""The most sequences per decode call that libraries are planned for."""
 
 
 def build_program(
     config: GPT2Config, layout: Layout, max_prefill_rows: int | None = None, max_batch: int = MAX_BATCH
 ) -> Program:
-    """GPT-2 as a Relax module over declared kernels.
+    """GPT-2 as a Relax module that calls declared kernels.
 
     Args:
-        config: the model.
-        layout: the target's layout and the storage dtype.
-        max_prefill_rows: most rows of one call of prefill or logits; default: one whole context.
-        max_batch: most rows of one call of decode.
+        config: the model's hyperparameters.
+        layout: the layout of tensors for the target and storage dtype.
+        max_prefill_rows: most rows per call of prefill or logits; by default one whole context.
+        max_batch: most rows per call of decode.
     """
     module, rows = Module(config, layout), layout.rows
     prefill_rows = config.n_positions if max_prefill_rows is None else max_prefill_rows

@@ -11,7 +11,7 @@ from pathlib import Path
 from tvm_attn.config import PRESETS
 from tvm_attn.errors import CheckpointError, one_line
 
-# Weights only as safetensors: a pickled file is never even downloaded.
+# Only safetensors: pickled files are not even downloaded.
 _FILES = [
     "config.json",
     "generation_config.json",
@@ -29,15 +29,15 @@ _FILES = [
 _NAME = r"\w+(?:[.-]\w+)*"
 _HUB_ID = re.compile(rf"(?:{_NAME}/)?{_NAME}", re.ASCII)
 _MAX_ID_LENGTH = 96
-_FIRST_ANSWER_S = 5.0  # the hub must answer within this time, or it counts as out of reach
+_FIRST_ANSWER_S = 5.0  # if the hub does not answer within this time, it counts as unreachable
 
 
 class CheckpointUnavailable(CheckpointError):
-    """The checkpoint is not on this machine and cannot be had from the hub; it is not known to be broken."""
+    """The checkpoint is not on this machine and the hub does not provide it; it may be fine itself."""
 
 
 def hub_id(model: str) -> str | None:
-    """The hub id that `model` stands for: a preset's (`gpt2` is `openai-community/gpt2`), its own, or None."""
+    """The hub id for `model`: of a preset (`gpt2` is `openai-community/gpt2`), `model` itself, or None."""
     if model in PRESETS:
         return f"openai-community/{model}"
     return model if len(model) <= _MAX_ID_LENGTH and _HUB_ID.fullmatch(model) else None
@@ -46,12 +46,12 @@ def hub_id(model: str) -> str | None:
 def hub_snapshot(
     repo_id: str, is_usable: Callable[[Path], bool], on_download: Callable[[str], None] | None = None
 ) -> Path:
-    """Folder with the files of `repo_id` that a build needs: from the local cache, or else downloaded into it.
+    """The folder with the files of `repo_id` that a build needs, from the local cache or downloaded into it.
 
-    `is_usable` judges whether a cached folder holds the weights: it may have only what another program asked for.
-    `on_download` is called with the id before anything is fetched.
+    `is_usable` says whether a cached folder holds the weights: it may have only the files that another program needed.
+    `on_download` is called with the id before a download.
 
-    Raises CheckpointUnavailable where the hub is out of reach, does not have the model, or does not hand it out.
+    Raises CheckpointUnavailable if the hub is unreachable, does not have the model, or refuses access to it.
     """
     try:
         import huggingface_hub as hub
@@ -72,7 +72,7 @@ def hub_snapshot(
         if cached is not None and complete and _has_tokenizer(cached):
             return cached
         try:
-            # snapshot_download sets no time limit on its first request, so another asks whether the hub is there.
+            # snapshot_download sets no time limit on its first request, so check first whether the hub answers.
             _within(_FIRST_ANSWER_S, lambda: hub.HfApi().model_info(repo_id, timeout=_FIRST_ANSWER_S))
             if on_download is not None:
                 on_download(repo_id)
@@ -98,7 +98,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _within(seconds: float, call: Callable[[], object]) -> None:
-    """Run `call`, raising what it raises, or TimeoutError after `seconds`: name resolution alone has no time limit."""
+    """Run `call`, raising what it raises, or TimeoutError after `seconds`: name resolution has no limit of its own."""
     failures: list[Exception] = []
 
     def run() -> None:
@@ -118,7 +118,7 @@ def _within(seconds: float, call: Callable[[], object]) -> None:
 
 @contextmanager
 def _silent_hub() -> Iterator[None]:
-    """Keep the hub client's warnings and progress bars off the terminal; its settings are restored on leaving."""
+    """Keep the hub client's warnings and progress bars off the terminal; restores its settings on exit."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger = logging.getLogger("huggingface_hub")

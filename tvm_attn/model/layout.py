@@ -11,17 +11,17 @@ from tvm_attn.targets import Target
 
 @dataclass(frozen=True)
 class Layout:
-    """How activations and weights lie in memory.
+    """The layout of activations and weights in memory.
 
     Attributes:
-        rows: R, the rows of a group.
+        rows: R, the rows per group.
         columns: C, the widest strip of packed columns, a power of two.
         dtype: storage dtype of the KV cache and the position table: float32, float16 or bfloat16.
         weights: format of the other matrices, see `tvm_attn.kernels.weights`.
         fuse_layers: whether a layer of decode is one kernel, see `tvm_attn.compiler.fusion`.
-        group_kernels: whether decode has kernels made for one group of rows.
-        activations: dtype of what lies between a layer's kernels: float32, or on tensor cores `dtype`; then C is 1. The
-            residual stream and the logits are float32 always.
+        group_kernels: whether decode has its own kernels for one group of rows.
+        activations: dtype of the values between a layer's kernels: float32, or `dtype` on tensor cores, where C is 1.
+            The residual stream and the logits are always float32.
     """
 
     rows: int
@@ -34,7 +34,7 @@ class Layout:
 
     @property
     def tensor_cores(self) -> bool:
-        """Whether activations are what tensor cores multiply."""
+        """Whether activations have a dtype that tensor cores multiply."""
         return self.activations != "float32"
 
     def whole_groups(self, rows: int) -> int:
@@ -43,12 +43,12 @@ class Layout:
 
     @property
     def quantization(self) -> str:
-        """That of the weights, as an artifact names it: none, int8 or int4."""
+        """The quantization of the weights, by its name in an artifact: none, int8 or int4."""
         return self.weights if self.weights in ("int8", "int4") else "none"
 
 
 def check_types(target: Target, dtype: str, quant: str) -> None:
-    """Checks that a target has a storage dtype, and that there is such a quantization.
+    """Checks that a target supports a storage dtype, and that the quantization exists.
 
     Raises:
         TargetError: one of them is not available.

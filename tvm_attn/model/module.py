@@ -1,4 +1,4 @@
-"""What GPT-2's Relax module is made of: its parameters, and the calls of its kernels."""
+"""The parts of GPT-2's Relax module: its parameters, and the calls of its kernels."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Program:
     """GPT-2 as Relax.
 
     Attributes:
-        module: the Relax functions, and a declaration of each kernel, which has no body.
-        kernels: the kernel that each declaration stands for, by name; the compiler puts its scheduled function there.
-        parameters: names of the canonical tensors that `transform_params` asks for, by its index.
+        module: the Relax functions, and a declaration without a body for each kernel.
+        kernels: the kernel of each declaration, by name; the compiler replaces the declaration with its scheduled
+            function.
+        parameters: names of the canonical tensors that `transform_params` requests, by index.
     """
 
     module: IRModule
@@ -36,12 +37,12 @@ Type = tuple[tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter on its way into the library's layout.
+    """A parameter and its conversion into the library's layout.
 
     Attributes:
-        given: canonical tensors by name: the parameter, and its scales where it is quantized.
+        given: canonical tensors by name: the parameter, and its scales if it is quantized.
         packed: the tensors that kernels take, in order.
-        kernels: the kernel that makes each of them, or None where the canonical tensor is used as it is.
+        kernels: the kernel that packs each of them, or None if the canonical tensor is used unchanged.
         sizes: K, N and C of a packed matrix; zeros for the others.
     """
 
@@ -54,7 +55,7 @@ class Parameter:
 def _parameter(name: str, shape: tuple[int, ...], layout: Layout, types: dict[str, Type]) -> Parameter:
     if not is_quantizable(name, shape):
         return Parameter({name: types[name]}, [types[name]], [None])
-    # Token table and head are (V, E) and padded; linear layers are (in, out) and have strips that divide them.
+    # Token table and head are (V, E) and padded; linear layers are (in, out), and their strips divide them.
     table, weights = name in TABLES, layout.weights
     k, n = (shape[1], shape[0]) if table else shape
     columns = layout.columns if table else largest_power(n, layout.columns)
@@ -75,13 +76,13 @@ def padded_vocabulary(config: GPT2Config, layout: Layout) -> int:
 
 
 def _declaration(name: str, operands: int) -> tirx.PrimFunc:
-    """A function without a body, in a kernel's place: parsing TensorIR that scheduling parses again takes a second."""
+    """A function without a body in place of a kernel: parsing its TensorIR here and for scheduling costs a second."""
     parameters = [tirx.Var(f"operand_{i}", "handle") for i in range(operands)]
     return tirx.PrimFunc(parameters, tirx.Evaluate(0)).with_attr("global_symbol", name)
 
 
 class Module:
-    """The Relax module in the making: adds every kernel once and emits calls to it."""
+    """The Relax module under construction: adds every kernel once and emits calls to it."""
 
     def __init__(self, config: GPT2Config, layout: Layout) -> None:
         self.config, self.layout = config, layout
@@ -99,7 +100,7 @@ class Module:
         outputs: list[relax.TensorType],
         in_place: list[int] | None = None,
     ) -> relax.Var:
-        """Emits a call; `in_place` gives per output the argument it updates, or -1 for a fresh tensor."""
+        """Emits a call; `in_place` gives, for each output, the argument that it updates, or -1 for a new tensor."""
         if kernel not in self._variables:
             name = f"{kernel.family}_{len(self.kernels)}"
             fresh = len(outputs) if in_place is None else in_place.count(-1)
@@ -111,7 +112,7 @@ class Module:
         return self.builder.emit(relax.call_tir(variable, tuple_, outputs))
 
     def kv_type(self, slots: tirx.Var) -> relax.TupleType:
-        """Type of the KV cache: one tensor a layer."""
+        """Type of the KV cache: one tensor per layer."""
         config = self.config
         shape = (slots, 2, config.n_head, config.n_positions, config.head_dim)
         return relax.TupleType([relax.TensorType(shape, self.layout.dtype)] * config.n_layer)

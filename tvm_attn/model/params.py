@@ -1,4 +1,4 @@
-"""The parameters of an artifact: a checkpoint's, cast or quantized."""
+"""The parameters of an artifact: those of a checkpoint, cast or quantized."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tvm_attn.storage import TABLES, is_quantizable, scales_name
 
 
 def stored_params(params: Iterable[tuple[str, np.ndarray]], dtype: str, quant: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Parameters as an artifact stores them.
+    """Converts parameters to the form that an artifact stores.
 
     Args:
         params: canonical names and float arrays.
-        dtype: storage dtype of matrices that are not quantized; vectors are float32 always.
+        dtype: storage dtype of matrices that are not quantized; vectors are always float32.
         quant: "none", "int8" or "int4"; `tvm_attn.storage` says what is stored.
 
     Raises:
-        CheckpointError: a value, or the scale of quantized ones, is too large or too small for its dtype.
+        CheckpointError: a value, or a scale of quantized values, is too large or too small for its dtype.
     """
     if quant == "none":
         yield from cast_params(params, dtype)
@@ -46,10 +46,11 @@ _USUAL_ERROR = {"int8": 2e-5, "int4": 7e-3}
 
 
 def _require_fitting_scales(name: str, matrix: np.ndarray, values: np.ndarray, scales: np.ndarray, quant: str) -> None:
-    """Refuses a matrix (K, N) whose scales float16 does not hold.
+    """Refuses a matrix (K, N) whose scales float16 cannot hold.
 
-    Small scales have fewer bits, and the smallest become 0. That is fine for some groups among larger ones; it is not
-    where the error of the whole matrix is more than twice that of exact scales, and of what normal weights have.
+    Small scales have fewer bits, and the smallest become 0. That is fine for some groups among larger ones, but not if
+    it makes the error of the whole matrix more than twice that of exact scales, and more than twice that of normal
+    weights.
     """
     peak = float(np.abs(matrix).max())
     holds = f"{name} holds values up to {peak:.2g}"
@@ -71,12 +72,12 @@ def _require_fitting_scales(name: str, matrix: np.ndarray, values: np.ndarray, s
 def effective_params(
     config: GPT2Config, read: Callable[[str], np.ndarray], quant: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse: canonical names and what the stored parameters stand for; quantized ones become float32.
+    """The inverse of `stored_params`: canonical names and values; quantized ones become float32.
 
     Args:
-        config: the model.
-        read: gives a stored array by name.
-        quant: how they were stored.
+        config: the model's hyperparameters.
+        read: returns a stored array by name.
+        quant: the quantization with which they were stored.
     """
     for name, shape in param_shapes(config).items():
         array = read(name)

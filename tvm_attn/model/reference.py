@@ -1,9 +1,9 @@
 """GPT-2 in plain PyTorch: the reference that compiled functions are checked against.
 
-Written from the GPT-2 paper and Hugging Face's parameter names, and independent of both TVM and transformers. In
-float64 it is exact enough to measure the rounding of every other dtype, which is how tolerances are justified.
+Written from the GPT-2 paper with Hugging Face's parameter names, and independent of both TVM and transformers. In
+float64 it is exact enough to measure the rounding of every other dtype, which justifies the tolerances.
 
-It recomputes the whole sequence each time and stores all T x T scores: it has no cache and is not meant to be fast.
+It has no cache, recomputes the whole sequence each time and stores all T x T scores: it is not meant to be fast.
 """
 
 import warnings
@@ -26,11 +26,11 @@ class Reference:
     """GPT-2's forward pass; shapes below use B (batch), T (tokens), E (n_embd), H (n_head), D (head_dim), V (vocab).
 
     `params` are the canonical parameters in float32, float64, float16 or ml_dtypes.bfloat16. Arrays that already have
-    `dtype` are used where they lie, without a copy; of the others, the one in use is converted each time, so that the
-    largest model in float64 needs no second copy of its weights. Any `device` but the processor gets a copy of them;
-    products are exact to their dtype there, too: TF32 is off.
+    `dtype` are used without a copy; others are converted one at a time, at each use, so that the largest model in
+    float64 needs no second copy of its weights. Any `device` but the processor gets a copy of them; products are exact
+    to their dtype there too, because TF32 is off.
 
-    Raises VerificationError where PyTorch is not installed.
+    Raises VerificationError if PyTorch is not installed.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Reference:
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Next-token logits after every token: ids int (B, T) -> (B, T, V) in the reference's dtype.
 
-        Raises ValueError where ids are not (B, T) with 1 <= T <= n_positions, or lie outside the vocabulary.
+        Raises ValueError if ids are not (B, T) with 1 <= T <= n_positions, or are outside the vocabulary.
         """
         config, torch = self.config, self._torch
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= config.n_positions:
@@ -107,11 +107,11 @@ class Reference:
         return converted
 
     def _tensor(self, array: np.ndarray) -> "Tensor":
-        """The array's memory as a tensor of the same dtype."""
+        """A tensor of the same dtype that shares the array's memory."""
         torch = self._torch
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read here
-            if array.dtype == ml_dtypes.bfloat16:  # PyTorch does not know numpy's bfloat16, but shares its bits
+            if array.dtype == ml_dtypes.bfloat16:  # PyTorch does not know numpy's bfloat16, but has the same bits
                 tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
             else:
                 tensor = torch.from_numpy(array)
@@ -119,7 +119,7 @@ class Reference:
 
     @contextmanager
     def _exact_products(self) -> Iterator[None]:
-        """Without TF32, which a program may have switched on for float32 products on CUDA."""
+        """Switches off TF32, which a program may have switched on for float32 products on CUDA."""
         products = self._torch.backends.cuda.matmul
         before, products.allow_tf32 = products.allow_tf32, False
         try:
@@ -129,15 +129,15 @@ class Reference:
 
 
 class RoundedReference(Reference):
-    """The reference with what a storage format rounds, to tell what the format costs from what a library does wrong.
+    """The reference with the rounding of a storage format, to separate the format's error from a library's faults.
 
     Args:
         config, params, dtype, device: as for `Reference`.
-        cache: what keys and values are rounded to: "float32", "float16" or "bfloat16".
-        inputs: the same of the inputs of linear layers and of the head; "int8" is symmetric with a scale for every 32.
+        cache: the dtype that keys and values are rounded to: "float32", "float16" or "bfloat16".
+        inputs: the same for the inputs of linear layers and the head; or "int8", symmetric with a scale per 32 inputs.
 
     Attributes:
-        overflow: what became infinite first, and its largest value, after `logits`; None where nothing did.
+        overflow: after `logits`, what became infinite first, and its largest value; None if nothing did.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class RoundedReference(Reference):
 
 
 def require_torch() -> None:
-    """Raises VerificationError where PyTorch is not installed; imports nothing."""
+    """Raises VerificationError if PyTorch is not installed; imports nothing."""
     if find_spec("torch") is None:
         raise VerificationError(
             "checking against PyTorch needs PyTorch, which is not installed: pip install torch (the extra verify)"

@@ -1,20 +1,21 @@
 """A checkpoint's tokenizer as the text of one `tokenizer.json`, the format of the `tokenizers` library.
 
-| files of the checkpoint | what is read of them |
+| files of the checkpoint | what is read from them |
 |---|---|
 | `tokenizer.json` | everything |
 | else `vocab.json`, `merges.txt` | GPT-2's byte-level BPE (Sennrich et al. 2016, as in the GPT-2 paper, section 2.2) |
-| else `vocab.txt` | BERT's WordPiece, as Chinese GPT-2s use it |
+| else `vocab.txt` | BERT's WordPiece, which Chinese GPT-2s use |
 | `tokenizer_config.json` | `tokenizer_class` and its settings, `added_tokens_decoder`, special tokens by name |
 | `special_tokens_map.json`, `added_tokens.json` | the same in the older layout, without `added_tokens_decoder` |
 
-Two classes have settings that hold also where there is a `tokenizer.json`: `GPT2Tokenizer`, the default, takes
-`add_prefix_space` (and without a `tokenizer.json` `add_bos_token`), `BertTokenizer` takes `do_lower_case`,
+Two classes have settings that apply even if there is a `tokenizer.json`: `GPT2Tokenizer`, the default, takes
+`add_prefix_space` (and, without a `tokenizer.json`, `add_bos_token`), `BertTokenizer` takes `do_lower_case`,
 `strip_accents` and `tokenize_chinese_chars`.
 
-Token ids are those of transformers' `AutoTokenizer`, with two exceptions. Nothing is put after a prompt, which is to be
-continued: no `[SEP]` and no `add_eos_token`. And `GPT2Tokenizer` keeps the normalizer and the pre-tokenizer of a
-`tokenizer.json`. `clean_up_tokenization_spaces` is left out: text is what the tokenizer's decoder gives.
+Token ids are those of transformers' `AutoTokenizer`, with two exceptions. Nothing is added after a prompt, because it
+is
+to be continued: no `[SEP]` and no `add_eos_token`. And `GPT2Tokenizer` keeps the normalizer and the pre-tokenizer of a
+`tokenizer.json`. `clean_up_tokenization_spaces` is ignored: text is what the tokenizer's decoder gives.
 """
 
 from collections.abc import Iterator
@@ -28,9 +29,9 @@ from tvm_attn.errors import TokenizerError, one_line, shorten
 from tvm_attn.jsonfile import CONFIG_BYTES, TOKENIZER_BYTES, exists, read_json, read_text, shorten_path
 
 _END_OF_TEXT = "<|endoftext|>"
-# The special tokens that have names, in the order in which transformers adds them.
+# The named special tokens, in the order in which transformers adds them.
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What transformers' two classes call them where no file does.
+# The default texts of named tokens in transformers' two classes.
 _DEFAULT_TOKENS = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT),
     "BertTokenizer": {name: f"[{name[:-6].upper()}]" for name in _NAMES[2:]},
@@ -50,10 +51,10 @@ class CheckpointTokenizer:
 def read_tokenizer(folder: Path, vocab_size: int | None = None) -> CheckpointTokenizer:
     """The tokenizer of the checkpoint in `folder`.
 
-    Truncation and padding that a `tokenizer.json` may switch on are left out: a prompt must reach the model whole.
+    Truncation and padding that a `tokenizer.json` may switch on are removed: the model must get the whole prompt.
 
-    Raises TokenizerError where the files are malformed, or where a token that was not added later has an id of
-    `vocab_size` or more.
+    Raises TokenizerError if the files are malformed, or if a token that was not added later has an id of `vocab_size`
+    or more.
     """
     settings = _settings(folder)
     chosen = settings.get("tokenizer_class")
@@ -70,7 +71,7 @@ def read_tokenizer(folder: Path, vocab_size: int | None = None) -> CheckpointTok
         elif kind == "GPT2Tokenizer" and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
             tokenizer.pre_tokenizer.add_prefix_space = _flag(settings, "add_prefix_space")
         else:
-            kind = ""  # no class of the two above: the file names its own tokens
+            kind = ""  # neither of the two classes above: the file names its own tokens
     elif _exists(folder / "vocab.json") or _exists(folder / "merges.txt"):
         source, kind = folder / "vocab.json", "GPT2Tokenizer"
         tokenizer = _byte_level(folder, _flag(settings, "add_prefix_space"))
@@ -97,7 +98,7 @@ def _exists(path: Path) -> bool:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` with what older checkpoints have in `special_tokens_map.json` and `config.json`."""
+    """`tokenizer_config.json`, completed from older checkpoints' `special_tokens_map.json` and `config.json`."""
     settings = _read_object(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         settings |= _read_object(folder / "special_tokens_map.json")
@@ -124,7 +125,7 @@ def _parsed(path: Path, text: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(text)
     except BaseException as error:
-        # The library raises a bare Exception for most mistakes, and a panic, which is none, for a few.
+        # The library raises a bare Exception for most mistakes, and a panic, which is not an Exception, for a few.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise TokenizerError(f"{shorten_path(path)} is not a valid tokenizer: {one_line(error)}") from None
         raise
@@ -142,7 +143,7 @@ def _byte_level(folder: Path, add_prefix_space: bool) -> Tokenizer:
 
 
 def _word_piece(vocab: dict[str, int], settings: dict[str, Any]) -> Tokenizer:
-    """BERT's tokenizer (Devlin et al. 2019), as transformers' BertTokenizer makes it."""
+    """BERT's tokenizer (Devlin et al. 2019), like transformers' BertTokenizer."""
     unknown = _content(settings.get("unk_token", _DEFAULT_TOKENS["BertTokenizer"]["unk_token"]))
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown))
     tokenizer.normalizer = normalizers.BertNormalizer(
@@ -164,7 +165,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
 
 
 def _read_lines(path: Path) -> dict[str, int]:
-    """A vocabulary with one token a line; of equal ones the last counts, as in transformers."""
+    """A vocabulary with one token per line; the last of equal tokens counts, as in transformers."""
     lines = read_text(path, TOKENIZER_BYTES, TokenizerError).replace("\r\n", "\n").removesuffix("\n").split("\n")
     return {token: token_id for token_id, token in enumerate(lines)}
 
@@ -187,10 +188,9 @@ def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
 def _add_tokens(
     tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], assumed: set[str], vocab_size: int | None
 ) -> None:
-    """Adds what the files name beside the vocabulary, in transformers' order, which decides about new ids.
+    """Adds the tokens that the files name in addition to the vocabulary, in transformers' order, which decides new ids.
 
-    Names that no file has (`assumed`) mark a token that is there or that the model has room for, and are left out
-    otherwise.
+    Default names that no file gives (`assumed`) are used only if the token exists or the model has room for it.
     """
     named, extra = _named_tokens(settings)
     path, numbered = _numbered_tokens(folder, settings, {token.content for token in named + extra})
@@ -213,7 +213,7 @@ def _add_tokens(
 
 
 def _named_tokens(settings: dict[str, Any]) -> tuple[list[AddedToken], list[AddedToken]]:
-    """Special tokens that have a name, and further ones."""
+    """The special tokens that have a name, and the other ones."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if not isinstance(extra, list | dict):
         raise TokenizerError(f"the tokenizer's additional special tokens are {shorten(extra)}, not a list")
@@ -221,7 +221,7 @@ def _named_tokens(settings: dict[str, Any]) -> tuple[list[AddedToken], list[Adde
     named = [settings[name] for name in dict.fromkeys((*_NAMES, *own)) if name in settings]
     if isinstance(extra, dict):
         named, extra = [*named, *extra.values()], []
-    # Of equal entries the first counts, of different ones for the same token the last.
+    # The first of equal entries counts, but the last of different entries for the same token.
     tokens = [_added(token) for i, token in enumerate(named) if token not in named[:i]]
     for token in tokens:
         token.special = True
@@ -257,7 +257,7 @@ def _content(token: Any) -> str:
 
 
 def _added(token: Any, special: bool = True) -> AddedToken:
-    """A token as the files write it, for the library; `special` is for those that do not say."""
+    """The library's form of a token in a file; `special` is the default if the file does not say."""
     flags = {"special": special} | {
         name: token[name]
         for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -269,7 +269,7 @@ def _added(token: Any, special: bool = True) -> AddedToken:
 
 
 def _wrap(tokenizer: Tokenizer, kind: str, settings: dict[str, Any], has_template: bool) -> None:
-    """Puts in front of a text what the class puts there; the runtime leaves out what would come behind it."""
+    """Adds the tokens that the class puts before a text; the runtime leaves out those that would come after it."""
     if kind == "BertTokenizer":
         first = settings["cls_token"]
     elif kind == "GPT2Tokenizer" and not has_template and _flag(settings, "add_bos_token"):
@@ -287,7 +287,7 @@ def _wrap(tokenizer: Tokenizer, kind: str, settings: dict[str, Any], has_templat
 
 
 def _check_ids(tokenizer: Tokenizer, source: Path, vocab_size: int | None) -> Iterator[str]:
-    """Notes on tokens that the model has no embedding for; raises TokenizerError where ids make no sense."""
+    """Notes on tokens that the model has no embedding for; raises TokenizerError if ids make no sense."""
     ids = tokenizer.get_vocab(with_added_tokens=True)
     if not ids:
         raise TokenizerError(f"{shorten_path(source)} has no tokens; get the checkpoint anew")

@@ -1,4 +1,4 @@
-"""What a build compiles: a configuration with parameters and a tokenizer, from a checkpoint or with random weights."""
+"""The model that a build compiles: configuration, parameters, tokenizer; from a checkpoint or with random weights."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Weights:
     """A model to build.
 
     Attributes:
-        name: a short name, by default that of the artifact's folder; of random weights another than the checkpoint's.
+        name: a short name, the default name of the artifact's folder; random weights do not have the checkpoint's name.
         config: its configuration.
         source: where the parameters come from.
-        checkpoint: what holds them; None for random ones.
+        checkpoint: the checkpoint with the parameters; None for random ones.
         generation: options that the checkpoint's generation_config.json asks for.
-        notes: what the user should know before a build, a line each.
+        notes: what the user should know before a build, one line each.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Weights:
         return random_params(self.config) if self.checkpoint is None else self.checkpoint.params()
 
     def tokenizer_json(self) -> str | None:
-        """The text of `tokenizer.json`; None where there is no tokenizer."""
+        """The text of `tokenizer.json`; None if there is no tokenizer."""
         return None if self.checkpoint is None else self.checkpoint.tokenizer.text
 
 
@@ -65,13 +65,13 @@ def open_weights(model: str | Path, random: bool = False, on_download: Callable[
     Args:
         model: a published size ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), a checkpoint's folder, a Hugging Face
             hub id, or "demo", the small model that comes with tvm_attn.
-        random: take random weights of that size, the same ones every time, in place of its own, and no tokenizer. Of a
-            folder only config.json is read; hub ids are not looked up.
-        on_download: told the hub id before anything is fetched.
+        random: use random weights of that size, the same ones every time, instead of its own, and no tokenizer. Only
+            config.json of a folder is read; hub ids are not looked up.
+        on_download: called with the hub id before a download.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint is not usable.
-        CheckpointUnavailable: it is not on this machine, and cannot be had from the hub.
+        CheckpointUnavailable: it is not on this machine, and the hub does not provide it.
     """
     name = Path(os.path.abspath(model)).name  # "." and ".." have names too
     if str(model) == "":
@@ -86,7 +86,7 @@ def open_weights(model: str | Path, random: bool = False, on_download: Callable[
         if str(model) not in PRESETS:
             raise
         raise CheckpointUnavailable(f"{error}; or measure its speed with --random-weights") from None
-    except OSError as error:  # of a name that is too long, or a folder that may not be searched
+    except OSError as error:  # the name is too long, or the folder may not be searched
         raise CheckpointError(f"{shorten(str(model), 120)} cannot be read ({error.strerror}); name another") from None
     generation, notes = dict(checkpoint.generation), [*checkpoint.notes, *checkpoint.tokenizer.notes]
     try:
@@ -98,7 +98,7 @@ def open_weights(model: str | Path, random: bool = False, on_download: Callable[
 
 
 def open_config(model: str | Path) -> GPT2Config:
-    """The configuration of the model that `--model` names; of a published size no checkpoint is looked for.
+    """The configuration of the model that `--model` names; for a published size no checkpoint is needed.
 
     Raises:
         CheckpointError, ConfigError: there is none, or it is not usable.
@@ -107,7 +107,7 @@ def open_config(model: str | Path) -> GPT2Config:
 
 
 def _preset(model: str | Path) -> GPT2Config | None:
-    """A published size, unless a folder of that name is a checkpoint."""
+    """The configuration of a published size, unless a folder of that name is a checkpoint."""
     return None if str(model) not in PRESETS or (Path(model) / "config.json").is_file() else PRESETS[str(model)]
 
 
