@@ -28,7 +28,7 @@ OPTIONS = Options(Path("a"))
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short rounds, and limits that are not measured."""
+    """Short rounds, with fixed limits instead of measured ones."""
     monkeypatch.setattr(session, "ROUND_SECONDS", 0.0)
     monkeypatch.setattr(session, "measure_limits", lambda target, threads: LIMITS)
 

@@ -1,4 +1,4 @@
-"""Fixtures of the benchmark's tests."""
+"""Fixtures for the tests of benchmarks/."""
 
 import sys
 from pathlib import Path

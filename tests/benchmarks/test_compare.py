@@ -1,4 +1,4 @@
-"""Other runtimes beside ours: what is measured, how it is compared, printed and written."""
+"""Comparison with other runtimes: what is measured, and how it is compared, printed and written."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tvm_attn.benchmark.system import Case
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short rounds, and limits that are not measured."""
+    """Short rounds, with fixed limits instead of measured ones."""
     limits = probe.Limits(
         threads=2, float32_gflops=200.0, read_gbytes=40.0, bfloat16_gflops=400.0, int8_gops=None, buffer_bytes=1 << 20
     )

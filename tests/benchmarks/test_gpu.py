@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.gpu` does without a GPU: processes, budgets, ratios, tables; parts on the processor."""
+"""`python -m benchmarks.gpu` without a GPU: processes, budgets, ratios, tables, and parts on the processor."""
 
 import json
 import math
@@ -181,7 +181,7 @@ assert len(results) == 2 and all(result.passed for result in results), results
 
 @pytest.mark.slow
 def test_cases_of_a_library_for_cuda_run_on_the_emulated_device(tmp_path: Path) -> None:
-    # The device stays in its process.
+    # The device stays installed, so use a separate process.
     command = [sys.executable, "-c", _EMULATED, str(tmp_path / "kernels")]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
@@ -224,7 +224,7 @@ def test_sanitizer_verdicts(kernel_folder: Path, tmp_path: Path, monkeypatch: py
     assert all("not installed" in verdict for verdict in cases.sanitize(kernel_folder, "cpu", 60.0).values())
 
 
-# ---- PyTorch's ways ----
+# ---- PyTorch systems ----
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +356,7 @@ def test_kernels_are_checked_before_they_are_timed(wrong: bool) -> None:
     product, attention = entries[0], entries[-1]
     assert product["of_cublas"] == 2.0 and product["of_torch"] == 3.0
     assert product["tflops"] == pytest.approx(2 * 24 * 32 * 96 / 0.5 / 1e12)
-    # The flash backend of processors is among them; cuDNN is not.
+    # PyTorch has a flash backend for processors, but no cuDNN.
     assert attention["of"]["flash"] == 2.0 and "cudnn" in attention["missing"]
     assert attention["tflops"]["ours"] == pytest.approx(4 * 2 * 2 * 16 * 24 * 25 / 2 / 0.5 / 1e12)
 
@@ -394,7 +394,7 @@ def test_figures_stand_beside_what_was_reached() -> None:
     results = {(f["work"], f["unit"]): f for f in (figure.result(list(entries())) for figure in figures.FIGURES)}
     reached = {key: (figure["reached"], figure["met"]) for key, figure in results.items()}
     assert reached["matmul 8192^3, float16", "of cuBLAS"] == (0.55, True)
-    assert reached["matmul 8192^3, bfloat16", "of cuBLAS"] == (None, None)  # too small a product
+    assert reached["matmul 8192^3, bfloat16", "of cuBLAS"] == (None, None)  # the product is too small
     assert reached["head of 124M, 1024 rows", "of cuBLAS"] == (0.79, False)
     assert reached["causal attention, 12 heads x 1024, batch 1", "of SDPA flash"][1] is True
     assert reached["causal attention, 12 heads x 1024, batch 16", "of SDPA flash"] == (None, None)

@@ -1,4 +1,4 @@
-"""The bundle for machines without TVM: packed, unpacked, and run by a Python that has NumPy alone."""
+"""The bundle for machines without TVM: packed, unpacked, and run by a Python that has only NumPy."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def bundle(demo_artifact: Path, random_artifact: Path, tmp_path_factory: pytest.
 
 @pytest.fixture(scope="module")
 def numpy_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python of its own that has NumPy and nothing else."""
+    """A separate Python that has NumPy and nothing else."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")

@@ -1,4 +1,4 @@
-"""Other runtimes in their processes: the same model as ours, stopped between requests, left out where absent."""
+"""Other runtimes in their own processes: they run our model, stop between requests, and are left out if absent."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from tvm_attn.model.reference import Reference
 from tvm_attn.runtime.artifact import Artifact
 
 TOKENS = np.random.default_rng(0).integers(0, 2048, 21, dtype=np.int32)
-# Of the peer's logits against float64. ggml takes its GELU from a table of float16, quantized ones are what they are.
+# Bounds on the NMSE of the peer's logits against float64. ggml's GELU is a table of float16; quantization is coarser.
 NMSE = {"float32": 1e-6, "float16": 1e-5, "bfloat16": 1e-3, "int8": 1e-2, "q8_0": 1e-3, "q4_0": 5e-2}
 
 
@@ -32,13 +32,13 @@ def weights(demo_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def expected(weights: Path) -> np.ndarray:
-    """float64 logits (V,) that follow TOKENS."""
+    """float64 logits (V,) after TOKENS."""
     given = Weights(weights)
     return Reference(given.config, given.all(), "float64").logits(TOKENS[None])[0, -1]
 
 
 def state(process_id: int) -> str:
-    """The state of a process as Linux gives it; "" where it is gone."""
+    """The state of a process according to Linux; "" if it is gone."""
     try:
         text = Path(f"/proc/{process_id}/stat").read_text()
     except FileNotFoundError:
@@ -47,7 +47,7 @@ def state(process_id: int) -> str:
 
 
 def settled_state(process_id: int, wanted: str) -> str:
-    """As `state`, given some time to become what is wanted: signals are not instant."""
+    """Like `state`, but waits some time for the wanted state: signals are not instant."""
     deadline = time.monotonic() + 10
     while state(process_id) != wanted and time.monotonic() < deadline:
         time.sleep(0.01)

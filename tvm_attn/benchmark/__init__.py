@@ -1,1 +1,1 @@
-"""Measuring compiled models: the machine's limits, whole calls, kernels, and other runtimes on the same weights."""
+"""Measures compiled models: the machine's limits, whole calls, and single kernels."""

@@ -1,4 +1,4 @@
-"""What a benchmark measures: its options, and the cases that they make of a model. Needs no TVM."""
+"""What a benchmark measures: its options, and the cases that follow from them and the model. Needs no TVM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tvm_attn.errors import BenchmarkError
 from tvm_attn.runtime.artifact import Artifact
 
 PREFILL, DECODE, BATCH = (1, 16, 128, 512, 1023), (1, 128, 512, 1000), (1, 8)
-"""Default lengths and batch sizes, cut to the model's context."""
+"""Default lengths and batch sizes, limited by the model's context."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Options:
 
     Attributes:
         artifact: folder of the artifact.
-        prefill, decode: prompt lengths and contexts; None takes the defaults that fit the model.
-        batch: sequences of a decode call.
-        threads: CPU threads of every system; None takes what `set_threads` does.
-        rounds: turns of each system a case.
-        kernels: measure single kernels as well; of the processor only.
-        device: where our model runs, as `tvm_attn.load` takes it.
+        prefill, decode: prompt lengths and contexts; None for the defaults that fit the model.
+        batch: sequences per decode call.
+        threads: CPU threads of every system; None for the default of `set_threads`.
+        rounds: turns of each system per case.
+        kernels: whether to measure single kernels as well; only on the processor.
+        device: device of our model, as `tvm_attn.load` takes it.
     """
 
     artifact: Path
@@ -44,7 +44,7 @@ def open_artifact(options: Options) -> tuple[Artifact, list[Case]]:
 
     Raises:
         BenchmarkError: an option does not fit the model.
-        ArtifactError: no artifact.
+        ArtifactError: the folder holds no artifact.
     """
     if options.kernels and options.device != "cpu":
         raise BenchmarkError(f"--kernels times kernels of the processor only, not of {options.device}")

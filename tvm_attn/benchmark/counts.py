@@ -1,8 +1,8 @@
-"""How much work a call is: operations, and the bytes that must at least be moved.
+"""The work of a call: operations, and the least number of bytes that must be moved.
 
-Letters as in `tvm_attn.kernels`: E = n_embd, V = vocabulary, K/N = input/output features of a linear layer. A
+Letters are those of `tvm_attn.kernels`: E = n_embd, V = vocabulary, K/N = input/output features of a linear layer. A
 multiply-add is two operations. Only matrix products and attention are counted, causally: row i of a prompt attends to
-i + 1 keys. Norms, activations and softmax are below one per cent of that.
+i + 1 keys. Norms, activations and softmax add less than one per cent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from tvm_attn.config import GPT2Config
 
 _FLOAT32 = 4
-# Quantized weights have a float16 scale for every 32.
+# Quantized weights have a float16 scale per 32 weights.
 _WEIGHT_BYTES = {
     "float32": 4.0,
     "float16": 2.0,
@@ -23,7 +23,7 @@ _WEIGHT_BYTES = {
     "int8": 1.0 + 2 / 32,
     "int4": 0.5 + 2 / 32,
 }
-# What a linear layer reads of its input: bytes have a float32 scale and correction for every 32.
+# Bytes per input of a linear layer: quantized inputs have a float32 scale and correction per 32.
 _INPUT_BYTES = {"bfloat16_pairs": 2.0, "int8": 1.0 + 8 / 32, "int4": 1.0 + 8 / 32}
 _ARITHMETIC = {"bfloat16_pairs": "bfloat16", "int8": "int8", "int4": "int8"}
 
@@ -34,7 +34,7 @@ class Storage:
 
     Attributes:
         weights: format of the matrices, as `tvm_attn.kernels` names it.
-        cache: dtype of the KV cache and of what is not quantized.
+        cache: dtype of the KV cache and of everything that is not quantized.
     """
 
     weights: str
@@ -42,23 +42,23 @@ class Storage:
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of a weight, its share of a scale included."""
+        """Bytes per weight, including its share of a scale."""
         return _WEIGHT_BYTES[self.weights]
 
     @property
     def cache_bytes(self) -> float:
-        """Bytes of an element of the KV cache."""
+        """Bytes per element of the KV cache."""
         return _WEIGHT_BYTES[self.cache]
 
     @property
     def arithmetic(self) -> str:
-        """What matrix products are computed in: "float32", or "bfloat16" or "int8" dot products."""
+        """The arithmetic of matrix products: "float32", or "bfloat16" or "int8" dot products."""
         return _ARITHMETIC.get(self.weights, "float32")
 
 
 @dataclass(frozen=True)
 class Work:
-    """Work of a call: operations of matrix products and of attention, and bytes if everything were moved once."""
+    """Work of a call: operations of matrix products and of attention, and bytes if everything is moved once."""
 
     products: int
     attention: int
@@ -88,7 +88,7 @@ def _vectors(config: GPT2Config) -> int:
 def _forward(
     config: GPT2Config, rows: int, last_rows: int, pairs: tuple[int, int], keys: int, storage: Storage
 ) -> Work:
-    """A forward pass of `rows` tokens; for those without logits the last layer computes keys and values only.
+    """A forward pass of `rows` tokens; for tokens without logits the last layer computes only keys and values.
 
     Args:
         config: the model.
@@ -103,7 +103,7 @@ def _forward(
     products = 2 * rows * ((layers - 1) * weights + keys_and_values)
     products += 2 * last_rows * (weights - keys_and_values + width * config.vocab_size)
     attention = 4 * ((layers - 1) * pairs[0] + pairs[1]) * width
-    # The token table is read whole by the head; the embedding takes one row of either table a token.
+    # The head reads the whole token table; the embedding reads one row of each table per token.
     matrices = layers * weights + config.vocab_size * width + rows * width
     positions_and_cache = rows * width + layers * 2 * keys * width
     moved = matrices * storage.weight_bytes + positions_and_cache * storage.cache_bytes + _vectors(config) * _FLOAT32
@@ -128,8 +128,8 @@ def kernel_work(
 
     Args:
         kernel: its entry in the manifest: "family" and its static sizes.
-        rows: rows that it computes, padding included.
-        spans: for attention, per sequence the number of rows and the position of the first.
+        rows: rows that it computes, including padding.
+        spans: for attention, the number of rows and the position of the first row of each sequence.
         storage: how the library holds its numbers.
 
     Returns:

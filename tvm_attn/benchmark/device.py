@@ -1,4 +1,4 @@
-"""What a CUDA device can do at most, measured with PyTorch: copying memory, and cuBLAS on a large square product."""
+"""The limits of a CUDA device, measured with PyTorch: copying memory, and cuBLAS on a large square product."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class DeviceLimits:
 
     Attributes:
         device: its name.
-        dtype: of the matrix products.
-        product_gflops: cuBLAS on 8192 x 8192 x 8192, random numbers.
-        copy_gbytes: a copy within the device's memory, bytes read and written.
+        dtype: dtype of the matrix products.
+        product_gflops: GFLOP/s of cuBLAS on 8192 x 8192 x 8192 random numbers.
+        copy_gbytes: GB/s of a copy within the device's memory, bytes read and written.
     """
 
     device: str
@@ -31,12 +31,12 @@ class DeviceLimits:
     copy_gbytes: float
 
     def bound(self, work: Work, arithmetic: str = "") -> tuple[float, str]:
-        """The least seconds that a call can take, and what binds: "compute" or "memory"; see `Limits.bound`."""
+        """The least seconds that a call can take, and the binding limit, "compute" or "memory"; see `Limits.bound`."""
         return max((work.flops / self.product_gflops / 1e9, "compute"), (work.bytes / self.copy_gbytes / 1e9, "memory"))
 
 
 def torch_device(device: str) -> str:
-    """PyTorch's name of a CUDA device: with its index."""
+    """PyTorch's name of a CUDA device, with its index."""
     return device if ":" in device else f"{device}:0"
 
 
@@ -72,11 +72,11 @@ def measure_device_limits(device: str, dtype: str) -> DeviceLimits:
 class Clock:
     """Times work on a device.
 
-    On CUDA, calls are captured as a CUDA graph, so that the host's time to start them is not in the result, and timed
-    between two events. Elsewhere from the host's clock, for tests.
+    On CUDA, calls are captured as a CUDA graph, so that the result excludes the host's time to start them, and timed
+    between two events. Elsewhere, which is for tests, the host's clock is used.
 
     Args:
-        device: as PyTorch names it.
+        device: the device's name in PyTorch.
     """
 
     def __init__(self, device: str) -> None:
@@ -85,13 +85,13 @@ class Clock:
         self._torch, self._device, self._cuda = torch, device, device.startswith("cuda")
 
     def repeated(self, call: Callable[[], object]) -> Callable[[], object]:
-        """A function that does the work of `_CAPTURED` calls, as one CUDA graph where that is possible."""
+        """A function that does the work of `_CAPTURED` calls, as one CUDA graph if possible."""
 
         def repeat() -> None:
             for _ in range(_CAPTURED):
                 call()
 
-        call()  # libraries allocate what a capture must not
+        call()  # libraries allocate memory now, which they must not do during capture
         if not self._cuda:
             return repeat
         import tvm
@@ -104,7 +104,7 @@ class Clock:
         try:
             with torch.cuda.graph(graph, stream=stream), tvm_ffi.use_raw_stream(device, stream.cuda_stream):
                 repeat()
-        except Exception as problem:  # something in it cannot be captured
+        except Exception as problem:  # something in the call cannot be captured
             print(f"timed without a graph: {problem}", file=sys.stderr)
             torch.cuda.synchronize()
             return repeat
@@ -112,7 +112,7 @@ class Clock:
         return replay
 
     def seconds(self, repeated: Callable[[], object], budget: float = 0.3) -> float:
-        """Median seconds of one of the calls in what `repeated` returned, over about `budget` seconds."""
+        """Median seconds per call of a function that `repeated` returned, measured for about `budget` seconds."""
         repeated()
         times: list[float] = []
         end = time.perf_counter() + budget

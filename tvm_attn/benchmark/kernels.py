@@ -1,4 +1,4 @@
-"""The time that each kernel takes within a call of the model."""
+"""The time of each kernel within a call of the model."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class KernelTime:
         name: its name in the library.
         family: its family.
         sizes: its main sizes, as text to print.
-        calls: times that a call of the model calls it.
-        seconds: all of those together, the median over several calls of the model.
-        work: all of those together, padding rows included; None if it is not known.
+        calls: how often a call of the model calls it.
+        seconds: seconds of all these calls together, the median over several calls of the model.
+        work: work of all these calls together, including padding rows; None if it is not known.
     """
 
     name: str
@@ -44,11 +44,11 @@ class KernelTime:
 class SingleKernels:
     """An artifact's kernels for the processor, compiled once more and called one by one.
 
-    In the artifact a layer of decode is one kernel (`tvm_attn.compiler.fusion`), which no clock can look into. Here it
-    is its parts, from the same templates and records; starting their threads one by one is in their times.
+    In the artifact a layer of decode is one kernel (`tvm_attn.compiler.fusion`), whose parts cannot be timed. Here its
+    parts are compiled separately, from the same templates and records; their times include starting threads for each.
 
     Args:
-        artifact: whose kernels.
+        artifact: the artifact.
         library: its library for the processor.
         storage: how the library holds its numbers.
 
@@ -61,7 +61,7 @@ class SingleKernels:
     """
 
     def __init__(self, artifact: Artifact, library: Library, storage: Storage) -> None:
-        # Nothing else here needs the compiler.
+        # Imported here because nothing else in this module needs the compiler.
         from tvm_attn.compiler.devices import layout_for
         from tvm_attn.compiler.pipeline import compile_program
         from tvm_attn.kernels.base import shape_of
@@ -78,7 +78,7 @@ class SingleKernels:
             self.machine = VirtualMachine(tvm.runtime.load_module(str(file)), tvm.cpu())
 
     def times(self, call: Callable[[], object], seconds: float) -> list[KernelTime]:
-        """Time of each kernel within a call of the model, the longest first.
+        """Time of each kernel within a call of the model, longest first.
 
         Args:
             call: calls the model on `machine`.
@@ -103,13 +103,13 @@ class _KernelClock:
 
     def __init__(self, kernels: Mapping[str, Mapping[str, Any]], storage: Storage) -> None:
         self._kernels, self._storage = kernels, storage
-        # One dictionary a call of the model: seconds by kernel.
+        # One dictionary per call of the model: seconds by kernel.
         self._seconds: list[dict[str, float]] = []
         self._work: dict[str, list[Work | None]] = {}
         self._start = 0.0
 
     def start_call(self) -> None:
-        """Tells that another call of the model begins."""
+        """Notes that another call of the model begins."""
         self._seconds.append({})
         self._work = {}
 
@@ -127,7 +127,7 @@ class _KernelClock:
         return 0
 
     def result(self) -> list[KernelTime]:
-        """What was measured, the longest first."""
+        """The measured times, longest first."""
         times = []
         for name, works in self._work.items():
             kernel, known = self._kernels[name], [work for work in works if work is not None]

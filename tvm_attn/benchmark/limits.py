@@ -9,14 +9,14 @@ from tvm_attn.benchmark.counts import Work
 
 @dataclass(frozen=True)
 class Limits:
-    """Measured limits over `threads` threads, the best of several runs each.
+    """Measured limits with `threads` threads, each the best of several runs.
 
     Attributes:
-        threads: threads that ran.
-        float32_gflops: float32 multiply-adds, GFLOP/s.
-        read_gbytes: reading memory, GB/s.
-        bfloat16_gflops: dot products of bfloat16 pairs into float32 (AVX-512 BF16), GFLOP/s; None without them.
-        int8_gops: dot products of four 8-bit numbers into int32 (AVX-512 VNNI), GOP/s; None without them.
+        threads: number of threads.
+        float32_gflops: GFLOP/s of float32 multiply-adds.
+        read_gbytes: GB/s of reading memory.
+        bfloat16_gflops: GFLOP/s of dot products of bfloat16 pairs into float32 (AVX-512 BF16); None without them.
+        int8_gops: GOP/s of dot products of four 8-bit numbers into int32 (AVX-512 VNNI); None without them.
         buffer_bytes: size of the buffer that was read.
     """
 
@@ -28,7 +28,7 @@ class Limits:
     buffer_bytes: int
 
     def best(self, other: Limits) -> Limits:
-        """The higher of each limit of two measurements: whatever disturbs one only ever lowers it."""
+        """The higher of each limit of two measurements: disturbances only ever lower a limit."""
         bfloat16 = [value for value in (self.bfloat16_gflops, other.bfloat16_gflops) if value is not None]
         int8 = [value for value in (self.int8_gops, other.int8_gops) if value is not None]
         return replace(
@@ -40,15 +40,15 @@ class Limits:
         )
 
     def compute(self, arithmetic: str) -> float:
-        """GFLOP/s of "float32", "bfloat16" or "int8"; of float32 where the processor has no such instructions."""
+        """GFLOP/s of "float32", "bfloat16" or "int8"; of float32 if the processor lacks such instructions."""
         limit = {"bfloat16": self.bfloat16_gflops, "int8": self.int8_gops}.get(arithmetic)
         return limit or self.float32_gflops
 
     def bound(self, work: Work, arithmetic: str = "float32") -> tuple[float, str]:
-        """The least seconds that a call can take, and what binds: "compute" or "memory", whichever takes longer.
+        """The least seconds that a call can take, and the binding limit: "compute" or "memory", whichever takes longer.
 
-        The roofline model (Williams et al., 2009). Matrix products run in `arithmetic`; attention as well where that is
-        bfloat16, else in float32.
+        The roofline model (Williams et al., 2009). Matrix products run in `arithmetic`; so does attention if that is
+        bfloat16, otherwise it runs in float32.
         """
         attention = self.compute("bfloat16" if arithmetic == "bfloat16" else "float32")
         compute = (work.products / self.compute(arithmetic) + work.attention / attention) / 1e9

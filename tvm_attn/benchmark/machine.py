@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in words and numbers."""
+"""A description of the machine that a benchmark ran on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tvm_attn.runtime.machine import platform_name, usable_cores
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """Processor, cores, cache, memory, operating system, threads used, and the load before anything was measured."""
+    """Processor, cores, cache, memory, operating system, threads used, and the load before the measurements."""
     return {
         "processor": _processor(),
         "cores": usable_cores(),
@@ -28,7 +28,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int | None:
-    """Bytes of the last-level caches of the cores that this process may use, as Linux tells; None if it does not."""
+    """Bytes of the last-level caches of the cores that this process may use; None if Linux does not say."""
     caches: dict[str, int] = {}
     try:
         for core in os.sched_getaffinity(0):
@@ -36,7 +36,7 @@ def cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int | None:
             last = levels[max(levels)]
             # Cores that share a cache list the same cores.
             caches[(last / "shared_cpu_list").read_text()] = _bytes((last / "size").read_text().strip())
-    except (OSError, ValueError):  # also where there is no level
+    except (OSError, ValueError):  # also if no cache level is listed
         return None
     return sum(caches.values())
 
@@ -59,7 +59,7 @@ def _processor() -> str:
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of what computes here; peers report their own."""
+    """Versions of the software that our model runs on; peers report their own."""
     import tvm
     import tvm_ffi
 

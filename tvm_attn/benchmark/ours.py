@@ -19,7 +19,7 @@ from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.logits import DeviceLogits
 
 _SETTLED = 0.1
-"""Share of one core below which the thread pool counts as asleep."""
+"""Share of one core's time below which the thread pool counts as asleep."""
 
 
 class CompiledSystem(CachedSystem):
@@ -29,7 +29,7 @@ class CompiledSystem(CachedSystem):
         folder: the artifact.
         threads: CPU threads.
         max_batch: most sequences of a case.
-        device: where it runs, as `tvm_attn.load` takes it.
+        device: the device, as `tvm_attn.load` takes it.
 
     Raises:
         ArtifactError: the artifact is damaged or cannot run here.
@@ -49,7 +49,7 @@ class CompiledSystem(CachedSystem):
         kernels = _manifest_kernels(self.artifact, self.library.file)
         self.storage = Storage(_weight_format(kernels, self.precision), self.artifact.dtype)
         self.max_batch = max_batch
-        # Valid positions of each slot, so that one long prompt serves every shorter context.
+        # The number of valid positions per slot, so that one long prompt serves every shorter context.
         self._filled = [0] * max_batch
 
     def prefill(self, prompts: Int32Array) -> DeviceLogits:
@@ -72,7 +72,7 @@ class CompiledSystem(CachedSystem):
         return logits.numpy()
 
     def fill(self, case: Case) -> None:
-        """See `System.fill`; a cache that is filled far enough stays as it is."""
+        """See `System.fill`; a cache that is already filled far enough stays unchanged."""
         inputs = prompts(case, self.vocabulary)
         short = [slot for slot in range(case.batch) if self._filled[slot] < case.tokens]
         for slot in short:
@@ -80,7 +80,7 @@ class CompiledSystem(CachedSystem):
             self._filled[slot] = case.tokens
 
     def settle(self) -> None:
-        """Waits until the thread pool sleeps: its threads spin for a while after work, on the next one's cores."""
+        """Waits until the thread pool sleeps: its threads spin for a while after work, on the next system's cores."""
         deadline, used = time.monotonic() + 2.0, time.process_time()
         while time.monotonic() < deadline:
             time.sleep(0.02)
@@ -89,7 +89,7 @@ class CompiledSystem(CachedSystem):
                 return
 
     def kernel_times(self, case: Case, seconds: float) -> list[KernelTime]:
-        """Time of each kernel within the calls of a case, the longest first; of the processor only.
+        """Time of each kernel within the calls of a case, longest first; only on the processor.
 
         Args:
             case: what to run; for decode the cache is filled.
@@ -111,7 +111,7 @@ class CompiledSystem(CachedSystem):
 
 
 class CompiledGpuSystem(GreedySystem, CompiledSystem):
-    """An artifact's library on a GPU; arguments as `CompiledSystem`'s."""
+    """An artifact's library on a GPU, with the arguments of `CompiledSystem`."""
 
 
 def _manifest_kernels(artifact: Artifact, file: str) -> dict[str, dict[str, Any]]:

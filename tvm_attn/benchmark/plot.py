@@ -1,4 +1,4 @@
-"""A benchmark as a picture: tokens a second of every system, and the cases under the roofline."""
+"""A benchmark as a picture: tokens per second of every system, and the cases under the roofline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#
 
 
 def write_plot(benchmark: Benchmark, path: Path) -> None:
-    """Draws the benchmark as a PNG file, which appears whole or not at all.
+    """Draws the benchmark as a PNG file, which is written completely or not at all.
 
     Raises:
         BenchmarkError: the file cannot be written.
@@ -53,7 +53,7 @@ def _colour(benchmark: Benchmark, label: str) -> str:
 
 
 def _bars(axes: Axes, benchmark: Benchmark, phase: str) -> None:
-    """Tokens a second, a group of bars for each case."""
+    """Tokens per second, one group of bars per case."""
     entries = [entry for entry in benchmark.measurements if entry.case.phase == phase]
     labels = [system.label for system in benchmark.systems]
     width = 0.8 / len(labels)
@@ -65,7 +65,7 @@ def _bars(axes: Axes, benchmark: Benchmark, phase: str) -> None:
         if label == OURS:
             axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
     axes.set_xticks(range(len(entries)), [_tick(entry.case) for entry in entries], fontsize=9)
-    # Rates of different lengths lie far apart, and a short bar must still be readable.
+    # Rates for different lengths are far apart, and a short bar must still be readable.
     axes.set_yscale("log")
     axes.set_xlabel("prompt tokens" if phase == "prefill" else "context tokens, x sequences")
     axes.set_ylabel("tokens/s, logarithmic")
@@ -79,7 +79,7 @@ def _tick(case: Case) -> str:
 
 
 def _roofline(axes: Axes, benchmark: Benchmark) -> None:
-    """GFLOP/s over operations a byte, under what memory and arithmetic allow (Williams et al., 2009)."""
+    """GFLOP/s over operations per byte, below the limits of memory and arithmetic (Williams et al., 2009)."""
     limits, entries = benchmark.limits, benchmark.measurements
     assert isinstance(limits, Limits), "the command refuses a plot without the processor's limits"
     compute = limits.compute(benchmark.arithmetic)
@@ -106,7 +106,7 @@ def _roofline(axes: Axes, benchmark: Benchmark) -> None:
                 zorder=3 if ours else 2,
             )
     for x, entry in zip(intensities, entries, strict=True):
-        # Contexts of one batch size lie close together, so only prompts get a word each.
+        # Contexts of one batch size are close together, so only prompts get a label each.
         if entry.case.phase == "prefill":
             height = entry.work.flops / entry.median(OURS) / 1e9
             axes.annotate(str(entry.case.tokens), (x, height), (8, -4), textcoords="offset points", fontsize=9)

@@ -1,11 +1,11 @@
-"""This machine's limits, measured: arithmetic in registers, and reading memory, over all threads.
+"""Measures this machine's limits: arithmetic in registers, and reading memory, with all threads.
 
-The loops are TensorIR, compiled for the machine's target, with independent accumulators in vector registers: as many as
+The loops are TensorIR, compiled for the machine's target, with as many independent accumulators in vector registers as
 the target's matrix multiplication has. The dot products of 16- and 8-bit numbers are LLVM IR text, since TVM rewrites
-calls of those intrinsics into something LLVM refuses.
+calls of those intrinsics into something that LLVM rejects.
 """
 
-# The annotations of a kernel, `x: T.Buffer((lanes,), "float32")`, are no Python types.
+# The annotations of a kernel, such as `x: T.Buffer((lanes,), "float32")`, are not Python types.
 # mypy: disable-error-code="no-untyped-def, valid-type"
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tvm.script import tirx as T
 from tvm_attn.benchmark.limits import Limits
 from tvm_attn.targets import CpuTarget
 
-# About 0.05 s of work a thread at 4 GHz: long against starting threads, short against a time slice.
+# About 0.05 s of work per thread at 4 GHz: long compared with starting threads, short compared with a time slice.
 _STEPS = 10_000_000
 _REPEATS = 8
 _MAX_BUFFER_BYTES = 1 << 30
@@ -34,8 +34,8 @@ def measure_limits(target: CpuTarget, threads: int, max_buffer_bytes: int = _MAX
 
     Args:
         target: a target of this machine; its vector width and instruction sets are used.
-        threads: threads of TVM's pool, which must have been set before.
-        max_buffer_bytes: most memory to read; a quarter of the free memory is never passed.
+        threads: threads of TVM's pool; the pool must already have this size.
+        max_buffer_bytes: most memory to read; never more than a quarter of the free memory.
     """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     features = set(target.features)
@@ -106,7 +106,7 @@ def _multiply_add(target: CpuTarget, threads: int) -> float:
 
 
 def _read(target: CpuTarget, threads: int, buffer_bytes: int) -> tuple[float, int]:
-    """GB/s of summing a buffer up, and the bytes it had."""
+    """GB/s of summing up a buffer, and its size in bytes."""
     lanes, count = target.lanes, _accumulators(target)
     steps = max(1, buffer_bytes // (4 * threads * count * lanes))
 
@@ -133,7 +133,7 @@ def _read(target: CpuTarget, threads: int, buffer_bytes: int) -> tuple[float, in
                         out[vt, i, lane] = acc[i, lane]
 
     run = _build(read, target)
-    # Written once: pages that never were all map to one page of zeros.
+    # Write every page: pages that were never written all map to one page of zeros.
     data = tvm.runtime.empty((threads, steps, count, lanes), "float32")
     np.from_dlpack(data).fill(1.0)
     out = tvm.runtime.empty((threads, count, lanes), "float32")
@@ -143,7 +143,7 @@ def _read(target: CpuTarget, threads: int, buffer_bytes: int) -> tuple[float, in
 
 @dataclass(frozen=True)
 class _Dot:
-    """A dot-product instruction: LLVM's intrinsic, its types, operations a call, and an operand of ones as int32."""
+    """A dot-product instruction: LLVM's intrinsic, its types, operations per call, and an operand of ones as int32."""
 
     intrinsic: str
     accumulator: str

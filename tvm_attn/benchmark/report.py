@@ -80,12 +80,12 @@ def _case_table(benchmark: Benchmark, phase: str, measurements: list[Measurement
 
 
 def describe_artifact(benchmark: Benchmark) -> str:
-    """What was measured, for a title."""
+    """A description of the artifact, for a title."""
     return f" of {benchmark.artifact['folder']}, {benchmark.artifact['weight_format']} weights, greedy"
 
 
 def case_cells(case: Case) -> tuple[str, ...]:
-    """A case's cells in a table of its phase."""
+    """The cells that name a case in a table of its phase."""
     return (str(case.tokens),) if case.phase == "prefill" else (str(case.tokens), str(case.batch))
 
 
@@ -119,9 +119,9 @@ def _milliseconds(seconds: float) -> str:
 
 
 def case_figures(entry: Measurement, label: str, benchmark: Benchmark) -> dict[str, Any]:
-    """Derived figures of a system's case; rates are of the median, the fraction is of the limit that binds, or None.
+    """Derived figures of a system for a case: rates of the median call, and the fraction of the binding limit, or None.
 
-    What binds is "compute", "memory", or "cache", whose speed is not measured: there is no fraction of that.
+    The binding limit is "compute", "memory", or "cache"; the fraction is None for "cache", whose speed is not measured.
     """
     median = entry.median(label)
     return {
@@ -135,7 +135,7 @@ def case_figures(entry: Measurement, label: str, benchmark: Benchmark) -> dict[s
 
 
 def kernel_figures(entry: KernelTime, total: float, benchmark: Benchmark) -> dict[str, Any]:
-    """Derived figures of a kernel, None if work or limits are not known; `total` is the time of all kernels."""
+    """Derived figures of a kernel, None if its work or the limits are not known; `total` is the time of all kernels."""
     figures: dict[str, Any] = {"share": entry.seconds / total}
     if entry.work is None:
         return figures | dict.fromkeys(("gflops", "gbytes_per_second", "bound_by", "fraction_of_limit"))
@@ -165,7 +165,7 @@ def _share_cells(figures: dict[str, Any]) -> tuple[str, str]:
 
 
 def to_dict(benchmark: Benchmark) -> dict[str, Any]:
-    """The benchmark as JSON: every call's time in seconds, and what was derived from them."""
+    """The benchmark as JSON: every call's time in seconds, and the derived figures."""
     return {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -197,7 +197,7 @@ def _kernel_dicts(times: list[KernelTime], benchmark: Benchmark) -> list[dict[st
 
 
 def write_json(benchmark: Benchmark, path: Path) -> None:
-    """Writes the JSON; the file appears whole or not at all.
+    """Writes the JSON; the file is written completely or not at all.
 
     Raises:
         BenchmarkError: it cannot be written.

@@ -1,7 +1,7 @@
-"""One benchmark of an artifact: the machine's limits, then every case, then single kernels.
+"""A benchmark of an artifact: the machine's limits, then every case, then single kernels.
 
-Other systems may take turns with ours in short rounds, so that all see the machine in the same state; `Peers` is what
-they have to meet. None are in this package.
+Other systems may take turns with ours in short rounds, so that all see the machine in the same state. They implement
+`Peers`; this package has none.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tvm_attn.targets import CpuTarget
 
 OURS = "tvm_attn"
 ROUND_SECONDS = 0.3
-"""About how long each system runs a case in one round."""
+"""About how many seconds each system runs a case per round."""
 
 
 @dataclass(frozen=True)
 class SystemInfo:
-    """A system that was measured; `label` is what figures go by."""
+    """A system that was measured; figures refer to it by `label`."""
 
     label: str
     name: str
@@ -46,7 +46,7 @@ class Measurement:
 
     Attributes:
         case: the case.
-        work: operations and bytes of a call.
+        work: operations and bytes per call.
         rounds: seconds of every call, by system and round.
     """
 
@@ -65,17 +65,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Everything that one run of the command found out.
+    """The results of one run of the command.
 
     Attributes:
-        machine, versions, artifact: what ran where.
-        limits: the processor's limits, or a CUDA device's; None for other devices, whose limits are not measured.
+        machine, versions, artifact: descriptions of the machine, the software and the artifact.
+        limits: the limits of the processor or CUDA device; None for other devices, whose limits are not measured.
         from_cache: whether the weights fit in the processor's caches, so that the speed of memory is no limit.
-        arithmetic: what our matrix products are computed in, see `Storage.arithmetic`.
-        systems: ours first.
+        arithmetic: the arithmetic of our matrix products, see `Storage.arithmetic`.
+        systems: the measured systems, ours first.
         skipped: why other systems were left out, one line each.
-        measurements: a case each.
-        kernels: times of kernels, by case; empty where they were not asked for.
+        measurements: the measurements, one per case.
+        kernels: times of kernels, by case; empty if they were not requested.
     """
 
     machine: dict[str, Any]
@@ -91,27 +91,27 @@ class Benchmark:
 
 
 class Peers(Protocol):
-    """Other systems that are measured beside ours.
+    """Other systems that are measured together with ours.
 
     Attributes:
-        systems: those that run.
-        skipped: why others do not, one line each.
+        systems: the systems that run.
+        skipped: why others do not run, one line each.
     """
 
     systems: list[SystemInfo]
     skipped: list[str]
 
     def take_turn(self, measurement: Measurement, progress: Callable[[str], None]) -> None:
-        """Adds a round of each system that can run the case to a measurement; called after each round of ours.
+        """Adds to a measurement a round of each system that can run the case; called after each round of ours.
 
         Args:
-            measurement: of the case.
+            measurement: the measurement of the case.
             progress: called with a description of each step.
         """
 
 
 StartPeers = Callable[[CompiledSystem, int, Callable[[str], None]], AbstractContextManager[Peers]]
-"""Starts other systems, given ours, the number of threads, and what is told what happens next."""
+"""Starts other systems; takes ours, the number of threads, and a function to call with a description of each step."""
 
 
 def measure_limits(target: CpuTarget, threads: int) -> Limits:
@@ -126,8 +126,8 @@ def run(options: Options, progress: Callable[[str, float], None], start_peers: S
 
     Args:
         options: what to measure.
-        progress: told what happens next, and the share that is done, 0 to 1.
-        start_peers: starts the systems that take turns with ours; None for none.
+        progress: called with a description of each step, and the share that is done, 0 to 1.
+        start_peers: starts the systems that take turns with ours; None if there are none.
 
     Raises:
         BenchmarkError: an option does not fit the model.
@@ -226,7 +226,7 @@ def _case_work(config: GPT2Config, case: Case, storage: Storage) -> Work:
 
 
 def _fits(ours: CompiledSystem, cache_bytes: int | None) -> bool:
-    """Whether all that a token reads, mostly weights, fits in the processor's caches."""
+    """Whether all the data that one token needs, mostly weights, fits in the processor's caches."""
     return cache_bytes is not None and decode_work(ours.config, 1, 1, ours.storage).bytes <= cache_bytes
 
 

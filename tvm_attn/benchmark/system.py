@@ -1,6 +1,6 @@
 """A case to measure, a system that runs it, and the clock around its calls.
 
-Every peer runs this file in its own process and maybe its own Python, so it needs NumPy only.
+Every peer runs this file in its own process and maybe its own Python, so it needs only NumPy.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 
 MIN_CALLS, MAX_CALLS = 2, 200
-"""Timed calls of a round: as many as fit the round's time, within these."""
+"""The least and most timed calls per round; in between, as many as fit the round's time."""
 _RUN = 24
-"""Tokens that `GreedySystem` decodes one after the other before the position goes back to the case's."""
+"""Tokens that `GreedySystem` decodes one after another before it goes back to the case's position."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Case:
     """One call to measure.
 
     Attributes:
-        phase: "prefill" is a prompt up to its next token, "decode" one token more for each sequence.
+        phase: "prefill" is a prompt up to its next token, "decode" one more token for each sequence.
         tokens: length of the prompt, or of the context in the KV cache before the call.
-        batch: sequences; 1 for prefill.
+        batch: number of sequences; 1 for prefill.
     """
 
     phase: Literal["prefill", "decode"]
@@ -38,7 +38,7 @@ class Case:
 
     @property
     def tokens_per_call(self) -> int:
-        """Tokens that a call processes, of all sequences."""
+        """Tokens that a call processes, over all sequences."""
         return self.tokens if self.phase == "prefill" else self.batch
 
     def __str__(self) -> str:
@@ -55,8 +55,8 @@ class System(ABC):
     Attributes:
         name: the runtime's name.
         version: its version.
-        precision: what weights are stored and multiplied in.
-        vocabulary: V, token ids are below it.
+        precision: the format in which weights are stored and multiplied.
+        vocabulary: V, an upper bound of token ids.
     """
 
     name: str
@@ -70,15 +70,15 @@ class System(ABC):
 
     @abstractmethod
     def fill(self, case: Case) -> None:
-        """Brings the KV cache to the context of a decode case; off the clock."""
+        """Fills the KV cache with the context of a decode case; not timed."""
 
     @abstractmethod
     def logits(self, ids: Int32Array) -> dict[str, Float32Array]:
-        """Logits (V,) that follow ids (T,), T >= 2, for comparing: of "prefill", and of "decode" of the last id."""
+        """Logits (V,) after ids (T,), T >= 2, for comparison: from "prefill", and from "decode" of the last id."""
 
     @abstractmethod
     def time(self, case: Case, seconds: float) -> list[float]:
-        """Seconds of each of several calls with the greedy choice of the next token, after one that is not counted.
+        """Seconds of several calls including the greedy choice of the next token, after one call that is not counted.
 
         Args:
             case: what to run; for decode the cache is filled.
@@ -87,7 +87,7 @@ class System(ABC):
 
 
 class CachedSystem(System):
-    """A system whose KV cache is at hand between calls."""
+    """A system whose KV cache can be accessed between calls."""
 
     @abstractmethod
     def prefill(self, prompts: Int32Array) -> Any:
@@ -95,20 +95,20 @@ class CachedSystem(System):
 
     @abstractmethod
     def decode(self, token_ids: Int32Array, context: int) -> Any:
-        """Runs one token a sequence, (B,), at position `context`; later calls may repeat the position."""
+        """Runs one token per sequence, (B,), at position `context`; later calls may repeat the position."""
 
     @abstractmethod
     def numpy(self, logits: Any) -> Float32Array:
-        """What prefill and decode return, as (B, V)."""
+        """The logits that prefill and decode return, as (B, V)."""
 
     def argmax(self, logits: Any) -> Int32Array:
         """The most likely next token of each sequence, (B,)."""
         return self.numpy(logits).argmax(axis=-1).astype(np.int32)
 
     def rewind(self, context: int) -> None:
-        """Forgets what lies at position `context` and after; called between decode calls, off the clock.
+        """Forgets the cache from position `context` on; called between decode calls, not timed.
 
-        A cache that is written by position needs nothing.
+        A cache that is written by position need not do anything.
         """
 
     def fill(self, case: Case) -> None:
@@ -123,7 +123,7 @@ class CachedSystem(System):
         return result
 
     def call(self, case: Case, inputs: Int32Array) -> float:
-        """Seconds of one call of a case on its `prompts`, with the greedy choice of the next token."""
+        """Seconds of one call of a case on its `prompts`, including the greedy choice of the next token."""
         start = time.perf_counter()
         if case.phase == "prefill":
             self.argmax(self.prefill(inputs))
@@ -145,7 +145,7 @@ class CachedSystem(System):
 
 
 class GreedySystem(CachedSystem):
-    """Decode cases as they are in use: each step gets the token that the last one chose, at the next position.
+    """Runs decode cases as in real use: each step gets the token that the last one chose, at the next position.
 
     Attributes:
         positions: the longest context.
