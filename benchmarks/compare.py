@@ -1,8 +1,8 @@
-"""How fast a compiled model is beside other runtimes on the same weights.
+"""How fast a compiled model is compared with other runtimes on the same weights.
 
     python -m benchmarks.compare dist/gpt2 --against torch,onnxruntime
 
-Takes the options of `tvm-attn bench` as well. Systems take turns in short rounds; all but the one that is measured are
+Also takes the options of `tvm-attn bench`. Systems take turns in short rounds; all but the one being measured are
 stopped or asleep.
 """
 
@@ -33,8 +33,8 @@ from tvm_attn.benchmark.system import Case, Float32Array, Int32Array
 from tvm_attn.cli import Parser, names, new_table, run
 from tvm_attn.errors import BenchmarkError
 
-# Largest normalised mean squared error of a peer's logits against ours, by the coarser of the two precisions. It tells
-# the same model from another one; random logits have 2, and one wrong layer or scale has 1e-2 and more.
+# Largest normalised mean squared error of a peer's logits against ours, by the coarser of the two precisions. It
+# distinguishes the same model from another one: random logits give 2, one wrong layer or scale gives 1e-2 or more.
 # float32 leaves room for llama.cpp, whose GELU is a table of float16: 2e-8.
 _AGREEMENT = {
     "float32": 1e-5,
@@ -50,7 +50,7 @@ _GPU_PRECISIONS = ("float16", "bfloat16", "float32")
 
 
 class Peer(Protocol):
-    """A runtime that is measured; `PeerProcess` has the meaning of each."""
+    """A runtime that is measured; `PeerProcess` explains the members."""
 
     name: str
     version: str
@@ -67,12 +67,12 @@ class Peer(Protocol):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a peer's logits compare with ours on one prompt, the worst of prefill and decode.
+    """How a peer's logits compare with ours on one prompt, the worse of prefill and decode.
 
     Attributes:
         nmse: normalised mean squared error.
         top1: whether the most likely token is the same.
-        bound: what `nmse` had to meet.
+        bound: upper bound of `nmse`.
     """
 
     nmse: float
@@ -81,7 +81,7 @@ class Agreement:
 
 
 def parse_peer(text: str, ours: str, device: str = "cpu") -> tuple[str, str]:
-    """Name and precision of a peer that is given as "NAME" or "NAME:PRECISION"; `ours` is the artifact's precision.
+    """Name and precision of a peer, from "NAME" or "NAME:PRECISION"; `ours` is the artifact's precision.
 
     Raises:
         BenchmarkError: there is no such peer or precision for the device.
@@ -92,7 +92,7 @@ def parse_peer(text: str, ours: str, device: str = "cpu") -> tuple[str, str]:
             raise BenchmarkError(f"unknown peer {name!r} on {device}; known: {', '.join(GPU_PEERS)}")
         if (wanted or "float16") not in _GPU_PRECISIONS:
             raise BenchmarkError(f"{name} cannot run {wanted!r}; it can run {', '.join(_GPU_PRECISIONS)}")
-        # There is no PyTorch for weights of 8 and 4 bits: those are compared with its 16 bits.
+        # PyTorch has no 8- and 4-bit weights here: ours are compared with its 16-bit weights.
         return name, wanted or (ours if ours in _GPU_PRECISIONS else "float16")
     if name not in PEERS:
         raise BenchmarkError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
@@ -115,10 +115,10 @@ class RunningPeers:
 
     Args:
         wanted: name and precision, by label.
-        ours: our model, whose weights they take.
-        threads: CPU threads of each.
-        python: the Python that has them installed.
-        stack: ends them when it is closed.
+        ours: our model, whose weights they use.
+        threads: CPU threads per peer.
+        python: the Python in which they are installed.
+        stack: stops them when it is closed.
         progress: called with a description of each step.
     """
 
@@ -185,7 +185,7 @@ def check_same_model(label: str, ours: CompiledSystem, peer: Peer) -> PeerSystem
     """Checks that a peer runs the same model.
 
     Raises:
-        PeerUnavailable: it does not, or it fails.
+        PeerUnavailable: it runs another model, or fails.
     """
     tokens = min(_AGREEMENT_TOKENS, ours.config.n_positions)
     ids: Int32Array = np.random.default_rng(0).integers(0, ours.vocabulary, tokens, dtype=np.int32)
@@ -200,7 +200,7 @@ def check_same_model(label: str, ours: CompiledSystem, peer: Peer) -> PeerSystem
 
 
 def compare_logits(expected: dict[str, Float32Array], given: dict[str, Float32Array], bound: float) -> Agreement:
-    """The worst error of logits (V,), over the functions that both systems have."""
+    """The worst error of logits (V,) over the functions that both systems have."""
     errors, same = [], True
     for function, logits in given.items():
         reference = expected[function].astype(np.float64)
@@ -251,7 +251,7 @@ def _compare_with(args: argparse.Namespace) -> int:
 
 
 def peer_tables(benchmark: Benchmark) -> Iterator[Table]:
-    """The tables beside those of `tvm-attn bench`: agreement of the peers, and their times by phase."""
+    """The tables in addition to those of `tvm-attn bench`: agreement of the peers, and their times by phase."""
     if len(benchmark.systems) == 1:
         return
     table = new_table(

@@ -1,9 +1,9 @@
-"""Packs what a machine without TVM and without a network needs to run, check and measure artifacts.
+"""Packs everything that a machine without TVM and network needs to run, check and measure artifacts.
 
     python -m benchmarks.pack dist/gpt2 dist/demo --kernels cuda --python 3.12 --out dist/tvm-attn.tar.xz
 
 The archive holds TVM's runtime without its compiler, tvm_attn, the artifacts, tests and benchmarks for a GPU, and
-`run.py`, which starts a command with the Python there; that needs NumPy, and PyTorch for comparisons with it.
+`run.py`, which starts a command with that machine's Python. It needs NumPy, and PyTorch for comparisons with it.
 Random parameters are not packed: `run.py` makes them again from their seed.
 """
 
@@ -35,13 +35,13 @@ TOP = "tvm-attn"
 """The folder that the archive unpacks to."""
 LIMIT_MIB = 60
 
-# Found before what the machine has: one pair of versions, without what only compiling needs. libtvm_ffi_testing.so
-# stays: the extension module is linked with it.
+# These take precedence over the machine's packages, so that their versions match. Files that only compiling needs are
+# left out, but not libtvm_ffi_testing.so: the extension module is linked with it.
 _TVM = {
     "apache-tvm": ("tvm/3rdparty", "tvm/cmake", "tvm/include", "tvm/lib/libtvm_compiler.so", "tvm/src", "tvm/web"),
     "apache-tvm-ffi": ("tvm_ffi/3rdparty", "tvm_ffi/cython", "tvm_ffi/include", "tvm_ffi/share", "tvm_ffi/src"),
 }
-# Found only where the machine lacks them: a folder each, and the module that shows it.
+# These are used only if the machine lacks them: one folder each, and the module whose absence shows it.
 _OTHERS = {
     "ml_dtypes": "ml_dtypes",
     "typing_extensions": "typing_extensions",
@@ -56,7 +56,7 @@ _OTHERS = {
     "iniconfig": "iniconfig",
     "packaging": "packaging",
 }
-# What TVM's CUDA runtime is linked with; PyTorch for CUDA 13 or a toolkit brings it, too.
+# The library that TVM's CUDA runtime is linked with; PyTorch for CUDA 13 and CUDA toolkits have it too.
 _CUDA_RUNTIME = ("nvidia-cuda-runtime", "nvidia.cu13")
 _OURS = ("pyproject.toml", "LICENSE", "tvm_attn", "targets", "benchmarks", "tests/gpu", "docs/cuda.md")
 _LEFT_OUT = ("__pycache__", "results", "vulkan.py", "pack.py", "pack_run.py", "*.so", "*.so.*", "src")
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 def _pack(args: argparse.Namespace) -> int:
     pythons = tuple(dict.fromkeys(version.strip() for version in args.python.split(",")))
     for folder in args.artifacts:
-        Artifact(folder)  # what is none is refused before the work
+        Artifact(folder)  # refuses anything else before the work begins
     with tempfile.TemporaryDirectory(prefix="tvm-attn-pack-") as scratch, progress() as show:
         top = Path(scratch) / TOP
         show("collecting TVM's runtime and other packages")
@@ -120,16 +120,16 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def collect_packages(top: Path, pythons: tuple[str, ...], wheels: Path | None, scratch: Path) -> None:
-    """Copies installed packages, and the extension modules of other Pythons beside this one's.
+    """Copies installed packages, and adds the extension modules for other Python versions.
 
     Args:
         top: the bundle's folder.
-        pythons: versions to serve, "X.Y".
-        wheels: folder with wheels of what is compiled for one version; None downloads them.
-        scratch: a folder for them.
+        pythons: Python versions to support, "X.Y".
+        wheels: folder with wheels of packages that are compiled for one Python version; None downloads them.
+        scratch: a folder for downloads.
 
     Raises:
-        BenchmarkError: a package is not installed here, or a wheel cannot be had.
+        BenchmarkError: a package is not installed here, or a wheel is not available.
     """
     here = ".".join(platform.python_version_tuple()[:2])
     bound = {name: _installed(name) for name in (*_TVM, *_OTHERS) if _is_bound(_installed(name))}
@@ -155,7 +155,7 @@ def _installed(name: str) -> Distribution:
 
 
 def _files(installed: Distribution) -> list[PurePosixPath]:
-    """The files of an installed package that lie in site-packages, without caches; of its description the metadata."""
+    """An installed package's files in site-packages, without caches; of its .dist-info only METADATA."""
     kept = []
     for file in installed.files or ():
         path = PurePosixPath(file)
@@ -187,7 +187,7 @@ def _copy_cuda_runtime(top: Path) -> None:
 
 
 def _is_bound(installed: Distribution) -> bool:
-    """Whether a package has extension modules for one version of Python."""
+    """Whether a package has extension modules for one particular version of Python."""
     return any(".cpython-" in path.name and path.name.endswith(".so") for path in _files(installed))
 
 
@@ -215,7 +215,7 @@ def _find_wheel(folder: Path, installed: Distribution, version: str) -> Path:
 
 
 def _extract_extensions(wheel: Path, folder: Path, version: str) -> None:
-    """The extension modules of a wheel: all else is the same in the wheel of every Python."""
+    """Extracts the extension modules of a wheel: everything else is the same for every Python."""
     suffix = f".cpython-{version.replace('.', '')}-"
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
@@ -237,13 +237,13 @@ def _collect_ours(top: Path) -> None:
 
 
 def collect_artifact(folder: Path, top: Path) -> dict[str, str]:
-    """Copies an artifact, without parameters that can be made anew.
+    """Copies an artifact, without parameters that can be made again.
 
     Returns:
-        Its name in the bundle, and how its parameters travel: "packed" or "restored".
+        Its name in the bundle, and whether its parameters are "packed" or "restored".
 
     Raises:
-        ArtifactError: it is damaged.
+        ArtifactError: the artifact is damaged.
         BenchmarkError: two artifacts have the same name.
     """
     artifact, name = Artifact(folder), folder.resolve().name
@@ -260,10 +260,10 @@ def collect_artifact(folder: Path, top: Path) -> dict[str, str]:
 
 
 def write_archive(top: Path, out: Path, limit_mib: float, preset: int) -> int:
-    """Writes a folder as .tar.xz, or as .tar where that is the name; the file appears whole or not at all.
+    """Writes a folder as .tar.xz, or as .tar if that is the file's suffix; completely or not at all.
 
     Returns:
-        Its bytes.
+        The archive's size in bytes.
 
     Raises:
         BenchmarkError: it is larger than the limit, or cannot be written.
@@ -298,7 +298,7 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _largest(top: Path) -> Iterator[tuple[str, int]]:
-    """Bytes of the bundle's parts: folders of the first level, and each artifact and package; the largest first."""
+    """Bytes of the bundle's parts, largest first: folders of the first level, and each artifact and package."""
     sizes: dict[str, int] = {}
     for path in top.rglob("*"):
         if path.is_file():

@@ -1,4 +1,4 @@
-"""Starts a command in this bundle with the Python that runs this file.
+"""Starts a command in this bundle, with the Python that runs this file.
 
     python3 run.py                                                      what is here
     python3 run.py -m tvm_attn generate artifacts/demo --prompt "Return"
@@ -6,8 +6,8 @@
     python3 run.py -m pytest tests/gpu
     python3 run.py -m benchmarks.gpu
 
-Arguments are the interpreter's; paths are relative to the bundle. Parameters that were left out are made first.
-Needs NumPy, and PyTorch for what compares with it.
+Arguments are the interpreter's; paths are relative to the bundle. Parameters that were not packed are made first.
+Needs NumPy, and PyTorch for comparisons with it.
 """
 
 import importlib.util
@@ -37,12 +37,12 @@ def main() -> int:
         names = ", ".join(artifact["name"] for artifact in facts["artifacts"]) or "none"
         print(f"{__doc__}\nartifacts: {names}; kernels: {'yes' if Path('kernels').is_dir() else 'no'}")
         return 0
-    # Signals reach the command, and its exit status the caller.
+    # Signals go to the command, and its exit status to the caller.
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 def _problem(facts: dict[str, Any]) -> str:
-    """What this machine lacks for this bundle, or nothing."""
+    """What this machine lacks to run this bundle, or an empty string."""
     version = ".".join(platform.python_version_tuple()[:2])
     here = f"{sys.platform}-{platform.machine()}"
     if here != facts["platform"]:
@@ -63,7 +63,7 @@ def environment(facts: dict[str, Any], given: dict[str, str]) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([*map(str, paths), *filter(None, [given.get("PYTHONPATH")])]),
         "TVM_USE_RUNTIME_LIB": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Plugins of the machine's own pytest may not fit this one.
+        # Plugins of the machine's own pytest may not work with this one.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
 
@@ -71,7 +71,7 @@ def environment(facts: dict[str, Any], given: dict[str, str]) -> dict[str, str]:
 def _has(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor a package around it
+    except ModuleNotFoundError:  # not even its parent package exists
         return False
 
 

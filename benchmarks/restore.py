@@ -1,6 +1,6 @@
-"""The parameters of an artifact with random weights, made anew: they need not travel with it.
+"""Makes the parameters of an artifact with random weights again, so that they need not be packed.
 
-A seed says what 250 MB would. Needs NumPy, and neither TVM nor the checkpoint.
+A seed replaces 250 MB. Needs NumPy, and neither TVM nor the checkpoint.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Restored:
-    """What `restore_params` did.
+    """The result of `restore_params`.
 
     Attributes:
-        written: whether parameters were written; they may have been there.
-        different: files that are not what the builder's were; the manifest has been changed to what they are.
+        written: whether parameters were written; False if they were there already.
+        different: files that differ from the builder's; the manifest has been changed to match them.
     """
 
     written: bool
@@ -42,16 +42,16 @@ def is_restorable(artifact: Artifact) -> bool:
 
 
 def restore_params(folder: str | Path) -> Restored:
-    """Writes the parameters of an artifact with random weights where they are missing.
+    """Writes the parameters of an artifact with random weights if they are missing.
 
     They are compared with the manifest. NumPy draws normal numbers with the C library's logarithm, which another
     version may round differently in the last place; then the manifest is changed, and the result says so.
 
     Args:
-        folder: the artifact; its manifest and libraries are there.
+        folder: the artifact, with its manifest and libraries.
 
     Raises:
-        ArtifactError: no artifact, or its weights are no random ones.
+        ArtifactError: the folder holds no artifact, or its weights are not random.
     """
     artifact, folder = Artifact(folder), Path(folder)
     if (folder / PARAMS_INDEX).is_file():
@@ -77,7 +77,7 @@ def restore_params(folder: str | Path) -> Restored:
 
 
 def _described(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name, size and SHA-256 of each file of `folder`/params, as a manifest has them."""
+    """Name, size and SHA-256 of each file in `folder`/params, in the manifest's form."""
     for path in sorted((folder / "params").iterdir()):
         state = hashlib.sha256()
         with path.open("rb") as file:
@@ -87,7 +87,7 @@ def _described(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _replace_entries(artifact: Artifact, written: dict[str, dict[str, Any]]) -> None:
-    """Changes what the manifest says of the parameters, and of nothing else."""
+    """Changes the manifest's entries for the parameters, and no others."""
     body = dict(artifact.manifest)
     kept = {name: entry for name, entry in body["files"].items() if not name.startswith("params/")}
     body["files"] = dict(sorted({**kept, **written}.items()))

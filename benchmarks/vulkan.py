@@ -1,8 +1,8 @@
 """All measurements of a Vulkan device, in one command: `python -m benchmarks.vulkan`.
 
-Checks the compiled models against PyTorch, then measures decoding, memory, matrix products, and what a dispatch costs;
-where PyTorch has CUDA, the same on it. `--quick` takes smaller sizes, for software renderers. The result is a JSON
-file; a part that fails is recorded with its error, and the others still run.
+Checks the compiled models against PyTorch, then measures decoding, memory, matrix products, and the cost of a dispatch;
+if PyTorch has CUDA, the same there. `--quick` uses smaller sizes, for software renderers. The result is a JSON file; if
+a part fails, its error is recorded, and the others still run.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ ROOT = Path(__file__).parents[1]
 _generic = targets.resolve("vulkan")
 assert isinstance(_generic, GpuTarget)
 _GENERIC: GpuTarget = _generic
-_MAGIC = b"TVMATTNV"  # of the kernels within a library; see tvm_attn/vulkan/codegen/build.py
-_STAGES = 16  # dispatches of one call of `_stages`
+_MAGIC = b"TVMATTNV"  # start of the kernels in a library; see tvm_attn/vulkan/codegen/build.py
+_STAGES = 16  # dispatches per call of `_stages`
 _SMALL = GPT2Config(
     vocab_size=1000, n_positions=128, n_embd=256, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
 )
@@ -57,11 +57,11 @@ _SMALL = GPT2Config(
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """Sizes of what is measured.
 
     Attributes:
-        rows, features: of matrix products: rows x features times features x features.
-        copy_bytes: of the copy that measures memory.
+        rows, features: sizes of matrix products: rows x features times features x features.
+        copy_bytes: bytes of the copy that measures memory.
         contexts: tokens in the KV cache of decode calls.
         batches: sequences of decode calls.
         seconds: about how long to time one case.
@@ -80,7 +80,7 @@ QUICK = Sizes(256, 768, 1 << 26, (128,), (1,), 1.0)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print and write; returns the exit status, 1 where a part failed."""
+    """Measure, print and write; returns the exit status, 1 if a part failed."""
     return run(lambda: _main(_parser().parse_args(argv)))
 
 
@@ -125,7 +125,7 @@ def _main(args: argparse.Namespace) -> int:
         print(f"{time.perf_counter() - begin:6.1f} s  {name}", file=sys.stderr)
         try:
             result[name] = part()
-        except Exception as error:  # the other parts are worth having
+        except Exception as error:  # the other parts still run
             failed = True
             result[name] = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
     result["statistics"] = vulkan.statistics(args.device)
@@ -144,8 +144,8 @@ class Measurement:
     """Measures one device.
 
     Args:
-        index: of vulkan:index.
-        info: its entry of `vulkan.devices()`.
+        index: the index in "vulkan:index".
+        info: its entry in `vulkan.devices()`.
         sizes: what to measure.
     """
 
@@ -174,7 +174,7 @@ class Measurement:
         return results
 
     def _check(self, artifact: Path) -> dict[str, Any]:
-        """The worst of all comparisons with PyTorch in float32 on the weights as stored."""
+        """The worst of all comparisons with PyTorch in float32 on the stored weights."""
         report = verify_artifact(artifact, f"vulkan:{self.index}")
         return {
             "comparisons": len(report.checks),
@@ -186,7 +186,7 @@ class Measurement:
         }
 
     def _decode(self, artifact: Path) -> list[dict[str, Any]]:
-        """Median time of a decode step with the greedy choice of the token, from the host's clock."""
+        """Median time of a decode step with the greedy choice of the token, by the host's clock."""
         system = CompiledSystem(artifact, usable_cores(), max(self.sizes.batches), f"vulkan:{self.index}")
         results = []
         for context in self.sizes.contexts:
@@ -212,7 +212,7 @@ class Measurement:
         return results
 
     def memory(self) -> float:
-        """Bytes read and written by a copying kernel, in 10^9 a second."""
+        """GB/s read and written by a copy kernel."""
         count = self.sizes.copy_bytes // 4
         source = te.placeholder((count,), "float32", "source")
         module = Schedule(te.create_prim_func([source, te.compute((count,), lambda i: source[i], "copy")]))
@@ -222,7 +222,7 @@ class Measurement:
         return 2 * self.sizes.copy_bytes / self._seconds(function, *tensors) / 1e9
 
     def matmul(self) -> list[dict[str, Any]]:
-        """The linear layer of the model, many rows: TFLOP/s by schedule and dtype of the weight."""
+        """The model's linear layer with many rows: TFLOP/s by schedule and dtype of the weight."""
         rows, features, results = self.sizes.rows, self.sizes.features, []
         for name, target in self._targets().items():
             for dtype in ("float32", "float16"):
@@ -248,7 +248,7 @@ class Measurement:
         return results
 
     def _targets(self) -> dict[str, GpuTarget]:
-        """Targets whose schedules differ: what all devices have, and this device's limits."""
+        """Targets with different schedules: the limits of all devices, and those of this device."""
         limits = self.info["limits"]
         threads, shared = min(256, limits["max_workgroup_invocations"]), min(49152, limits["max_shared_memory_bytes"])
         attributes = {
@@ -260,7 +260,7 @@ class Measurement:
         return {"vulkan-generic": _GENERIC, "limits of the device": own}
 
     def dispatch(self) -> dict[str, Any]:
-        """What a dispatch of one workgroup costs the host and, by the device's timestamps, the device."""
+        """The cost of a dispatch of one workgroup, on the host and, by the device's timestamps, on the device."""
         results: dict[str, Any] = {"stages": _STAGES}
         for name, chained in (("dependent", True), ("independent", False)):
             function = _compiled(_stages(chained), _GENERIC)
@@ -289,7 +289,7 @@ def _compiled(function: tvm.tirx.PrimFunc, target: GpuTarget) -> Any:
 
 
 def _bind(module: Schedule, name: str, lanes: int = 1) -> None:
-    """64 threads a workgroup, `lanes` neighbouring elements each."""
+    """64 threads per workgroup, `lanes` neighbouring elements each."""
     (loop,) = module.get_loops(module.get_sblock(name))
     block, thread, lane = module.split(loop, [None, 64, lanes])
     module.bind(block, "blockIdx.x")
@@ -298,7 +298,7 @@ def _bind(module: Schedule, name: str, lanes: int = 1) -> None:
 
 
 def _stages(chained: bool) -> tvm.tirx.PrimFunc:
-    """_STAGES kernels of one workgroup: each adds one to the result of the one before, or all to the same input."""
+    """_STAGES kernels of one workgroup: each adds one to the result of the one before, or to the same input."""
     values = [te.placeholder((64,), "float32", "x")]
     for stage in range(_STAGES):
         values.append(_plus_one(values[-1 if chained else 0], f"stage{stage}"))
@@ -320,7 +320,7 @@ def _checkpoint(folder: Path, config: GPT2Config) -> Path:
 
 
 def _spirv_bytes(library: Path) -> dict[str, int]:
-    """SPIR-V of each kernel of a library, in bytes, the largest first."""
+    """Bytes of SPIR-V of each kernel in a library, largest first."""
     content = library.read_bytes()
     start = content.index(_MAGIC)
     length = int.from_bytes(content[start + 12 : start + 16], "little")
@@ -330,7 +330,7 @@ def _spirv_bytes(library: Path) -> dict[str, int]:
 
 
 def _cuda(sizes: Sizes) -> dict[str, Any] | None:
-    """PyTorch on CUDA: the same products, and transformers' GPT-2 124M with its cache, eagerly. None without CUDA."""
+    """PyTorch on CUDA: the same products, and transformers' GPT-2 124M, eager with its cache. None without CUDA."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,1 +1,1 @@
-"""Checking and measuring on an NVIDIA GPU, without TVM's compiler; `python -m benchmarks.gpu` runs all of it."""
+"""Checks and measurements on an NVIDIA GPU, without TVM's compiler; `python -m benchmarks.gpu` runs all of them."""

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --artifacts dist --kernels dist/kernels
 
-Correctness first: single kernels against NumPy float64, artifacts against PyTorch, decoding with graphs and without.
-Then speed: matrix products against cuBLAS, attention against PyTorch's, whole models against PyTorch eager, with CUDA
-graphs and compiled, and the time from nothing to the first token. Every part is a process of its own with a limit of
-time: one that crashes or hangs is recorded with its error, and the others still run. The result is a JSON file. The
+Correctness first: single kernels against NumPy float64, artifacts against PyTorch, decoding with and without graphs.
+Then speed: matrix products against cuBLAS, attention against PyTorch's, whole models against PyTorch (eager, with CUDA
+graphs, and compiled), and the time from process start to the first token. Every part runs in its own process with a
+time limit: if it crashes or hangs, its error is recorded, and the others still run. The result is a JSON file. The
 exit status is 1 if a check failed.
 
 Needs TVM's runtime, PyTorch, artifacts and kernels that were compiled elsewhere; `python -m benchmarks.pack` packs
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=real, default=SECONDS, metavar="S", help="for all parts together; default: %(default)s"
     )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="default: benchmarks/results/gpu-DEVICE.json")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # what a process of this command does
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # the part that a child process of this command runs
     return parser
 
 
@@ -77,7 +77,7 @@ def _main(args: argparse.Namespace) -> int:
 
     ran = gpu_parts.run_parts(planned[:1], command, args.seconds, _say)
     first_error = ran[planned[0].name]["error"] or ""
-    if first_error.startswith("error: device"):  # there is none: every part would say so
+    if first_error.startswith("error: device"):  # there is no device: every part would fail with this error
         raise DeviceError(first_error.removeprefix("error: "))
     left = args.seconds - (time.monotonic() - begin)
     ran |= gpu_parts.run_parts(planned[1:], command, left, _say)
@@ -92,7 +92,7 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace, part: str, limit: float) -> list[str]:
-    # The runtime alone, which is what is measured, starts seconds sooner.
+    # Only the runtime is measured, and it starts seconds sooner than the compiler.
     command = ["env", "TVM_USE_RUNTIME_LIB=1", sys.executable, "-m", "benchmarks.gpu"]
     command += ["--part", part, "--seconds", f"{limit:.1f}"]
     command += ["--device", args.device, "--artifacts", str(args.artifacts), "--kernels", str(args.kernels)]
@@ -100,7 +100,7 @@ def _command(args: argparse.Namespace, part: str, limit: float) -> list[str]:
 
 
 def summary(parts: dict[str, dict[str, Any]], quick: bool, seconds: float) -> dict[str, Any]:
-    """A run's JSON.
+    """The JSON of a run.
 
     Args:
         parts: what `run_parts` returned.

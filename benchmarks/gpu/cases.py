@@ -1,6 +1,6 @@
-"""Running the cases of a kernel library on a device, each crash and hang in a process that is started anew after it.
+"""Runs the cases of a kernel library on a device, in a process that is started again after every crash or hang.
 
-`python -m benchmarks.gpu.cases FOLDER` runs them in one process: what compute-sanitizer is put around.
+`python -m benchmarks.gpu.cases FOLDER` runs them in one process, which compute-sanitizer can check.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.gpu.processes import emit, run_child
 from tvm_attn.runtime.tvm_import import runtime_only
 
 MOST_CRASHES = 10
-"""After so many cases in a row without a result, something else is wrong, and the rest is left out."""
+"""After this many consecutive cases without a result, something else is wrong, and the remaining cases are skipped."""
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 
@@ -37,12 +37,12 @@ def run_cases(
     Args:
         folder: the library.
         device: "cpu" or "cuda:0".
-        seconds: after which the rest is left out.
-        on_result: told of each result.
+        seconds: time limit, after which the remaining cases are skipped.
+        on_result: called with each result.
 
     Returns:
-        Results in order: fewer than cases where time was over, or after `MOST_CRASHES`. A case that crashed or hung has
-        an NMSE of NaN.
+        Results in order; fewer than cases if time ran out, or after `MOST_CRASHES`. A case that crashed or hung has an
+        NMSE of NaN.
 
     Raises:
         BenchmarkError: the folder holds no library.
@@ -68,7 +68,7 @@ def run_cases(
 
 
 def sanitize(folder: Path, device: str, seconds: float) -> dict[str, str]:
-    """What each tool of compute-sanitizer says of all cases: "0 errors ...", what it found, or why it did not run."""
+    """What each compute-sanitizer tool finds in all cases: "0 errors ...", its findings, or why it did not run."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         return dict.fromkeys(SANITIZER_TOOLS, "compute-sanitizer is not installed: it comes with NVIDIA's CUDA toolkit")
@@ -80,9 +80,9 @@ def sanitize(folder: Path, device: str, seconds: float) -> dict[str, str]:
 
 
 def sanitizer_verdict(sanitizer: Sequence[str], tool: str, program: Sequence[str], seconds: float) -> str:
-    """Runs a program under a tool; "0 errors" where it found none."""
+    """Runs a program under a tool; "0 errors" if it found none."""
     lines: list[str] = []
-    # The tool's own exit status where it found something, whatever the program's was.
+    # The tool's own exit status if it found something, regardless of the program's.
     options = ["--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
     outcome = run_child([*sanitizer, *options, *program], seconds)
     failed = [entry["name"] for entry in outcome.entries if not entry.get("passed", True)]
@@ -94,7 +94,7 @@ def sanitizer_verdict(sanitizer: Sequence[str], tool: str, program: Sequence[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs cases and prints a result a line."""
+    """Runs cases and prints one result per line."""
     parser = argparse.ArgumentParser(description="Run a kernel library's cases on a device; prints JSON lines.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cuda:0")

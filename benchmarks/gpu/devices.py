@@ -15,7 +15,7 @@ from tvm_attn.runtime.tvm_import import import_tvm
 
 
 def tvm_device(name: str) -> Any:
-    """TVM's device of a name such as "cuda:0".
+    """TVM's device for a name such as "cuda:0".
 
     Raises:
         DeviceError: there is no such device.
@@ -30,7 +30,7 @@ def tvm_device(name: str) -> Any:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What PyTorch and NVIDIA's tools say of a CUDA device."""
+    """A description of a CUDA device from PyTorch and NVIDIA's tools."""
     import torch
 
     properties = torch.cuda.get_device_properties(name)
@@ -55,7 +55,7 @@ def describe(name: str) -> dict[str, Any]:
 def in_turns(
     clock: Clock, calls: dict[str, Callable[[], object]], rounds: int = 3, budget: float = 0.2
 ) -> dict[str, float]:
-    """Median seconds of several calls that take turns, so that all see the device in the same state."""
+    """Median seconds of each of several calls, which take turns so that all see the device in the same state."""
     repeated = {name: clock.repeated(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

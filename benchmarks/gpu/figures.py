@@ -1,4 +1,4 @@
-"""The figures that the CUDA target is to reach on an H200, beside those of a run."""
+"""The figures that the CUDA target is to reach on an H200, together with those of a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Figure:
     """A figure to reach.
 
     Attributes:
-        work: what is done.
-        unit: of both values.
-        wanted: at least this much; at most, where `at_most`.
-        reached: takes the entries of a run and gives the value, or None if it was not measured.
-        at_most: less is better.
+        work: the work that is measured.
+        unit: unit of both values.
+        wanted: the value to reach; a lower bound, or an upper bound with `at_most`.
+        reached: takes the entries of a run and returns the value, or None if it was not measured.
+        at_most: whether lower values are better.
     """
 
     work: str
@@ -33,7 +33,7 @@ class Figure:
     at_most: bool = False
 
     def result(self, entries: list[Entry]) -> dict[str, Any]:
-        """For JSON: what was wanted, what was reached, and whether that is enough; None if it was not measured."""
+        """For JSON: the wanted value, the reached value, and whether it is enough; None if it was not measured."""
         value = self.reached(entries)
         met = None if value is None else (value <= self.wanted if self.at_most else value >= self.wanted)
         return {
@@ -55,7 +55,7 @@ def _chosen(entries: list[Entry], **wanted: Any) -> Iterator[Entry]:
 def _product(purpose: str) -> Callable[[list[Entry]], float | None]:
     def reached(entries: list[Entry]) -> float | None:
         found = _chosen(entries, what="product", purpose=purpose)
-        # A smaller product than the name says, as in a quick run, is none.
+        # A product smaller than the name says, as in a quick run, does not count.
         whole = [entry for entry in found if purpose.split()[0] != "matmul" or entry["m"] == 8192]
         return whole[0]["of_cublas"] if whole else None
 
@@ -73,7 +73,7 @@ def _attention(batch: int) -> Callable[[list[Entry]], float | None]:
 def _decode(
     parameters: float, batch: int, value: Callable[[Entry], float | None]
 ) -> Callable[[list[Entry]], float | None]:
-    """The best of the contexts of float16 decode."""
+    """The best value over the contexts of float16 decode."""
 
     def reached(entries: list[Entry]) -> float | None:
         found = _chosen(entries, what="model", phase="decode", batch=batch, dtype="float16", quantization="none")
@@ -88,7 +88,7 @@ def _rate(entry: Entry) -> float:
 
 
 def _over_eager(entry: Entry) -> float | None:
-    """Against the faster of PyTorch's eager ways."""
+    """Speed relative to the faster of PyTorch's eager systems."""
     ratios = [entry["of"][name] for name in ("torch", "transformers") if name in entry["of"]]
     return min(ratios, default=None)
 
@@ -116,11 +116,11 @@ FIGURES = (
     Figure("decode 124M, float16, batch 64", "tokens/s", 80000, _decode(_SMALL, 64, _rate)),
     Figure("load of 124M to the first token", "s", 2.0, _load, at_most=True),
 )
-"""What issue 5 asks for, measured on an H200."""
+"""The figures to reach on an H200."""
 
 
 def tables(result: dict[str, Any]) -> Iterator[Table]:
-    """The tables to print of a run's JSON."""
+    """The tables to print for a run's JSON."""
     table = new_table("Parts", ("part", "error"), ("s", "entries", "failed"))
     for name, part in result["parts"].items():
         failed = sum(entry.get("passed") is False for entry in part["entries"])

@@ -1,6 +1,6 @@
-"""Single kernels for a GPU with their test cases, compiled on another machine: what `write_kernel_library` made.
+"""Single kernels for a GPU with their test cases, which `write_kernel_library` compiled on another machine.
 
-A folder of `kernels.json`, `cases.npz` and libraries. Nothing is unpickled: bfloat16 arrays are stored as their bits.
+A folder with `kernels.json`, `cases.npz` and libraries. Nothing is unpickled: bfloat16 arrays are stored as bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tvm_attn.storage import numpy_dtype
 INDEX, ARRAYS = "kernels.json", "cases.npz"
 
 Stored = tuple[str, str]
-"""Key and dtype of an array."""
+"""Key and dtype of a stored array."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class StoredCase:
     """A `tvm_attn.kernels.Case` without its arrays.
 
     Attributes:
-        index: its place in the library.
+        index: its index in the library.
         function: name of the kernel's function.
-        file: the library that has it.
-        kernel: family and static sizes.
+        file: the library with the function.
+        kernel: family and static sizes of the kernel.
         name: what is special about the input.
         inputs, outputs, expected: key and dtype of each array; equal arrays are stored once.
-        in_place: indices of inputs that are results, too.
+        in_place: indices of the inputs that are also results.
         nmse: bound on the normalised mean squared error of each result.
     """
 
@@ -60,15 +60,15 @@ class StoredCase:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """A case that ran.
+    """The result of a case.
 
     Attributes:
-        case: its index.
+        case: index of the case.
         name: the kernel and the case, in words.
-        nmse: the worst normalised mean squared error of its results; NaN where one holds NaN.
-        bound: what it had to meet.
-        passed: whether it did.
-        seconds: of the call, with its first load of code.
+        nmse: the worst normalised mean squared error of its results; NaN if one holds NaN.
+        bound: upper bound of `nmse`.
+        passed: whether `nmse` is within the bound.
+        seconds: seconds of the call, including the first load of its code.
     """
 
     case: int
@@ -83,7 +83,7 @@ class KernelLibrary:
     """The libraries and cases in a folder.
 
     Raises:
-        BenchmarkError: the folder holds none, or a damaged one.
+        BenchmarkError: the folder holds no library, or a damaged one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,7 +93,7 @@ class KernelLibrary:
             self.target: str = index["target"]
             self.cases = [_case(position, entry) for position, entry in enumerate(index["cases"])]
             self.timed: dict[str, dict[str, Any]] = index["timed"]
-            """Functions without cases, for measuring: name, file and kernel by what they are for."""
+            """Functions without cases, for measuring: name, file and kernel, by purpose."""
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BenchmarkError(
                 f"{folder} holds no kernels ({error}); python -m benchmarks.pack --kernels TARGET makes them"
@@ -105,7 +105,7 @@ class KernelLibrary:
         return np.load(self.folder / ARRAYS, allow_pickle=False)
 
     def function(self, file: str, name: str) -> Any:
-        """A kernel, to be called with tensors."""
+        """A kernel's function, which takes tensors."""
         import tvm
 
         if file not in self._modules:
@@ -113,10 +113,10 @@ class KernelLibrary:
         return self._modules[file][name]
 
     def timed_function(self, purpose: str) -> tuple[Any, dict[str, Any]]:
-        """A kernel that is there for measuring, and its family and sizes.
+        """A kernel for measuring, and its family and sizes.
 
         Raises:
-            BenchmarkError: there is none for this purpose.
+            BenchmarkError: there is no kernel for this purpose.
         """
         if purpose not in self.timed:
             raise BenchmarkError(f"{self.folder} has no kernel for {purpose}")
@@ -124,7 +124,7 @@ class KernelLibrary:
         return self.function(entry["file"], entry["function"]), entry["kernel"]
 
     def arrays(self, stored: tuple[Stored, ...]) -> list[np.ndarray]:
-        """Arrays of a case."""
+        """The arrays of a case."""
         return [
             self._arrays[key].view(numpy_dtype(dtype)) if dtype == "bfloat16" else self._arrays[key]
             for key, dtype in stored
@@ -147,7 +147,7 @@ class KernelLibrary:
 
 
 def to_device(array: np.ndarray, device: Any) -> Any:
-    """A TVM tensor with the array's content."""
+    """A TVM tensor with the content of an array."""
     import tvm
 
     tensor = tvm.runtime.empty(array.shape, str(array.dtype), device)
@@ -159,7 +159,7 @@ def to_device(array: np.ndarray, device: Any) -> Any:
 
 
 def normalised_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """``sum((x - y)**2) / sum(y**2)`` in float64; the numerator alone where y is zero."""
+    """``sum((x - y)**2) / sum(y**2)`` in float64; only the numerator if y is zero."""
     wanted = expected.astype(np.float64)
     error, power = float(((actual.astype(np.float64) - wanted) ** 2).sum()), float((wanted**2).sum())
     return error / power if power else error

@@ -1,4 +1,4 @@
-"""Compiling single kernels with their test cases for `benchmarks.gpu.kernel_library`; needs TVM's compiler.
+"""Compiles single kernels with their test cases for `benchmarks.gpu.kernel_library`; needs TVM's compiler.
 
 python -m benchmarks.gpu.kernel_library_build cuda-sm90 dist/kernels
 """
@@ -30,13 +30,13 @@ from tvm_attn.schedule import RecordBook, schedule, template_for
 from tvm_attn.targets import CudaTarget, GpuTarget, Target
 
 _KERNELS_PER_LIBRARY = 16
-"""A library that the device refuses takes no more than these with it."""
+"""Limits how many kernels are lost if the device refuses a library."""
 _LARGEST_CASE = 1 << 17
-"""Bytes of the arrays of a case that is not for tensor cores; larger ones are tested on other devices."""
+"""Most bytes of the arrays of a case that is not for tensor cores; larger cases are tested on other devices."""
 
 
 _LEAST_FLOAT32_BOUND = 1e-12
-"""Where a result in float32, which is off by less than 4e-15, is as good to compare with as one in float64."""
+"""Bounds from which expected results may be stored as float32, whose rounding is an NMSE below 4e-15."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Timed:
     """A kernel for measuring.
 
     Attributes:
-        purpose: what it is looked up by.
+        purpose: the key by which it is looked up.
         kernel: the kernel.
     """
 
@@ -53,7 +53,7 @@ class Timed:
 
 
 def all_cases() -> Iterator[Case]:
-    """Every case for tensor cores, and the small ones of the other kernels, float32 models' among them."""
+    """Every case for tensor cores, and the small cases of other kernels, including those of float32 models."""
     for family in kernels.FAMILIES:
         for case in family.cases():
             is_small = sum(array.nbytes for array in (*case.inputs, *case.outputs, *case.expected)) <= _LARGEST_CASE
@@ -62,7 +62,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def timed_kernels() -> list[Timed]:
-    """What `python -m benchmarks.gpu` compares with PyTorch: a square product, the layers of 124M, its attention."""
+    """Kernels that `python -m benchmarks.gpu` compares with PyTorch: a square product, 124M's layers and attention."""
     found = []
     for dtype in ("float16", "bfloat16"):
         kernel = Linear(8192, 8192, 8, 1, dtype, activations=dtype, max_groups=1024)
@@ -90,15 +90,15 @@ def write_kernel_library(
     """Compiles kernels and writes them with their cases.
 
     Args:
-        target_name: a CUDA target, e.g. "cuda" or "cuda-sm90", or one of processors, to try this without a GPU.
-        folder: made here.
+        target_name: a CUDA target, e.g. "cuda" or "cuda-sm90", or one for processors, to try this without a GPU.
+        folder: the folder to create.
         progress: called with a description of each step.
-        cases: default: `all_cases()` that the target has templates for.
-        timed: default: `timed_kernels()`.
+        cases: the cases; by default those of `all_cases()` for which the target has templates.
+        timed: the kernels for measuring; by default `timed_kernels()`.
 
     Raises:
-        TargetError: no CUDA target.
-        CompileError: no compiler for CUDA, or a kernel that does not compile.
+        TargetError: the target is not a CUDA target.
+        CompileError: there is no compiler for CUDA, or a kernel does not compile.
     """
     target = targets.resolve(target_name)
     if isinstance(target, GpuTarget) and not isinstance(target, CudaTarget):
@@ -128,7 +128,7 @@ def _cuda_targets() -> list[str]:
 
 
 def _add(functions: dict[Kernel, Any], kernel: Kernel, target: Target, book: RecordBook) -> bool:
-    """Schedules a kernel that is not there yet; False if the target has no template for it."""
+    """Schedules a kernel unless that is already done; False if the target has no template for it."""
     if kernel in functions:
         return True
     try:
@@ -169,7 +169,7 @@ def _write(
     entries = []
     for index, case in enumerate(cases):
         name = names[case.kernel]
-        # Half the size, and for such bounds as good.
+        # Half the size, and exact enough for such bounds.
         precision = np.float32 if case.nmse >= _LEAST_FLOAT32_BOUND else np.float64
         stored = StoredCase(
             index=index,

@@ -1,4 +1,4 @@
-"""Artifacts on a GPU: checked against PyTorch, with graphs and without; whole calls; the time to the first token."""
+"""Artifacts on a GPU: checks against PyTorch, with and without graphs; whole calls; the time to the first token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tvm_attn.model.params import effective_params
 from tvm_attn.runtime.artifact import Artifact
 
 _PROMPTS = ((1, 2, 3), (5,), (7, 11, 13, 17, 19, 23, 29))
-"""A ragged batch of token ids that every vocabulary has."""
+"""A ragged batch of token ids that are in every vocabulary."""
 _TOKENS = 24
 
 
@@ -38,7 +38,7 @@ def verify(folder: Path, device: str) -> Iterator[Entry]:
 
 
 def compare_graph(folder: Path, device: str) -> Iterator[Entry]:
-    """The tokens of greedy decoding as CUDA graphs, and with kernels that are launched one by one."""
+    """Compares the tokens of greedy decoding with CUDA graphs and with kernels launched one by one."""
     batches = {"one sequence": _PROMPTS[:1], "a ragged batch": _PROMPTS, "22 sequences": _PROMPTS * 7 + _PROMPTS[:1]}
     for name, prompts in batches.items():
         tokens = [_generate(folder, device, prompts, graph) for graph in (True, False)]
@@ -56,7 +56,7 @@ def compare_graph(folder: Path, device: str) -> Iterator[Entry]:
 def _generate(folder: Path, device: str, prompts: tuple[tuple[int, ...], ...], graph: bool) -> list[tuple[int, ...]]:
     model = tvm_attn.load(folder, device, max_batch=len(prompts), graph=graph)
     limit = min(_TOKENS, model.config.n_positions - max(map(len, prompts)))
-    # No id ends a sequence: all run to the limit.
+    # No id ends a sequence, so all run to the limit.
     completions = model.generate([list(prompt) for prompt in prompts], max_new_tokens=limit, stop_token_ids=())
     return [tuple(completion.token_ids) for completion in completions]
 
@@ -64,14 +64,14 @@ def _generate(folder: Path, device: str, prompts: tuple[tuple[int, ...], ...], g
 def measure(
     folder: Path, device: str, cases: list[Case], peers: list[str], limits: DeviceLimits | None, round_seconds: float
 ) -> Iterator[Entry]:
-    """Whole calls of an artifact and its peers in turns.
+    """Measures whole calls of an artifact and its peers in turns.
 
     Args:
         folder: the artifact.
         device: "cuda:0".
-        cases: what to run.
-        peers: of `GPU_PEERS`; one that fails is named and left out.
-        limits: of the device.
+        cases: the cases to run.
+        peers: names in `GPU_PEERS`; a peer that fails is named and left out.
+        limits: the limits of the device.
         round_seconds: about how long each system runs a case in each of two rounds.
     """
     batch = max(case.batch for case in cases)
@@ -82,7 +82,7 @@ def measure(
         try:
             peer = _peer(name, ours, device, batch)
             error = _disagreement(ours, peer)
-        except Exception as problem:  # whatever PyTorch raises is why it is left out
+        except Exception as problem:  # whatever PyTorch raises is the reason for leaving it out
             failed[name] = _line(problem)
             continue
         if not error <= _SAME_MODEL:
@@ -95,7 +95,7 @@ def measure(
 
 
 _SAME_MODEL = 1e-1
-"""NMSE of logits above which a peer computes something else; random logits have 2."""
+"""NMSE of logits above which a peer runs another model; random logits give 2."""
 
 
 def _peer(name: str, ours: CompiledGpuSystem, device: str, batch: int) -> CachedSystem:
@@ -172,9 +172,9 @@ print(json.dumps({"load_seconds": loaded - start, "first_token_seconds": first -
 
 
 def measure_load(folder: Path, device: str, runs: int = 3) -> Iterator[Entry]:
-    """From a new process to the first token, the best of some runs: `first_token_seconds` counts from the first import.
+    """Time from a new process to the first token, the best of several runs; `first_token_seconds` starts at the import.
 
-    The first run reads files that may not be in memory yet.
+    In the first run, files may not be in memory yet.
     """
     for run in range(runs):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The parts of `python -m benchmarks.gpu`: what each does in its process, their order, how long each may take."""
+"""The parts of `python -m benchmarks.gpu`: the work of each in its process, their order and time limits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tvm_attn.errors import TvmAttnError
 from tvm_attn.runtime.artifact import Artifact
 
 _TINY, _LARGE = 50_000_000, 500_000_000
-"""Parameters."""
+"""Numbers of parameters: smaller models are tiny, larger ones large."""
 _LEAST_SECONDS = 5.0
-"""A part that would get less is left out."""
+"""A part that would get less time is left out."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Settings:
     """What a run of the benchmark measures, and where.
 
     Attributes:
-        device: e.g. "cuda:0".
+        device: the device, e.g. "cuda:0".
         artifacts: folder with artifacts; those with a library for CUDA are run.
         kernels: folder that `write_kernel_library` made.
-        quick: smaller sizes and fewer cases.
+        quick: whether to use smaller sizes and fewer cases.
     """
 
     device: str
@@ -44,9 +44,9 @@ class Part:
     """A part of a run.
 
     Attributes:
-        name: what it does, and after a colon the artifact that it does it with.
-        seconds: most that it may take.
-        correctness: whether the run fails with it.
+        name: its work, and after a colon the artifact, if any.
+        seconds: its time limit.
+        correctness: whether the run fails if it fails.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Part:
 
 
 def artifacts_of(folder: Path) -> list[Artifact]:
-    """The artifacts in a folder that have a library for CUDA, the smallest model first."""
+    """The artifacts in a folder that have a library for CUDA, smallest model first."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:
             artifact = Artifact(path)
         except TvmAttnError:
-            continue  # something else, or of another version
+            continue  # not an artifact, or one of another version
         if any(library.device == "cuda" for library in artifact.libraries):
             found.append(artifact)
     return sorted(found, key=parameter_count)
@@ -73,7 +73,7 @@ def parameter_count(artifact: Artifact) -> int:
 
 
 def plan(settings: Settings, artifacts: Sequence[Artifact], sanitize: bool = False) -> list[Part]:
-    """The parts in order: what is right comes before what is fast, and the smallest model first."""
+    """The parts in order: correctness before speed, and the smallest model first."""
 
     def name(artifact: Artifact) -> str:
         return artifact.folder.name
@@ -85,7 +85,7 @@ def plan(settings: Settings, artifacts: Sequence[Artifact], sanitize: bool = Fal
     parts += checks
     if (settings.kernels / "kernels.json").is_file():
         parts += [Part("products", 60), Part("attention", 40)]
-    # Tiny models say nothing of speed; float16 comes first, then what else is not quantized.
+    # Tiny models say nothing about speed; float16 comes first, then other models that are not quantized.
     measured = [artifact for artifact in artifacts if parameter_count(artifact) >= _TINY] or list(artifacts)
     measured.sort(key=lambda artifact: (artifact.quantization != "none", artifact.dtype != "float16"))
     plain = [artifact for artifact in measured if artifact.quantization == "none" and artifact.dtype == "float16"]
@@ -104,12 +104,12 @@ def run_parts(
     seconds: float,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, dict[str, Any]]:
-    """Runs each part in a process of its own.
+    """Runs each part in its own process.
 
     Args:
-        parts: in order.
-        command: of a part that has so many seconds; it prints entries, see `benchmarks.gpu.processes`.
-        seconds: of all parts; the last ones are left out where the others took them.
+        parts: the parts in order.
+        command: returns the command of a part with a time limit; it prints entries, see `benchmarks.gpu.processes`.
+        seconds: time limit of all parts together; when it is used up, the remaining parts are left out.
         progress: called with a description of each step.
 
     Returns:
@@ -129,7 +129,7 @@ def run_parts(
 
 
 def has_failed(parts: dict[str, dict[str, Any]]) -> bool:
-    """Whether a part that checks something did not run to its end, or found something wrong."""
+    """Whether a part that checks correctness did not finish, or found an error."""
     return any(
         part["error"] is not None or any(entry.get("passed") is False for entry in part["entries"])
         for part in parts.values()
@@ -138,12 +138,12 @@ def has_failed(parts: dict[str, dict[str, Any]]) -> bool:
 
 
 def run_part(name: str, settings: Settings, seconds: float) -> Iterator[Entry]:
-    """Does a part's work, in its process.
+    """Does the work of a part, in its own process.
 
     Args:
-        name: of the part.
-        settings: of the run.
-        seconds: that it has.
+        name: name of the part.
+        settings: settings of the run.
+        seconds: time limit of the part.
     """
     kind, _, artifact_name = name.partition(":")
     if kind in ("kernels", "sanitize", "products", "attention"):
@@ -160,7 +160,7 @@ def _run_kernels(kind: str, settings: Settings, seconds: float) -> Iterator[Entr
 
     folder, device = settings.kernels, settings.device
     if kind == "kernels":
-        # Printed as they come, and with some time left where a case hangs.
+        # Results are printed as they come, and some time is kept in case a case hangs.
         results = cases.run_cases(
             folder, device, seconds - 3, lambda result: emit({"what": "kernel", **asdict(result)})
         )
@@ -180,7 +180,7 @@ def _run_kernels(kind: str, settings: Settings, seconds: float) -> Iterator[Entr
     from benchmarks.gpu import timing
     from benchmarks.gpu.devices import tvm_device
 
-    tvm_device(device)  # loads TVM's runtime for it
+    tvm_device(device)  # loads TVM's runtime
     library = KernelLibrary(folder)
     if kind == "products":
         yield from timing.compare_products(library, device, settings.quick)
@@ -219,7 +219,7 @@ def _run_model(kind: str, folder: Path, settings: Settings) -> Iterator[Entry]:
         entries = models.measure_load(folder, device)
     else:
         tvm_device(device)
-        # In the same process: the limit of the same minute.
+        # In the same process, so that the limit is that of the same minute.
         limits = DeviceLimits(
             device, artifact.dtype, measure_product(device, artifact.dtype, 4096), measure_copy(device)
         )
@@ -230,14 +230,14 @@ def _run_model(kind: str, folder: Path, settings: Settings) -> Iterator[Entry]:
 
 
 def model_cases(artifact: Artifact, quick: bool) -> list[Any]:
-    """Prompts and contexts, of one sequence and of 64: what a model's part measures."""
+    """The cases of a model's part: prompts and contexts, with one sequence and with 64."""
     from tvm_attn.benchmark.system import Case
 
     longest = artifact.config.n_positions
     context, long = min(128, longest // 2), min(1000, longest - 24)
     large = is_large(artifact)
     decode = [Case("decode", context), Case("decode", long)]
-    if not large:  # caches of 64 sequences of the largest models take more than some devices have
+    if not large:  # KV caches of the largest models for 64 sequences exceed the memory of some devices
         decode.append(Case("decode", context, 64))
     if quick:
         return [decode[0], *decode[2:]]
@@ -245,7 +245,7 @@ def model_cases(artifact: Artifact, quick: bool) -> list[Any]:
 
 
 def is_large(artifact: Artifact) -> bool:
-    """Whether loading it takes a large part of its time."""
+    """Whether the model is so large that loading takes a large part of its time limit."""
     return parameter_count(artifact) > _LARGE
 
 
@@ -259,7 +259,7 @@ def model_peers(artifact: Artifact, quick: bool) -> list[str]:
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
-    """Writes a run's result; the file appears whole or not at all. Not-a-number becomes null, which JSON has."""
+    """Writes a run's result, completely or not at all. NaN becomes null, because JSON has no NaN."""
     from tvm_attn.benchmark.report import write_file
 
     write_file(path, json.dumps(_finite(result), indent=1, allow_nan=False).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""A peer of `python -m benchmarks.compare` on the GPU that our model runs on."""
+"""A peer of `python -m benchmarks.compare` on the same GPU as our model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tvm_attn.model.params import effective_params
 
 
 class GpuPeer:
-    """A peer in this process, on the GPU that our model runs on, with the interface of `PeerProcess`.
+    """A peer in this process, on the same GPU as our model, with the interface of `PeerProcess`.
 
     Args:
-        name: of `GPU_PEERS`.
-        precision: one of PyTorch's.
-        ours: our model, whose weights it takes.
+        name: a name in `GPU_PEERS`.
+        precision: one of PyTorch's precisions.
+        ours: our model, whose weights it uses.
 
     Raises:
-        PeerUnavailable: PyTorch, or what it needs, is missing or fails.
+        PeerUnavailable: PyTorch or one of its dependencies is missing or fails.
     """
 
     def __init__(self, name: str, precision: str, ours: CompiledSystem) -> None:
@@ -44,7 +44,7 @@ class GpuPeer:
     def _try(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except Exception as error:  # whatever PyTorch raises is the reason that the peer is left out
+        except Exception as error:  # whatever PyTorch raises is the reason for leaving the peer out
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise PeerUnavailable(f"{self._label}: {cause}") from error
 

@@ -1,6 +1,6 @@
-"""Work in processes of its own: what crashes, hangs or poisons a CUDA context takes nothing else with it.
+"""Runs work in separate processes, so that a crash, a hang or a broken CUDA context affects nothing else.
 
-A child prints one JSON object a line; what it has printed counts, however it ends.
+A child prints one JSON object per line; what it has printed counts, however it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Outcome:
     Attributes:
         entries: what it printed, in order.
         seconds: how long it ran.
-        error: why it did not end well, one line; None if it did.
+        error: why it failed, one line; None if it did not.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -36,23 +36,23 @@ class Outcome:
 
 
 def emit(entry: Entry) -> None:
-    """Called in a child: hands an entry to the parent at once."""
+    """Passes an entry to the parent at once; called in a child."""
     print(json.dumps(entry), flush=True)
 
 
 def run_child(
     command: Sequence[str], seconds: float, on_entry: Callable[[Entry], None] = lambda entry: None
 ) -> Outcome:
-    """Runs a command until it ends or its time is over.
+    """Runs a command until it ends or its time is up.
 
     Args:
         command: the program and its arguments.
-        seconds: after which it is killed, with the processes that it started.
-        on_entry: told of each entry as it comes.
+        seconds: time limit, after which it is killed together with the processes that it started.
+        on_entry: called with each entry as it arrives.
     """
     outcome, start = Outcome(), time.monotonic()
     with tempfile.TemporaryFile() as log:
-        # A group of its own, so that its own children end with it.
+        # A new process group, so that its own children are killed with it.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True
         )

@@ -1,4 +1,4 @@
-"""The systems that take turns on a GPU, all in one process: the compiled model, and PyTorch in several ways."""
+"""The systems that take turns on a GPU, all in one process: the compiled model, and several PyTorch systems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TorchGpuSystem(GreedySystem):
     Args:
         model: the model.
         precision: its dtype.
-        name: what tables call it.
+        name: its name in tables.
         captured: whether decode steps are CUDA graphs.
     """
 
@@ -120,7 +120,7 @@ Params = Callable[[], Iterable[tuple[str, np.ndarray]]]
 
 
 def make_peer(name: str, config: GPT2Config, params: Params, dtype: str, device: str, max_batch: int) -> CachedSystem:
-    """Builds a peer; whatever PyTorch raises is the reason that it cannot be had."""
+    """Builds a peer; raises whatever PyTorch raises."""
     if name == "transformers":
         return TransformersSystem(config, params(), dtype, device)
     peer = GPU_PEERS[name]

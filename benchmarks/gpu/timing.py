@@ -1,6 +1,6 @@
 """Single kernels against PyTorch on the same numbers: matrix products against cuBLAS, attention against SDPA.
 
-Each is checked before it is timed. Tensors are PyTorch's; the kernels get them through DLPack, without a copy.
+Each kernel is checked before it is timed. Tensors are PyTorch's; the kernels get them through DLPack, without a copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tvm_attn.benchmark.device import Clock
 ROWS = 1024
 """Rows of GPT-2's products."""
 _BOUNDS = {"float16": 2.0**-20, "bfloat16": 2.0**-14, "float32": 1e-6}
-"""Bound on the NMSE against PyTorch in float32: both sides round their results, and PyTorch its products, to dtype."""
+"""Bounds on the NMSE against PyTorch in float32: both sides round results to the dtype, PyTorch also its products."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Product:
     """A matrix product to compare.
 
     Attributes:
-        purpose: the kernel, see `KernelLibrary.timed_function`.
+        purpose: purpose of the kernel, see `KernelLibrary.timed_function`.
         rows: M.
     """
 
@@ -42,7 +42,7 @@ def products(quick: bool) -> list[Product]:
 
 
 def compare_products(library: KernelLibrary, device: str, quick: bool) -> Iterator[Entry]:
-    """Each product with its epilogue, against cuBLAS on the same numbers: alone, and with what PyTorch adds to it."""
+    """Each product with its epilogue against cuBLAS on the same numbers, with and without PyTorch's epilogue."""
     clock = Clock(device)
     for product in products(quick):
         yield _product_entry(library, product, device, clock)
@@ -87,9 +87,9 @@ class Operands:
     """PyTorch tensors for a layer of `tvm_attn.kernels.linear`, with unquantized weights.
 
     Args:
-        device, dtype: of the tensors.
+        device, dtype: device and dtype of the tensors.
         rows, k, n: M, K, N.
-        group: R, the rows of a group; it divides M.
+        group: R, the rows per group; it divides M.
         kernel: the layer's sizes.
     """
 
@@ -123,12 +123,12 @@ class Operands:
             self.arguments = [self.x, self.weight, self.bias, self.out]
 
     def call(self, function: Callable[..., Any]) -> Callable[[], Any]:
-        """The call of our kernel."""
+        """A function that calls our kernel."""
         tensors = [as_tvm(tensor) for tensor in self.arguments]
         return lambda: function(*tensors)
 
     def torch_call(self) -> Callable[[], Any]:
-        """The same layer as PyTorch would have it."""
+        """A function that runs the same layer in PyTorch."""
         functional, family = self._torch.nn.functional, self._kernel["family"]
         x, weight = self.x, self.weight.reshape(self.weight.shape[:2])
         bias = self.bias.to(x.dtype)
@@ -141,7 +141,7 @@ class Operands:
         return lambda: functional.linear(x, weight, bias)
 
     def result(self) -> Any:
-        """Our result as (M, N) float32: of queries, keys and values from where they were written."""
+        """Our result as (M, N) float32; queries, keys and values are read from where the kernel wrote them."""
         out = self.out.float().reshape(-1, self.out.shape[-1])
         if self._kernel["family"] != "qkv_linear":
             return out
@@ -183,10 +183,10 @@ def _attention_entry(library: KernelLibrary, batch: int, device: str, clock: Clo
         try:
             call()
             calls[name] = call
-        except RuntimeError as problem:  # the backend is not there, or not for this device
+        except RuntimeError as problem:  # the backend is missing, or does not support this device
             missing[name] = " ".join(str(problem).split())[:200]
     seconds = in_turns(clock, calls)
-    # Two products of T x T x D, of which causality leaves half.
+    # Two products of T x T x D, half of which are causal.
     flops = 4 * batch * heads * head_dim * tokens * (tokens + 1) // 2
     return {
         "what": "attention",

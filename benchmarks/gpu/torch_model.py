@@ -1,7 +1,7 @@
-"""GPT-2 in PyTorch as one would write it to be fast: fused attention, a KV cache of fixed size, CUDA graphs.
+"""GPT-2 in PyTorch, written for speed: fused attention, a KV cache of fixed size, CUDA graphs.
 
-What the compiled model is measured against; `tvm_attn.model.reference` is what it is checked against. Letters: B
-sequences, T tokens, E width, H heads, D head size, P positions of the cache.
+The compiled model is measured against this, and checked against `tvm_attn.model.reference`. Letters: B sequences, T
+tokens, E width, H heads, D head size, P positions of the cache.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BUCKET = 128
-"""Steps of the number of positions that a captured decode step looks at."""
+"""Positions that a captured decode step looks at are a multiple of this."""
 
 BACKENDS = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 """PyTorch's names of the kernels that scaled_dot_product_attention can use."""
 
 
 def attention_backend(name: str | None) -> AbstractContextManager[Any]:
-    """Within it, scaled_dot_product_attention takes one backend, or fails; None leaves the choice to PyTorch."""
+    """A context in which scaled_dot_product_attention uses one backend or fails; None leaves the choice to PyTorch."""
     if name is None:
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,12 +39,12 @@ class TorchModel:
     """Weights and the KV cache on a device.
 
     Args:
-        config: the model.
+        config: the model's hyperparameters.
         params: canonical names and arrays, see `tvm_attn.config.param_shapes`.
-        dtype: of weights, cache and activations.
-        device: as PyTorch names it.
+        dtype: dtype of weights, cache and activations.
+        device: the device's name in PyTorch.
         max_batch: sequences that the cache has room for.
-        backend: of `BACKENDS`, for attention of prompts; None leaves the choice to PyTorch.
+        backend: name in `BACKENDS` for attention of prompts; None leaves the choice to PyTorch.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class TorchModel:
 
         self._torch, self.config, self.device, self._backend = torch, config, torch.device(device), backend
         self._dtype = getattr(torch, dtype)
-        # Linear layers as (out, in), which PyTorch's own linear layers have.
+        # Linear layers are (out, in), like PyTorch's own.
         self._params = {name: self._stored(name, array) for name, array in params}
         shape = (config.n_layer, 2, max_batch, config.n_head, config.n_positions, config.head_dim)
         self._cache = torch.zeros(shape, dtype=self._dtype, device=self.device)
         self._block: Callable[..., Tensor] = self._one_block
 
     def compile(self) -> None:
-        """Hands the block of the model to torch.compile; the first calls then take seconds."""
+        """Compiles the model's block with torch.compile; the first calls then take seconds."""
         self._block = self._torch.compile(self._one_block, dynamic=False)
 
     def _stored(self, name: str, array: np.ndarray) -> Tensor:
@@ -86,18 +86,18 @@ class TorchModel:
         return self._logits(ids, self._torch.arange(tokens, device=self.device), tokens, None)
 
     def decode(self, ids: Tensor, position: int) -> Tensor:
-        """One token a sequence, ids (B,), all at one position; returns logits (B, V)."""
+        """One token per sequence, ids (B,), all at one position; returns logits (B, V)."""
         place = self._torch.tensor([position], device=self.device)
         return self._logits(ids[:, None], place, position + 1, None)
 
     def step(self, ids: Tensor, position: Tensor, length: int) -> Tensor:
-        """As `decode`, with the position (1,) on the device: attention looks at `length` positions under a mask."""
+        """Like `decode`, with the position (1,) on the device: attention looks at `length` positions with a mask."""
         mask = self._torch.arange(length, device=self.device)[None] <= position
         return self._logits(ids[:, None], position, length, mask)
 
     def _logits(self, ids: Tensor, positions: Tensor, length: int, mask: Tensor | None) -> Tensor:
         torch, params, config = self._torch, self._params, self.config
-        # A backend is chosen for prompts: those that cannot run one token would leave the peer out.
+        # A backend is chosen only for prompts: some cannot run a single token, which would exclude the peer.
         backend = self._backend if ids.shape[1] > 1 else None
         with torch.inference_mode(), attention_backend(backend):
             x = params["wte.weight"][ids] + params["wpe.weight"][positions]
@@ -127,7 +127,7 @@ class TorchModel:
         q, k, v = qkv.view(B, T, 3, config.n_head, config.head_dim).permute(2, 0, 3, 1, 4)
         cache[0].index_copy_(2, positions, k)
         cache[1].index_copy_(2, positions, v)
-        # A prompt's own keys and values are all there is; a token's are those in the cache.
+        # A prompt attends to its own keys and values, a token to those in the cache.
         keys, values = (k, v) if T > 1 else (cache[0, :, :, :length], cache[1, :, :, :length])
         attended = functional.scaled_dot_product_attention(q, keys, values, mask, is_causal=T > 1, scale=scale)
         x = x + functional.linear(attended.transpose(1, 2).reshape(B, T, E), out_w, out_b)
@@ -155,15 +155,15 @@ _BLOCK = tuple(
     for layer in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     for kind in ("weight", "bias")
 )
-"""The parameters of a block, in the order in which `_one_block` takes them."""
+"""The parameters of a block, in the order of `_one_block`'s arguments."""
 
 
 class CapturedStep:
-    """`TorchModel.step` with the greedy choice of the next token as a CUDA graph; ids and position stay on the device.
+    """`TorchModel.step` and the greedy choice of the next token as a CUDA graph; ids and position stay on the device.
 
     Args:
-        model: whose step.
-        batch: sequences.
+        model: the model.
+        batch: number of sequences.
         length: positions that attention looks at.
     """
 
@@ -188,11 +188,11 @@ class CapturedStep:
     def _advance(self) -> None:
         self.logits = self._model.step(self.ids, self.position, self._length)
         self.ids.copy_(self.logits.argmax(-1))
-        # Beyond the length there is nothing to look at; captures run at any position.
+        # Past the length there is nothing to attend to; the capture may run at any position.
         self.position.add_(1).clamp_(max=self._length - 1)
 
     def run(self, ids: Int32Array, position: int) -> Tensor:
-        """Launches the graph; what it left behind from the last time is not uploaded again."""
+        """Launches the graph; ids and position are uploaded only if the last launch did not leave them there."""
         expected = self._expected
         if expected is None or expected[1] != position or not np.array_equal(expected[0], ids):
             self.ids.copy_(self._model.ids(ids))
@@ -203,21 +203,21 @@ class CapturedStep:
         return self.logits
 
     def chosen(self, position: int) -> Int32Array:
-        """The ids that the step at a position chose."""
+        """The ids chosen by the step at a position."""
         ids: Int32Array = self.ids.cpu().numpy().astype(np.int32)
         self._expected = ids, position + 1
         return ids
 
 
 class CapturedSteps:
-    """One `CapturedStep` for each batch and each multiple of `_BUCKET` positions, made when it is needed."""
+    """One `CapturedStep` for each batch size and multiple of `_BUCKET` positions, made when needed."""
 
     def __init__(self, model: TorchModel) -> None:
         self._model = model
         self._steps: dict[tuple[int, int], CapturedStep] = {}
 
     def get(self, batch: int, position: int) -> CapturedStep:
-        """The step for a batch whose tokens are at a position."""
+        """The step for a batch size and position."""
         length = min(-(-(position + 1) // _BUCKET) * _BUCKET, self._model.config.n_positions)
         if (batch, length) not in self._steps:
             self._steps[batch, length] = CapturedStep(self._model, batch, length)
@@ -225,7 +225,7 @@ class CapturedSteps:
 
 
 def to_torch(array: np.ndarray, device: Any) -> Tensor:
-    """An array on a device; PyTorch shares the bits of NumPy's bfloat16, and does not know it."""
+    """An array on a device; PyTorch does not know NumPy's bfloat16, but has the same bits."""
     import torch
 
     writable = np.array(array)

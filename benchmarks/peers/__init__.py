@@ -1,4 +1,4 @@
-"""Other runtimes on the same weights; one file each, which runs in a process of its own."""
+"""Other runtimes on the same weights; one file each, which runs in its own process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class PeerInfo:
     """A runtime to compare with.
 
     Attributes:
-        name: as `--against` names it, and the module in this package that runs it.
-        modules: what its process must be able to import.
+        name: its name in `--against`, and the module in this package that runs it.
+        modules: modules that its process must be able to import.
         install: the command that installs them.
-        precisions: what it can run here; the first is the default where nothing like the artifact's is among them.
+        precisions: the precisions that it can run here; the first is the default if none is like the artifact's.
     """
 
     name: str
@@ -22,7 +22,7 @@ class PeerInfo:
     precisions: tuple[str, ...]
 
     def precision(self, wanted: str | None, ours: str) -> str | None:
-        """The precision to run: `wanted`, or None if the peer lacks it; by default what is nearest to `ours`."""
+        """The precision to run: `wanted`, or None if the peer lacks it; by default the nearest to `ours`."""
         if wanted is not None:
             return wanted if wanted in self.precisions else None
         nearest = [ours, _SIMILAR.get(ours), self.precisions[0]]
@@ -30,7 +30,7 @@ class PeerInfo:
 
 
 _SIMILAR = {"int8": "q8_0", "int4": "q4_0"}
-"""What others call formats like ours."""
+"""Other runtimes' names for formats like ours."""
 
 PEERS = {
     peer.name: peer
@@ -57,11 +57,11 @@ class TorchPeer:
     """A way to run the model in PyTorch on a GPU, in our process.
 
     Attributes:
-        name: as `--against` names it.
-        description: what tables call it.
-        backend: of attention, see `TorchModel`.
-        captured: decode steps are CUDA graphs.
-        compiled: blocks go through torch.compile.
+        name: its name in `--against`.
+        description: its name in tables.
+        backend: backend of attention, see `TorchModel`.
+        captured: whether decode steps are CUDA graphs.
+        compiled: whether blocks are compiled with torch.compile.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The parent's side of a peer: starts its process, asks it, and keeps it stopped while others are measured."""
+"""The parent's side of a peer: starts its process, sends requests, and keeps it stopped while others are measured."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _TIMEOUT_SECONDS = 1200.0
 
 
 class PeerUnavailable(Exception):
-    """A peer cannot be measured; the message is one line and says why. Such a peer is left out, never an error."""
+    """A peer cannot be measured; the message, one line, says why. The peer is left out; the command does not fail."""
 
 
 class PeerProcess:
-    """A peer in its own process. Its threads are stopped (SIGSTOP) but for the time of a request.
+    """A peer in its own process, whose threads are stopped (SIGSTOP) except during requests.
 
     Args:
         peer: the runtime.
         weights: folder that `write_weights` made.
-        precision: one of the peer's.
+        precision: one of the peer's precisions.
         threads: threads that it may use.
-        python: the Python that has the runtime installed.
+        python: the Python in which the runtime is installed.
 
     Raises:
         PeerUnavailable: it is not installed, or could not be started.
@@ -98,7 +98,7 @@ class PeerProcess:
     def close(self) -> None:
         """Ends the process and removes its files."""
         self._connection.close()
-        self._process.kill()  # reaches a stopped process, too
+        self._process.kill()  # also reaches a stopped process
         self._process.wait()
         self._scratch.cleanup()
 
@@ -140,7 +140,7 @@ class PeerProcess:
         return answer
 
     def _ended(self) -> PeerUnavailable:
-        """The process is gone: its last words, or else its exit status."""
+        """The error for a process that has ended: its last line of output, or else its exit status."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -149,14 +149,14 @@ class PeerProcess:
 
 
 def _environment(scratch: Path, python: str, threads: int) -> dict[str, str]:
-    """The peer's environment: its number of threads, and a way to our packages, whatever its Python has installed."""
+    """The peer's environment: its number of threads, and the path to our packages, which its Python may lack."""
     packages = scratch / "packages"
     packages.mkdir()
     for package in (tvm_attn, benchmarks):
         assert package.__file__
         folder = Path(package.__file__).resolve().parent
         (packages / folder.name).symlink_to(folder, target_is_directory=True)
-    # Our own path would bring this Python's packages to another one.
+    # Our own path would expose this Python's packages to another one.
     inherited = [path for path in [os.environ.get("PYTHONPATH")] if path and python == sys.executable]
     return {
         **os.environ,

@@ -14,7 +14,7 @@ from benchmarks.peers.weights import Weights
 from tvm_attn.benchmark.system import MAX_CALLS, MIN_CALLS, Case, Float32Array, Int32Array, System, prompts
 
 _STEPS = 16
-"""Tokens that are generated after a context to time decoding."""
+"""Tokens to generate after a context to time decoding."""
 
 
 class CTranslate2System(System):
@@ -46,7 +46,7 @@ class CTranslate2System(System):
         """See `System.fill`; every generation fills its own cache."""
 
     def logits(self, ids: Int32Array) -> dict[str, Float32Array]:
-        """See `System.logits`; decode has none."""
+        """See `System.logits`; decode gives none."""
         rows = self._generator.forward_batch([ids.tolist()])
         return {"prefill": np.array(rows, np.float32)[0, -1]}
 
@@ -113,7 +113,7 @@ def _write_model(weights: Weights, folder: Path) -> None:
         norm(layer.ffn.layer_norm, f"{name}.ln_2")
         linear(layer.ffn.linear_0, f"{name}.mlp.c_fc")
         linear(layer.ffn.linear_1, f"{name}.mlp.c_proj")
-    # Ids stand for themselves; generation never ends early, since its least length is its most.
+    # Tokens are named by their ids; generation never ends early, because its least length equals its most.
     spec.register_vocabulary([str(token) for token in range(config.vocab_size)])
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "0"
     spec.config.layer_norm_epsilon = config.layer_norm_epsilon

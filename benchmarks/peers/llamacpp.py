@@ -16,7 +16,7 @@ _GGML_FLOAT32, _GGML_FLOAT16 = 0, 1
 
 
 class LlamaCppSystem(CachedSystem):
-    """A llama.cpp context over the given weights; a sequence of the cache for each row of a batch."""
+    """A llama.cpp context over the given weights, with one sequence of the cache per row of a batch."""
 
     def __init__(self, weights: Weights, precision: str, threads: int, scratch: Path) -> None:
         import llama_cpp
@@ -36,7 +36,7 @@ class LlamaCppSystem(CachedSystem):
         self._sequences = 0
 
     def _reserve(self, sequences: int) -> None:
-        """Makes a context with a whole cache for each sequence."""
+        """Makes a context with a full cache for each sequence."""
         if sequences == self._sequences:
             return
         lib = self._lib
@@ -55,7 +55,7 @@ class LlamaCppSystem(CachedSystem):
         self._sequences = sequences
 
     def prefill(self, prompts: Int32Array) -> Float32Array:
-        """See `CachedSystem.prefill`; one call of llama.cpp a prompt."""
+        """See `CachedSystem.prefill`; one call of llama.cpp per prompt."""
         self._reserve(len(prompts))
         self._lib.llama_memory_clear(self._memory, False)
         positions = np.arange(prompts.shape[1])

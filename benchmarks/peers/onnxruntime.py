@@ -141,7 +141,7 @@ def _write_graph(weights: Weights, path: Path) -> None:
     graph = helper.make_graph(nodes, "gpt2", inputs, outputs, tensors)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(_DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    # Protocol buffers end at 2 GiB, so the weights lie beside the graph.
+    # Protocol buffers are limited to 2 GiB, so the weights are in a separate file.
     onnx.save_model(model, str(path), save_as_external_data=True, location="weights.bin")
 
 

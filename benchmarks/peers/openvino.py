@@ -13,11 +13,11 @@ from benchmarks.peers.weights import Weights
 from tvm_attn.benchmark.system import CachedSystem, Float32Array, Int32Array
 
 _GROWTH = 16
-"""Tokens that a decode case's context may grow by."""
+"""Most tokens by which a decode case's context may grow."""
 
 
 class OpenVinoSystem(CachedSystem):
-    """A compiled model over the given weights, its cache in the infer request."""
+    """A compiled model over the given weights, with its cache in the infer request."""
 
     def __init__(self, weights: Weights, precision: str, threads: int, scratch: Path) -> None:
         import openvino
@@ -62,7 +62,7 @@ class OpenVinoSystem(CachedSystem):
         return logits
 
     def rewind(self, context: int) -> None:
-        """See `CachedSystem.rewind`. A changed state makes the next call slow: a few tokens more are let in first."""
+        """See `CachedSystem.rewind`. Changing the state slows the next call, so a few more tokens are allowed first."""
         import openvino
 
         if self._length < min(context + _GROWTH, self._positions):
@@ -95,7 +95,7 @@ def _model(weights: Weights) -> Any:
         return opset15.constant(np.asarray(value, kind))
 
     def linear(x: Any, name: str) -> Any:
-        # (out, in) and transposed, as models that are converted to OpenVINO have it.
+        # (out, in) and transposed, as in models that are converted to OpenVINO.
         weight = opset15.constant(np.ascontiguousarray(weights.read(f"{name}.weight").T))
         product = opset15.matmul(x, weight, False, True)
         return opset15.add(product, opset15.constant(weights.read(f"{name}.bias")))
@@ -147,7 +147,7 @@ def _model(weights: Weights) -> Any:
 
 
 def _causal_mask(x: Any, positions: Any, constant: Any) -> Any:
-    """(1, 1, T, P): 0 where a key's position is at most the query's, else very low; P keys, up to the last query."""
+    """(1, 1, T, P): 0 if a key's position is at most the query's, otherwise very low; P keys, up to the last query."""
     from openvino import opset15
 
     queries = opset15.reshape(positions, constant([1, 1, -1, 1]), False)

@@ -27,7 +27,7 @@ Factory = Callable[[Weights, str, int, Path], System]
 
 def serve(name: str, factory: Factory) -> None:
     """Runs a peer's process; `name` is its entry in `PEERS`. Returns when the other side is gone."""
-    # A group of its own: Ctrl-C goes to the parent only, and when the parent dies the kernel ends stopped members.
+    # A new process group: Ctrl-C reaches only the parent, and when the parent dies the kernel ends stopped members.
     os.setpgid(0, 0)
     parser = argparse.ArgumentParser(description=f"The {name} peer of benchmarks.compare; not for use by hand.")
     parser.add_argument("weights", type=Path)
@@ -43,7 +43,7 @@ def serve(name: str, factory: Factory) -> None:
         return
     try:
         system = factory(Weights(args.weights), args.precision, args.threads, args.scratch)
-    except Exception as error:  # whatever a foreign library raises is the reason that the peer is left out
+    except Exception as error:  # whatever a foreign library raises is the reason for leaving the peer out
         _send(connection, {"error": f"{type(error).__name__}: {error}"})
         raise
     _send(connection, {"name": system.name, "version": system.version, "precision": system.precision})

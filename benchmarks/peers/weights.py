@@ -1,4 +1,4 @@
-"""The weights that peers are built from: a folder that NumPy alone can read, in whatever Python a peer lives."""
+"""The weights that peers are built from: a folder that can be read with only NumPy, in any peer's Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONFIG = "config.json"
 
 
 def write_weights(artifact: Artifact, folder: Path) -> None:
-    """Writes an artifact's configuration and the float32 values of its parameters, as they are after quantization.
+    """Writes an artifact's configuration and the float32 values of its parameters after quantization.
 
     Raises:
         ArtifactError: the artifact is damaged.
@@ -40,7 +40,7 @@ class Weights:
     """The canonical parameters in a folder that `write_weights` made.
 
     Attributes:
-        config: the model.
+        config: the model's hyperparameters.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,5 +58,5 @@ class Weights:
 
     @property
     def head(self) -> str:
-        """Name of the (V, E) matrix that gives the logits."""
+        """Name of the (V, E) matrix that computes the logits."""
         return "wte.weight" if self.config.tie_word_embeddings else "lm_head.weight"
