@@ -1,7 +1,7 @@
-"""Index arithmetic at the largest legal sizes: which 32-bit expressions of a kernel can leave their range.
+"""Index arithmetic at the largest legal sizes: which 32-bit expressions of a kernel can overflow.
 
-Interval arithmetic over a scheduled function, in the order of its statements. TVM's own analyzer knows no bounds of
-exclusive or, nor of scalars that a kernel keeps in registers.
+Interval arithmetic over a scheduled function, in the order of its statements. TVM's own analyzer does not bound
+exclusive or, nor scalars that a kernel keeps in registers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def overflows(
 
     Args:
         function: a TIRx function with `tirx.is_scheduled`.
-        largest: the most that each symbolic size may be, by its name; the least is 1.
-        elements: what the elements of integer tensors may be, by the tensor's name: an interval for each column.
+        largest: the largest value of each symbolic size, by its name; the smallest is 1.
+        elements: the ranges of the elements of integer tensors, by the tensor's name: an interval for each column.
     """
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_80"})
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main").with_attr("target", target)})
@@ -44,7 +44,7 @@ class _Intervals:
         self.found: list[str] = []
 
     def visit(self, node: Any) -> WalkResult | None:
-        """Learns what a statement binds; checks an expression. Shapes of tensors are no code."""
+        """Records what a statement binds; checks an expression. Tensor shapes are not code."""
         if isinstance(node, tirx.BufferType):
             return WalkResult.SKIP
         if isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent":
@@ -69,12 +69,12 @@ class _Intervals:
 
     @staticmethod
     def _last(index: Any) -> int:
-        """The constant at the end of an index, which tells the column."""
+        """The constant at the end of an index, which is the column."""
         constant = index.b if isinstance(index, tirx.Add) else index
         return int(constant.value) if isinstance(constant, tirx.IntImm) else 0
 
     def of(self, node: Any) -> Interval:
-        """The interval of an integer expression; all of int32 where nothing is known."""
+        """The interval of an integer expression; all of int32 if nothing is known."""
         if isinstance(node, tirx.IntImm):
             return int(node.value), int(node.value)
         if isinstance(node, tirx.Var):
@@ -114,7 +114,7 @@ def _binary(name: str, x: Interval, y: Interval) -> Interval:
         pick = min if name == "min" else max
         return pick(x[0], y[0]), pick(x[1], y[1])
     if name in ("floordiv", "truncdiv", "div") and y[1] > 0:
-        # No kernel divides by less than 1. Of negative numbers, what is truncated is not below what is rounded down.
+        # No kernel divides by less than 1. For negative numbers, truncation is never below rounding down.
         quotients = [a // b for a in x for b in (max(y[0], 1), y[1])]
         return min(quotients), max(quotients)
     if name in ("floormod", "truncmod", "mod") and x[0] >= 0 and y[1] > 0:

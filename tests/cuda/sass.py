@@ -1,7 +1,7 @@
-"""What a kernel becomes on a real architecture: registers, spills, shared memory and machine code.
+"""What a kernel compiles to on a real architecture: registers, spills, shared memory and machine code.
 
-Needs a CUDA compiler (nvcc, or NVRTC of the extra `cuda`) and nvdisasm (of the extra `test`, or a toolkit's), no GPU.
-`resources` and `sass` skip the test that calls them where one is missing.
+Needs a CUDA compiler (nvcc, or NVRTC from the extra `cuda`) and nvdisasm (from the extra `test` or a toolkit), but no
+GPU. `resources` and `sass` skip the test that calls them if one is missing.
 """
 
 import functools
@@ -28,7 +28,7 @@ from tvm_attn.compiler.devices import backend_for
 from tvm_attn.errors import CompileError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-"""Those of `--target cuda`."""
+"""The architectures of `--target cuda`."""
 
 SHARED_BYTES = {
     "sm_80": 163 << 10,
@@ -38,20 +38,21 @@ SHARED_BYTES = {
     "sm_100": 227 << 10,
     "sm_120": 99 << 10,
 }
-"""Most shared memory of a block, static and dynamic, by the CUDA C++ Programming Guide's table of capabilities."""
+"""Most shared memory per block, static and dynamic, from the CUDA C++ Programming Guide's table of capabilities."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes.
+    """The resources of one kernel.
 
     Attributes:
-        registers: of a thread.
-        spills: bytes that a thread stores to and loads from local memory for want of registers.
-        stack: bytes of local memory of a thread, e.g. for arrays with indices known at run time alone.
-        static_shared: bytes of a block that the code declares.
-        dynamic_shared: bytes of a block that the launch asks for; None if they depend on a size known at run time.
-        threads: of a block; None if they depend on such a size.
+        registers: registers per thread.
+        spills: bytes that a thread stores to and loads from local memory for lack of registers.
+        stack: bytes of local memory per thread, e.g. for arrays with indices that are only known at run time.
+        static_shared: bytes of shared memory per block that the code declares.
+        dynamic_shared: bytes of shared memory per block that the launch requests; None if they depend on a size known
+            only at run time.
+        threads: threads per block; None if they depend on such a size.
     """
 
     registers: int
@@ -63,7 +64,7 @@ class Resources:
 
 
 def resources(function: tirx.PrimFunc, architecture: str = "sm_80") -> dict[str, Resources]:
-    """What each kernel of a scheduled function takes, by the kernel's name (`global_symbol` with `_kernel`)."""
+    """The resources of each kernel of a scheduled function, by the kernel's name (`global_symbol` with `_kernel`)."""
     source, launches = _lowered(function)
     found: dict[str, Resources] = {}
     log = _image(source, architecture).log

@@ -1,4 +1,4 @@
-"""What the emulation must find, and what it must not complain about."""
+"""Faults that the emulation must find, and correct programs that it must accept."""
 
 import functools
 
@@ -21,7 +21,7 @@ MMA = asm(
 BEHIND = "4096"  # far enough to be another tensor's, near enough to be another row's
 
 # Statements of 64 threads with x (64,), whose first word says which of them run, y (64,) and `memory` (64,) in shared
-# memory, and what is said of them. Positions are unknown to the compiler: `zero` is.
+# memory, and what the error says. `zero` is 0, but the compiler does not know that.
 MISTAKES: dict[str, tuple[str, str]] = {
     "load behind a tensor": ("y[thread] = x[thread + 1];", "out of bounds"),
     "load far behind a tensor": (f"y[thread] = x[thread + {BEHIND}];", "out of bounds"),
@@ -100,7 +100,8 @@ WAIT = 'asm volatile("cp.async.wait_all;");'
 COPY = asm("cp.async.ca.shared.global [%0], [%1], 4", [], [SHARED.format(index="thread"), "l(x + thread)"])
 LOAD_ROW = f"unsigned place = {SHARED[2:-1].format(index='thread % 8 * 4')}; {LDMATRIX}"
 
-# What gives the same results in either order of threads, BARRIER, which is left out, and what goes on behind it.
+# Statements before a barrier, the barrier, which one program leaves out, and statements after it. Either order of
+# threads gives the same results.
 HALVES = "__syncwarp(thread % 32 < 16 ? 0xFFFFu : 0xFFFF0000u);"
 RACES: dict[str, tuple[str, str, str]] = {
     "lanes": (f"memory[thread] = 1; {SHUFFLED}", ORDERED, "y[thread] = memory[thread ^ 1];"),
@@ -160,7 +161,7 @@ def test_poison() -> None:
 
 
 def test_host_code_and_dynamic_shared_memory() -> None:
-    """The grid is symbolic and three-dimensional, shared memory is a pool, a workspace lies between two kernels."""
+    """The grid is symbolic and three-dimensional, shared memory is a pool, a workspace connects two kernels."""
 
     @T.prim_func
     def function(x_handle: T.handle, y_handle: T.handle):
@@ -191,7 +192,7 @@ def test_host_code_and_dynamic_shared_memory() -> None:
 
 
 def test_last_block_merges() -> None:
-    """Blocks leave their parts in memory; the one that comes last adds them up in a fixed order."""
+    """Blocks write their parts to memory; the last one adds them up in a fixed order."""
     body = """
       __shared__ int last;
       y[1 + blockIdx.x] = x[blockIdx.x];
@@ -211,7 +212,7 @@ def test_last_block_merges() -> None:
 
 
 def test_named_barriers() -> None:
-    """Two warps meet at a barrier of their own while the others have long ended."""
+    """Two warps meet at their own barrier after the others have ended."""
     barrier = 'asm volatile("bar.sync 1, 64;");'
     body = f"""
       __shared__ unsigned memory[64];

@@ -69,7 +69,7 @@ def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
 
 
 def logic(table: int) -> Callable[..., np.ndarray]:
-    """lop3: the table is what the wanted function makes of 0xF0, 0xCC and 0xAA."""
+    """lop3: the table is the result of the wanted function for 0xF0, 0xCC and 0xAA."""
 
     def function(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         rows = [row for row in range(8) if table >> row & 1]
@@ -89,7 +89,7 @@ def extract(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarr
 
 
 def extract_signed(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The field's last bit, or bit 31 where the field goes on beyond it, is repeated."""
+    """The field's last bit, or bit 31 if the field extends beyond it, is repeated."""
     result = []
     for value, start, bits in zip(a.tolist(), (position & 255).tolist(), (length & 255).tolist(), strict=True):
         number = value - (1 << 32 if value >> 31 else 0) >> min(start, 31)
@@ -140,7 +140,7 @@ def shorts(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def some_pairs(dtype: np.dtype) -> np.ndarray:
-    """a, b and c, (n, 3, 2). For a third, a * b + c is what rounding a * b has lost."""
+    """a, b and c, (n, 3, 2). For a third of them, a * b + c is the rounding error of a * b."""
     rng = np.random.default_rng(1)
     numbers = (rng.standard_normal((LANES, 3, 2)) * 2.0 ** rng.integers(-13, 7, (LANES, 3, 2))).astype(dtype)
     numbers[::3, 2] = -(numbers[::3, 0] * numbers[::3, 1])
@@ -160,7 +160,7 @@ for short, dtype in FLOATS.items():
 
 
 def nearest(value: Fraction, dtype: np.dtype) -> Fraction:
-    """To nearest, ties to even: of the numbers around the value, the nearest; of two, the one with an even code."""
+    """Rounds to nearest, ties to even: the nearest of the neighbouring numbers; of two, the one with an even code."""
     code = int(np.array(abs(float(value))).astype(dtype).view(np.uint16))
     codes = [code + step for step in (-1, 0, 1) if code + step >= 0]
     sign = -1 if value < 0 else 1
@@ -227,7 +227,7 @@ def test_special_functions(name: str) -> None:
 
 
 def some_matrices(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(count, 8, 8) numbers of 16 bits and the places of their rows in shared memory."""
+    """(count, 8, 8) 16-bit numbers and the positions of their rows in shared memory."""
     rng = np.random.default_rng(count)
     return rng.integers(0, 1 << 16, (count, 8, 8), dtype=np.uint16), rng.permutation(8 * count)
 
@@ -256,7 +256,7 @@ for count in (1, 2, 4):
 @pytest.mark.parametrize("trans", ["", ".trans"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_ldmatrix(count: int, trans: str) -> None:
-    """Row r of matrix i lies where lane 8 i + r says; lane t gets row t / 4, or column, from number 2 (t % 4)."""
+    """Lane 8 i + r gives the address of row r of matrix i; lane t gets row (or column) t / 4, from number 2 (t % 4)."""
     matrices, _ = some_matrices(count)
     seen = matrices.transpose(0, 2, 1) if trans else matrices
     got = results()[f"ldmatrix x{count}{trans}"].view(np.uint16).reshape(8, 4, count, 2)
@@ -265,7 +265,7 @@ def test_ldmatrix(count: int, trans: str) -> None:
 
 @dataclass(frozen=True)
 class Product:
-    """D = A B + C with its numbers as the lanes have them: "Matrix Fragments for mma.m16n8k8", k16 and, int8, k32."""
+    """D = A B + C in the layout of the lanes: "Matrix Fragments for mma.m16n8k8", k16 and, for int8, k32."""
 
     depth: int
     types: str
@@ -313,7 +313,7 @@ class Product:
 
 
 def fragment_c(c: np.ndarray) -> np.ndarray:
-    """(16, 8) as lanes have it, (32, 4)."""
+    """(16, 8) in the layout of the lanes, (32, 4)."""
     lanes, i = np.arange(LANES)[:, None], np.arange(4)[None]
     return c[lanes // 4 + 8 * (i // 2), lanes % 4 * 2 + i % 2]
 
@@ -335,7 +335,7 @@ COPIED = bits(6, LANES, 4)
 
 
 def copy(cache: str, size: int, valid: int | None, wait: str) -> Job:
-    """Each lane copies 16 bytes, or fewer, to its place and stores what lies there then."""
+    """Each lane copies 16 bytes or fewer to its place, then stores what is there."""
     operands = ["r(place)", "l(x + 4 * thread)"] + ([] if valid is None else [f"r({valid})"])
     text = f"cp.async.{cache}.shared.global [%0], [%1], {size}{'' if valid is None else ', %2'}"
     body = f"""
@@ -350,7 +350,7 @@ def copy(cache: str, size: int, valid: int | None, wait: str) -> Job:
 
 
 WAIT = "cp.async.wait_group 0"
-COPIES: dict[str, tuple[Job, int, int]] = {  # with the bytes that are copied and those that are zero then
+COPIES: dict[str, tuple[Job, int, int]] = {  # with the bytes that are copied and those that become zero
     "4 bytes": (copy("ca", 4, None, WAIT), 4, 0),
     "8 bytes": (copy("ca", 8, None, WAIT), 8, 0),
     "16 bytes": (copy("cg", 16, None, "cp.async.wait_all"), 16, 0),
@@ -364,7 +364,7 @@ JOBS |= {name: job for name, (job, _, _) in COPIES.items()}
 
 @pytest.mark.parametrize("name", COPIES)
 def test_cp_async(name: str) -> None:
-    """What was not copied is poison: also what has not been waited for."""
+    """Bytes that were not copied are poison, and so are copies that were not waited for."""
     _, copied, zeros = COPIES[name]
     expected = np.full((LANES, 16), 0xFF, np.uint8)
     expected[:, :copied] = COPIED.view(np.uint8)[:, :copied]

@@ -11,7 +11,7 @@ import pytest
 from tests.cuda.emulation import device
 from tvm_attn.compiler.build import build
 
-# Installs the device for good, so it runs in a process of its own.
+# It installs the device permanently, so it runs in its own process.
 CHECK = """
 import sys
 from tests.cuda.emulation import device
@@ -32,7 +32,7 @@ assert tokens[True] == tokens[False]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers with weights that reach every parameter."""
+    """Two layers with random weights for every parameter."""
     import torch
     import transformers
 

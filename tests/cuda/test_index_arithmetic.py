@@ -1,4 +1,4 @@
-"""No index of a kernel overflows at the largest legal sizes: GPT-2 1.5B, 64 slots, every one of them full."""
+"""No index of a kernel overflows at the largest legal sizes: GPT-2 1.5B with 64 full slots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tvm_attn.schedule import schedule
 SLOTS, CONTEXT, HEADS, WIDTH, VOCABULARY = 64, 1024, 25, 1600, 50257
 LARGEST = {"g": CONTEXT // 8, "b": SLOTS, "cache_slots": SLOTS}
 _SLOT, _POSITION, _ROWS = (0, SLOTS - 1), (-1, CONTEXT - 1), (0, CONTEXT)
-# Also those of local buffers that hold copies: `place` is a slot and a position, `found` a sequence and two counts.
+# Includes local buffers that hold copies: `place` is a slot and a position, `found` a sequence and two counts.
 ELEMENTS = {
     "positions": [_POSITION],
     "row_positions": [_POSITION],

@@ -1,6 +1,6 @@
-"""Where the tests run kernels: this processor, Vulkan devices, an emulated NVIDIA GPU, a real one.
+"""The devices that kernels are tested on: this processor, Vulkan devices, an emulated NVIDIA GPU, a real one.
 
-Whatever runs a case gives it tensors that lie between guards, and looks at the guards afterwards.
+Every device puts a case's tensors between guards, and checks the guards afterwards.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Device(Protocol):
     """Something that runs cases.
 
     Attributes:
-        name: as it is called in the tests' names.
+        name: its name in the tests' ids.
     """
 
     name: str
 
     def takes(self, case: Case) -> bool:
-        """Whether it computes the case's kernel."""
+        """Whether the device can compute the case's kernel."""
         ...
 
     def run(self, case: Case) -> list[np.ndarray]:
@@ -51,7 +51,7 @@ class Device(Protocol):
 
 
 def assert_close(case: Case, results: Sequence[np.ndarray], more: float = 0.0) -> None:
-    """Every result is within the bound of its case, or that and `more`."""
+    """Every result is within the bound of its case plus `more`."""
     assert len(results) == len(case.expected)
     for result, expected in zip(results, case.expected, strict=True):
         difference = result.astype(np.float64) - expected
@@ -60,7 +60,7 @@ def assert_close(case: Case, results: Sequence[np.ndarray], more: float = 0.0) -
 
 
 class _WithoutOffset:
-    """A view as DLPack, its offset added to its address: compiled functions refuse an offset."""
+    """A view as DLPack with its offset added to its address, because compiled functions refuse an offset."""
 
     def __init__(self, view: Any) -> None:
         self._view = view
@@ -73,7 +73,7 @@ class _WithoutOffset:
         pointer = ctypes.pythonapi.PyCapsule_GetPointer
         pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
         tensor = pointer(capsule, b"dltensor")
-        # DLTensor: the address first, and the offset after device, rank, dtype, shape and strides.
+        # In a DLTensor the address comes first, the offset after device, rank, dtype, shape and strides.
         address, offset = (ctypes.c_uint64.from_address(tensor + place) for place in (0, 40))
         address.value, offset.value = address.value + offset.value, 0
         return capsule
@@ -92,7 +92,7 @@ class _Guarded:
         self._array = array
 
     def read(self) -> np.ndarray:
-        """What it holds now; nothing was written next to it."""
+        """The tensor's current content; checks that nothing was written next to it."""
         content = self._bytes.numpy()
         assert (content[:_GUARD] == 255).all(), "written before the start of a tensor"
         assert (content[-_GUARD:] == 255).all(), "written past the end of a tensor"
@@ -100,14 +100,14 @@ class _Guarded:
 
 
 def run(function: Callable[..., Any], case: Case, device: Any) -> list[np.ndarray]:
-    """Calls a compiled function with a case's operands on a TVM device, all of them between guards."""
+    """Calls a compiled function with a case's operands on a TVM device, each between guards."""
     tensors = [_Guarded(array, device) for array in (*case.inputs, *case.outputs)]
     function(*(entry.tensor for entry in tensors))
     return _results(case, [entry.read() for entry in tensors])
 
 
 def _results(case: Case, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The results among the operands; the others are what they were."""
+    """The results among the operands; checks that the other operands are unchanged."""
     for index, (before, after) in enumerate(zip(case.inputs, arrays, strict=False)):
         if index not in case.in_place:
             assert before.tobytes() == after.tobytes(), f"input {index} was changed"
@@ -147,12 +147,12 @@ class TvmDevice:
 
 
 class EmulatedGpu:
-    """Tensor-core kernels in the emulation; address sanitizer's zones around every tensor are its guards."""
+    """Tensor-core kernels in the emulation; the address sanitizer's zones around tensors are the guards."""
 
     name = "emulated-cuda"
 
     def takes(self, case: Case) -> bool:
-        """Whether this is one of the kernels that are emulated: a compiler takes its time."""
+        """Whether this kernel is emulated: not all are, because compiling is slow."""
         return emulated.is_emulated(case.kernel)
 
     def run(self, case: Case) -> list[np.ndarray]:
@@ -168,12 +168,12 @@ def emulate(function: tirx.PrimFunc, case: Case) -> list[np.ndarray]:
 
 
 def processor() -> TvmDevice:
-    """This machine's."""
+    """This machine's processor."""
     return TvmDevice("cpu", targets.detect_cpu(), tvm.cpu)
 
 
 def vulkan_devices() -> list[TvmDevice]:
-    """Every Vulkan device that can be used, with the schedules that any of them takes."""
+    """Every usable Vulkan device, with schedules that work on all of them."""
     if device_class("vulkan").obstacle() is not None:
         return []
     usable = [index for index in range(len(vulkan.devices())) if device_class("vulkan").obstacle(index) is None]
@@ -182,7 +182,7 @@ def vulkan_devices() -> list[TvmDevice]:
 
 
 def gpu() -> TvmDevice | None:
-    """The NVIDIA GPU, with the target made for it if there is one."""
+    """The NVIDIA GPU, with its own target if there is one."""
     if device_class("cuda").obstacle() is not None:
         return None
     candidates = [targets.read(name) for name in targets.names() if name.startswith("cuda-")]

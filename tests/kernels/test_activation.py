@@ -14,7 +14,7 @@ from tvm_attn.kernels import activation
 
 LANES = 16
 STATED = 3e-7
-"""The relative error that tvm_attn/kernels/activation.py promises."""
+"""The relative error that tvm_attn/kernels/activation.py states."""
 
 
 def _grid() -> np.ndarray:
@@ -33,7 +33,7 @@ WIDE = torch.from_numpy(X).double()
 
 
 def compute(expression: Callable[[ir.Expr], ir.Expr]) -> np.ndarray:
-    """The expression of each value of the grid, in a loop that is vectorised as those of the kernels are."""
+    """The expression for each value of the grid, in a loop that is vectorised like the kernels' loops."""
     target = targets.detect_cpu()
 
     @T.prim_func(s_tir=True)
@@ -76,7 +76,7 @@ def test_exp2() -> None:
 def test_exp() -> None:
     y = compute(activation.exp)
     x, error = relative_error(y, WIDE.exp(), np.abs(X) <= 87)
-    # The argument is rounded to float32 once more, times log2(e), and that is relative to it.
+    # x * log2(e) is rounded to float32 once more, an error relative to the argument.
     assert (error <= np.maximum(STATED, 1e-7 * np.abs(x))).all()
     assert y[np.abs(X) < 1e-8].min() == y[np.abs(X) < 1e-8].max() == 1.0
     assert y[X < -87.4].max() == y[np.isneginf(X)].max() == y.min() == 2.0**-126
@@ -119,7 +119,7 @@ def test_every_activation_is_tested() -> None:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation(name: str) -> None:
-    """They multiply x by a factor of at most one, so the error that counts is relative to x."""
+    """Activations multiply x by a factor of at most one, so the error is measured relative to x."""
     y = compute(activation.EXPRESSIONS[name])
     finite = np.isfinite(X)
     error = np.abs(y[finite] - ACTIVATIONS[name](WIDE).numpy()[finite])

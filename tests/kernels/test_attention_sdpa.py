@@ -1,6 +1,6 @@
 """The attention kernels against torch.nn.functional.scaled_dot_product_attention in float64.
 
-The cache beyond each sequence holds NaN throughout: it must not matter.
+The cache always holds NaN beyond each sequence: it must not matter.
 """
 
 from functools import cache
@@ -27,7 +27,7 @@ SHAPES = (
     (3, 20, 61, "float32"),
     (2, 80, 100, "bfloat16"),
 )
-# A float32 sum of 64 products and a softmax: some 1e-7 each; measured NMSE 1e-13.
+# A float32 sum of 64 products and a softmax: about 1e-7 each; measured NMSE 1e-13.
 NMSE = 1e-12
 # Prefill with a bfloat16 cache may round each probability to bfloat16, by 2**-9 at most.
 PREFILL_NMSE = {"float32": NMSE, "float16": NMSE, "bfloat16": 2.0**-18}
@@ -71,7 +71,7 @@ def nmse(actual: np.ndarray, expected: np.ndarray) -> float:
 def prefill(
     kernel: PrefillAttention, q: np.ndarray, cache: np.ndarray, sequences: list[tuple[int, int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Runs sequences (slot, rows, first position), one after the other in q (n, H, D); actual and expected (n, E)."""
+    """Runs sequences (slot, rows, first position), consecutive in q (n, H, D); returns actual and expected (n, E)."""
     count, width = len(q), kernel.heads * kernel.head_dim
     padded = np.full((-(-count // ROWS) * ROWS, width), np.nan, np.float32)
     padded[:count] = q.reshape(count, width)
@@ -79,7 +79,7 @@ def prefill(
     table = np.array(
         [(slot, row, rows, at) for (slot, rows, at), row in zip(sequences, starts, strict=False)], np.int32
     )
-    # Rows that belong to no sequence are left as they are.
+    # Rows that belong to no sequence are left unchanged.
     output = tvm.runtime.tensor(np.full((len(padded) // ROWS, ROWS, width), 7.0, np.float32))
     inputs = (padded.reshape(-1, ROWS, width), cache, table)
     compiled(kernel)(*map(tvm.runtime.tensor, inputs), output)
@@ -95,7 +95,7 @@ def prefill(
 def decode(
     kernel: DecodeAttention, q: np.ndarray, cache: np.ndarray, slots: list[int], positions: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Runs one row of q (n, H, D) a sequence; actual and expected (n, E)."""
+    """Runs one row of q (n, H, D) per sequence; returns actual and expected (n, E)."""
     count, width, rows = len(q), kernel.heads * kernel.head_dim, kernel.rows
     groups = -(-count // rows)
     padded = np.full((groups * rows, width), np.nan, np.float32)
@@ -120,7 +120,7 @@ def decode(
 
 
 def queries(kernel: Any, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, H, D) float32; numbers of bfloat16 where the cache is, as in a model of that dtype."""
+    """(n, H, D) float32; rounded to bfloat16 if the cache is, as in a model of that dtype."""
     q = rng.standard_normal((count, kernel.heads, kernel.head_dim), dtype=np.float32)
     return q.astype(numpy_dtype("bfloat16")).astype(np.float32) if kernel.dtype == "bfloat16" else q
 
@@ -177,8 +177,8 @@ def _large_integers(kernel: Any, length: int, rows: int) -> tuple[np.ndarray, np
     """q (rows, H, D) and a cache of magnitude 256 whose scores float32 computes without rounding.
 
     Products and sums of these integers stay below 2**24. The keys of a slot share all but their first component, so the
-    scores are near 2**17 and differ by a few: a softmax that did not subtract its maximum would overflow, and one whose
-    scores were rounded to float16 would be wrong.
+    scores are near 2**17 and differ by a few: a softmax that did not subtract its maximum would overflow, and one with
+    scores rounded to float16 would be wrong.
     """
     rng = np.random.default_rng(0)
     q = rng.integers(128, 257, (rows, kernel.heads, kernel.head_dim)).astype(np.float32)
@@ -207,7 +207,7 @@ def test_scores_beyond_float16(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_inputs_of_magnitude_256(dtype: str) -> None:
-    """Scores of order 1e5 with their float32 rounding, about 1e-2: next to one-hot weights, and no NaN."""
+    """Scores of order 1e5 with float32 rounding of about 1e-2: nearly one-hot weights, and no NaN."""
     rng = np.random.default_rng(0)
     kernel = PrefillAttention(2, 64, 128, ROWS, dtype, 0.125)
     cache = (new_cache(kernel, {0: 96}, rng).astype(np.float32) * 256).astype(numpy_dtype(dtype))

@@ -1,4 +1,4 @@
-"""Every kernel on every device that is present, over its own cases, against NumPy float64."""
+"""Every kernel on every available device, over its own cases, against NumPy float64."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ KERNEL = LayerNorm(64, 1e-5, 8)
 
 
 def faulty(row: int, column: int) -> tirx.PrimFunc:
-    """LayerNorm's operands, one of which is written at a place."""
+    """A kernel with LayerNorm's operands that writes one element, at a given row and column."""
 
     @T.prim_func(s_tir=True)
     def function(

@@ -1,23 +1,23 @@
 """CUDA kernels on the CPU: the source that TVM generates for a device, compiled with a C++ compiler and run.
 
 Every thread of a block is a fiber, and warp collectives, ldmatrix, mma.sync, cp.async and barriers do what the PTX ISA
-documentation says. The host code is the compiler's, and runs too. Each case runs twice, the second time with threads
-and blocks in reverse order; a warp goes on until it waits for another.
+documentation says. The compiler's host code runs too. Each case runs twice, the second time with threads and blocks in
+reverse order; a warp runs until it waits for another.
 
-| it finds | by |
+| it finds | by means of |
 |---|---|
 | accesses out of bounds: tensors, shared memory, local arrays | address and bounds sanitizer |
 | misaligned vectors, rows of ldmatrix, asynchronous copies | alignment sanitizer, checks |
-| use of shared memory, workspaces or variables that hold nothing yet | poison: 0xFF in memory, 0xFE in variables |
+| use of shared memory, workspaces or variables before they are written | poison: 0xFF in memory, 0xFE in variables |
 | results of cp.async that are not waited for | poison until the wait |
 | a missing barrier that changes a result; blocks that race | different results in reverse order |
 | any pair of conflicting accesses to shared memory without a barrier (`races=True`) | vector clocks |
-| barriers and collectives that not all threads come to | no thread can go on |
+| barriers and collectives that not all threads reach | no thread can go on |
 | PTX that is not emulated | an error that names it |
 
-It does not find: races in global memory that change nothing in reverse order; missing fences; blocks that wait for each
-other, since they run one after the other; how a device rounds inside of mma.sync and approximate functions, which are
-nearly exact here; registers, occupancy and time.
+It does not find races in global memory that change nothing in reverse order; missing fences; or blocks that wait for
+each other, since they run one after another. It does not show how a device rounds inside mma.sync and approximate
+functions, which are nearly exact here; nor registers, occupancy and time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .translate import EmulationError
 __all__ = ["EmulationError", "run"]
 
 _TIMEOUT = 120  # seconds
-# handle_segv: TVM brings a handler of its own, which knows less.
+# handle_segv: TVM installs its own handler, whose report says less.
 _SANITIZERS = {
     "ASAN_OPTIONS": "detect_leaks=0:handle_segv=2:detect_stack_use_after_return=0:symbolize=1",
     "UBSAN_OPTIONS": "print_stacktrace=0",
@@ -55,15 +55,15 @@ _TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLPack's
 
 
 def run(function: tirx.PrimFunc, arguments: Sequence[np.ndarray], races: bool = False) -> None:
-    """Calls a function that is scheduled for CUDA, kernels and host code, and checks what the module says.
+    """Calls a function that is scheduled for CUDA, kernels and host code, with the checks that this package describes.
 
     Args:
         function: a TIRx function with `tirx.is_scheduled`.
         arguments: its tensors in the order of its parameters; results are written into them.
-        races: whether every pair of accesses to shared memory is looked at; compiles the kernels a second time.
+        races: whether to check every pair of accesses to shared memory; compiles the kernels a second time.
 
     Raises:
-        EmulationError: the kernels do what a device would not, or have PTX that is not emulated.
+        EmulationError: the kernels do something that a device would not do, or have PTX that is not emulated.
     """
     library, source = _compile(tvm.ir.save_json(function.with_attr("global_symbol", "main")))
     kernels = compile_kernels(source, "memory")
@@ -103,7 +103,7 @@ def _type(dtype: np.dtype) -> str:
 
 @functools.cache
 def _compile(function: str) -> tuple[Path, str]:
-    """A function, as JSON, to a library with its host code and its CUDA source."""
+    """Compiles a function, given as JSON, to a library with its host code and its CUDA source."""
     cuda_module.register_pipeline()
     module = tvm.IRModule({"main": tvm.ir.load_json(function)})
     with cuda_module.without_runtime():
@@ -116,7 +116,7 @@ def _compile(function: str) -> tuple[Path, str]:
 
 
 def _message(report: str) -> str:
-    """The lines that matter of what the runner or a sanitizer has written, and the line of source that did it."""
+    """The relevant lines of the output of the runner or a sanitizer, and the line of source that caused it."""
     lines = [line for line in report.splitlines() if not line.startswith(("SUMMARY", "====="))]
     text = "\n".join(lines)[-1000:]
     if "AddressSanitizer" in report:

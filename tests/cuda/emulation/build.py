@@ -23,12 +23,12 @@ _OPTIMIZED = (
     "scheduler.cc",
     "matrix.cc",
     "races.cc",
-)  # what kernels call; the rest calls TVM, whose headers take the time
+)  # called by kernels; for the other files, TVM's headers take most of the time
 _KERNEL_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-w")
-# Without optimization, and with the address sanitizer's checks as calls, compiling takes a third of the time that it
-# takes with -O1, and running a case hardly longer.
+# Without optimization, and with the address sanitizer's checks as calls, compiling takes a third of the time of -O1,
+# and running a case hardly longer.
 _CHECKS = {
-    # Local variables without a value hold a pattern, which is no number as float16 and a huge one as float32.
+    # Uninitialised local variables hold a pattern, which is NaN as float16 and huge as float32.
     "memory": (
         "-O0", "-fsanitize=address,alignment,bounds,integer-divide-by-zero", "-fno-sanitize-recover=all",
         "-fsanitize-sections=emulated_shared", "-ftrivial-auto-var-init=pattern",
@@ -39,7 +39,7 @@ _CHECKS = {
 
 
 def _run(*commands: Sequence[str | Path]) -> None:
-    """Runs compilers side by side."""
+    """Runs compilers in parallel."""
     if shutil.which(_COMPILER) is None:
         raise EmulationError("the emulation needs g++, which is not installed")
     processes = [
@@ -70,7 +70,7 @@ def _package(name: str) -> Path:
 def runtime() -> Path:
     """A folder with `libemulation.so` (the scheduler and the device), `runner`, and the headers, precompiled.
 
-    It lies in `build/` and is compiled again when its sources change.
+    It is in `build/` and is compiled again when its sources change.
     """
     sources = sorted([Path(__file__), *_HERE.glob("*.cc"), *_HERE.glob("*.h"), *INCLUDE.glob("*.h")])
     packages = [_package(name) for name in ("tvm", "tvm_ffi")]
@@ -108,17 +108,17 @@ def runtime() -> Path:
     _run([*compiler, "-fsanitize=address", main, "-o", made / "runner", *local, *tvm])
     try:
         made.rename(path)
-    except OSError:  # another process was faster
+    except OSError:  # another process finished first
         shutil.rmtree(made)
     return path
 
 
 def compile_kernels(source: str, checks: str | None) -> Path:
-    """The shared library of the kernels in CUDA source; the same for the same source.
+    """The shared library of the kernels in CUDA source; equal sources give the same library.
 
     Args:
-        source: CUDA.
-        checks: what is looked for: a key of `_CHECKS`, for the runner, or None, for any process.
+        source: the CUDA source.
+        checks: the checks: a key of `_CHECKS`, for the runner, or None, for any process.
     """
     text = translate(source)
     name = hashlib.sha256(f"{checks}{text}".encode()).hexdigest()[:16]
@@ -130,7 +130,7 @@ def compile_kernels(source: str, checks: str | None) -> Path:
         flags = ["-Og"] if checks is None else [*_CHECKS[checks], f"-I{runtime() / checks}"]
         objects = made.with_suffix(".o")
         _run([_COMPILER, *_KERNEL_FLAGS, *flags, f"-I{INCLUDE}", "-c", code, "-o", objects])
-        # What the thread sanitizer's code calls is in races.cc, not in that sanitizer's library.
+        # The functions that the thread sanitizer's code calls are in races.cc, not in that sanitizer's library.
         _run([_COMPILER, *(flags if checks == "memory" else ()), "-shared", objects, "-o", made])
         objects.unlink()
         made.rename(library)

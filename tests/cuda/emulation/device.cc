@@ -23,7 +23,7 @@ using tvm::ffi::String;
 
 class Memory {
  public:
-  /// Filled with 0xFF. The end is where an inaccessible region begins, but for the alignment.
+  /// Filled with 0xFF. Apart from alignment, it ends where an inaccessible region begins.
   void* Allocate(size_t bytes) {
     const size_t used = (bytes + kPage - 1) / kPage * kPage;
     void* region = mmap(nullptr, used + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -131,7 +131,7 @@ class EmulatedDeviceApi final : public tvm::runtime::DeviceAPI {
 };
 
 TVM_FFI_STATIC_INIT_BLOCK() {
-  // A process that loads this library wants this device, be there one of TVM's or not.
+  // A process that loads this library wants this device, even if TVM has one of its own.
   Function::SetGlobal("device_api.cuda", Function::FromPacked([](tvm::ffi::PackedArgs, Any* rv) {
                         *rv = static_cast<void*>(EmulatedDeviceApi::Global());
                       }),

@@ -1,6 +1,6 @@
 """A whole program on emulated kernels: libraries built for CUDA run with the device "cuda:0" on this machine.
 
-A process that installs the device keeps it, so tests that expect none must not share one with it:
+A process keeps the device that it installs, so tests that expect no device must run in another process:
 
     with device.source_in_libraries():
         build(..., target="cuda")
@@ -9,7 +9,7 @@ A process that installs the device keeps it, so tests that expect none must not 
     tvm_attn.load(..., device="cuda:0")
 
 CUDA graphs are recorded and launched as graphs: a launch repeats the kernels with the arguments that they had when the
-graph was captured. Kernels run without the sanitizers' checks; `run` has those.
+graph was captured. Kernels run without the sanitizers' checks, unlike in `run`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PREFIX = "tests.cuda.emulation"
 
 @contextmanager
 def source_in_libraries() -> Iterator[None]:
-    """Within it, libraries for CUDA are written with CUDA C in the place of machine code, without a CUDA compiler."""
+    """A context in which libraries for CUDA hold CUDA C instead of machine code, so that no CUDA compiler is needed."""
     with (
         mock.patch.object(pipeline, "find_compiler"),
         mock.patch.object(pipeline, "compile_fatbin", lambda source, architectures: source.encode()),
@@ -41,7 +41,7 @@ def source_in_libraries() -> Iterator[None]:
 
 
 def install() -> None:
-    """Makes cuda:0 the emulated device of this process. Comes before anything that looks for a CUDA device."""
+    """Makes cuda:0 the emulated device of this process. Call it before anything looks for a CUDA device."""
     ctypes.CDLL(str(runtime() / "libemulation.so"), mode=ctypes.RTLD_GLOBAL)
     functions: dict[str, Callable[..., Any]] = {
         f"{_PREFIX}.compile": lambda source: str(compile_kernels(source, None)),
@@ -54,9 +54,10 @@ def install() -> None:
 
 
 class _Cache:
-    """What a virtual machine keeps by the number of a graph or of an allocation.
+    """What a virtual machine stores by the number of a graph or of an allocation.
 
-    A machine is known by its address. A later one may have the same, but not the same closure while this one is kept.
+    A machine is identified by its address. A later machine may have the same address, but not the same closure while
+    this one is kept alive.
     """
 
     def __init__(self) -> None:

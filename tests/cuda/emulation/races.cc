@@ -6,13 +6,13 @@
 
 #include "scheduler.h"
 
-// The address sanitizer's, there where it is linked.
+// The address sanitizer's function, if it is linked.
 extern "C" __attribute__((weak)) void __sanitizer_symbolize_pc(void* code, const char* format, char* text, size_t size);
 
 namespace emulation {
 namespace {
 
-/// A use of a byte, with the number of meetings that its thread and the block had had.
+/// A use of a byte, with the numbers of earlier meetings of its thread and of the block.
 struct Access {
   uint32_t thread, meetings, barriers;
   const void* code;

@@ -1,4 +1,4 @@
-"""Kernels that are written in CUDA, for tests of the emulation itself."""
+"""Kernels written in CUDA, for tests of the emulation itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tvm.script import tirx as T
 
 
 def kernel(body: str, length: int, size: int, threads: int = 32, blocks: int = 1) -> tirx.PrimFunc:
-    """A function of x (length,) and y (size,), uint32, whose threads run statements of CUDA.
+    """A function of x (length,) and y (size,), uint32, whose threads run CUDA statements.
 
-    These have `const unsigned* x`, `unsigned* y` and `int thread`, the thread's number in its block.
+    The statements can use `const unsigned* x`, `unsigned* y` and `int thread`, the thread's number in its block.
     """
     parameters = "const unsigned* x, unsigned* y"
     source = f"\n__device__ void body({parameters}) {{\nconst int thread = threadIdx.x;\n{body}\n}}\n"

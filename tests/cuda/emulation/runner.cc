@@ -1,9 +1,9 @@
 // Runs a function of a library that was exported for CUDA: runner LIBRARY KERNELS REVERSED FUNCTION ARGUMENTS RESULTS.
 //
-// KERNELS is the library of the emulated kernels, REVERSED that for the second run. ARGUMENTS holds for each tensor a
-// line "code bits dimensions...", an empty line and the data of all; RESULTS gets the data. The function runs twice,
-// the second time with blocks and threads in reverse order: what differs depends on an order that the program does not
-// have.
+// KERNELS is the library of the emulated kernels, REVERSED the one for the second run. ARGUMENTS holds a line
+// "code bits dimensions..." for each tensor, an empty line and the data of all tensors; RESULTS gets the data. The
+// function runs twice, the second time with blocks and threads in reverse order: results that differ depend on an order
+// that the program does not guarantee.
 #include <dlfcn.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/module.h>

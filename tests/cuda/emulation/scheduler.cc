@@ -17,7 +17,7 @@
 #include <ucontext.h>
 #endif
 
-// There where the address sanitizer is linked: it wants to know of every change of stacks.
+// The address sanitizer, if linked, must be told of every change of stacks.
 extern "C" {
 __attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
 __attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
@@ -171,7 +171,7 @@ std::string Text(const Index& index) {
   throw std::runtime_error(message);
 }
 
-/// Each lane that is ready, until it waits or ends. Returns how many there were.
+/// Runs each lane that is ready until it waits or ends. Returns how many there were.
 size_t RunWarp(size_t first, bool reverse, size_t* done) {
   const size_t lanes = std::min<size_t>(kWarp, fibers.size() - first);
   size_t ran = 0;
@@ -201,7 +201,7 @@ void RunBlock(bool reverse) {
     fiber.stack = stacks[i];
     MakeContext(&fiber.context, fiber.stack, Entry);
   }
-  // A warp runs until it waits for another: the more warps are apart, the more a missing barrier shows.
+  // A warp runs until it waits for another: the further apart warps are, the more a missing barrier shows.
   const size_t warps = (count + kWarp - 1) / kWarp;
   for (size_t done = 0; done < count;) {
     bool progress = false;
@@ -299,7 +299,7 @@ bool IsShared(const void* pointer) {
 
 uint32_t SharedAddress(const void* pointer) {
   const auto* address = static_cast<const char*>(pointer);
-  // One past an end is an address, too: whether it may be read is asked when it is.
+  // One past the end is a valid address too: whether it may be read is checked when it is read.
   if (address >= launch->static_begin && address < launch->static_end) {
     return kStaticWindow + static_cast<uint32_t>(address - launch->static_begin);
   }

@@ -1,4 +1,4 @@
-"""Rewrites CUDA source, as TVM generates it, into C++ for `include/cuda_emulation.h`.
+"""Rewrites CUDA source that TVM generated into C++ for `include/cuda_emulation.h`.
 
 A C++ compiler for this machine cannot assemble PTX: every `asm` statement becomes a block of calls, one for each
 instruction, of the functions `ptx_*` in `include/ptx*.h`.
@@ -21,20 +21,20 @@ _REGISTER_TYPES = {
     "pred": "bool", "b16": "uint16_t", "u16": "uint16_t", "s16": "int16_t", "b32": "uint32_t", "u32": "uint32_t",
     "s32": "int32_t", "f32": "float", "b64": "uint64_t", "u64": "uint64_t", "s64": "int64_t", "f64": "double",
 }  # fmt: skip
-# What an operand of a constraint is: a register has a size and no sign.
+# The C++ type of an operand by its constraint: a register has a size and no sign.
 _CONSTRAINTS = {"r": "uint32_t", "h": "uint16_t", "f": "float", "d": "double"}
 _SPECIAL_REGISTERS = {
     "%%laneid": "emulation::current->lane",
     **{f"%%{name}.{axis}": f"{struct}.{axis}" for axis in "xyz" for name, struct in (
         ("tid", "threadIdx"), ("ntid", "blockDim"), ("ctaid", "blockIdx"), ("nctaid", "gridDim"))},
 }  # fmt: skip
-# What a load or store may be marked with and what changes nothing here: one thread runs at a time.
+# Modifiers of loads and stores that change nothing here, because one thread runs at a time.
 _MARKS = r"(?:\.(?:weak|relaxed|acquire|release|volatile|nc|cta|gpu|sys|ca|cg|cs|cv|lu|wb|wt|L1::\w+|L2::\w+))*"
 _LOAD_STORE = re.compile(rf"(ld|st){_MARKS}(?:\.(global|shared(?:::cta)?))?{_MARKS}(?:\.v[248])?\.([bsuf]\d+)")
 
 
 class EmulationError(Exception):
-    """A kernel does what a device would not: the message says what, and where."""
+    """A kernel does something that a device would not do; the message says what, and where."""
 
 
 def translate(source: str) -> str:
@@ -45,7 +45,7 @@ def translate(source: str) -> str:
     """
     kernels = list(dict.fromkeys(_KERNEL.findall(source)))
     source = _DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulation::DynamicShared());", source)
-    # GCC takes no `alignas` behind `static`.
+    # GCC does not accept `alignas` after `static`.
     source = re.sub(r"\balignas\((\d+)\)", r"__attribute__((aligned(\1)))", source)
     pieces, end = [], 0
     for match in _ASM.finditer(source):
@@ -58,7 +58,7 @@ def translate(source: str) -> str:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes. Brackets in string literals are none."""
+    """The position at which the bracket opened at `start` closes. Brackets in string literals do not count."""
     depth, i = 0, start
     while i < len(text):
         if text[i] == '"':
@@ -81,7 +81,7 @@ def _end_of_string(text: str, start: int) -> int:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Parts between separators that stand outside of brackets and string literals."""
+    """Parts between the separators that are outside brackets and string literals."""
     parts, start, i = [], 0, 0
     while i < len(text):
         if text[i] == '"':
@@ -96,7 +96,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _translate_asm(text: str) -> str:
-    """The C++ of what stands between the brackets of an asm statement."""
+    """The C++ for the text between the brackets of an asm statement."""
     template, *sections = _split(text, ":")
     assembly = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", "\n").replace("\\t", " ")
     scope = dict(_SPECIAL_REGISTERS)  # the text of an operand -> C++
@@ -145,7 +145,7 @@ def _translate_instruction(instruction: str, scope: dict[str, str]) -> str:
         type_ = {"b8": "uint8_t", "u8": "uint8_t", "s8": "int8_t"}.get(match[3]) or _REGISTER_TYPES.get(match[3])
         if type_ is None:
             raise EmulationError(f"PTX instruction {mnemonic} is not emulated")
-        # A load names its registers first, the function the address.
+        # A load has its registers first, the function has the address first.
         name = f"emulation::{'Load' if match[1] == 'ld' else 'Store'}<{type_}>"
         operands = [operands[-1], *operands[:-1]] if match[1] == "ld" else operands
     else:
@@ -175,7 +175,7 @@ def _emulated() -> frozenset[str]:
     for header in INCLUDE.glob("ptx*.h"):
         text = header.read_text()
         names.update(re.findall(r"\bptx_(\w+)(?=\()", text))
-        # Where a macro makes the name of several: ptx_a_##SUFFIX(...) and each use of the macro.
+        # If a macro makes several names: ptx_a_##SUFFIX(...) and each use of the macro.
         for macro, parameter, body in re.findall(r"#define (EMULATED_\w+)\((\w+)[^)]*\)((?:.*\\\n)+.*)", text):
             values = re.findall(rf"^{macro}\((\w+)", text, re.MULTILINE)
             for stem, tail in re.findall(rf"ptx_(\w+?)##{parameter}(?:##(\w+))?\(", body):

@@ -1,4 +1,4 @@
-"""Prefetches: which addresses they name. That they change no result is tested with the decisions."""
+"""The addresses of prefetches. The tests of decisions check that prefetches change no result."""
 
 import itertools
 from typing import Any
@@ -34,7 +34,7 @@ def product(
 
 
 def fetches_of(function: tirx.PrimFunc, name: str = "tvm_attn_prefetch") -> list[Any]:
-    """What the calls of a prefetch function name: buffer elements."""
+    """The buffer elements that calls of a prefetch function name."""
     found: list[Any] = []
 
     def visit(call: ir.Call) -> None:
@@ -46,12 +46,12 @@ def fetches_of(function: tirx.PrimFunc, name: str = "tvm_attn_prefetch") -> list
 
 
 def fetched_elements(function: tirx.PrimFunc) -> list[tuple[int, ...]]:
-    """Indices of the weight in the prefetches of the loops' first iteration."""
+    """Indices of the weight elements that the loops' first iteration prefetches."""
     return [indices_at(element, {}) for element in fetches_of(function)]
 
 
 def indices_at(element: Any, values: dict[str, int]) -> tuple[int, ...]:
-    """Indices of a buffer element where loop variables have these values, and the others are 0."""
+    """Indices of a buffer element for these values of loop variables; other variables are 0."""
 
     def value(variable: ir.Var) -> tirx.IntImm:
         return tirx.IntImm("int32", values.get(variable.name, 0))
@@ -84,7 +84,7 @@ def test_loops_without_the_annotation_stay() -> None:
 
 @pytest.mark.parametrize("groups", [1, 4, 5, 11])
 def test_every_line_of_a_result_and_its_residual_is_fetched_once(groups: int) -> None:
-    """By the addresses that the scheduled function computes, for all of its tasks and groups."""
+    """Checks the addresses that the scheduled function computes, for all of its tasks and groups."""
     kernel = ResidualLinear(64, 96, 8, 32, "float32")
     function = schedule_kernel(kernel, targets.read("cpu-x86-64-v4"), {"group_block": 4, "prefetch_bytes": 0})
     assert TILES not in str(function)
@@ -116,6 +116,6 @@ def product_of(ranges: dict[str, range]) -> list[dict[str, int]]:
 
 
 def condition(expression: Any, values: dict[str, int]) -> bool:
-    """A condition where variables have these values, and the others are 0."""
+    """The value of a condition for these values of variables; other variables are 0."""
     replaced = structural_map(expression, (ir.Var, lambda variable: tirx.IntImm("int32", values.get(variable.name, 0))))
     return bool(int(Analyzer().simplify(replaced)))

@@ -1,7 +1,7 @@
-"""Which tensor-core kernels the emulation runs, and with which tiles.
+"""The tensor-core kernels that the emulation runs, and their tiles.
 
-A C++ compiler takes its time, so kernels that only combine what others have are left out, and tiles are such that
-together every kind of tile occurs. A real GPU runs all kernels with the tiles that they are compiled with.
+Compiling C++ is slow, so kernels that only combine features of others are left out, and the tiles cover every kind of
+tile once. A real GPU runs all kernels with the tiles that they are compiled with.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tvm_attn.kernels.cuda.sampling import AdvanceTiles, advance, default_tiles
 from tvm_attn.kernels.template import activations_of
 from tvm_attn.schedule import schedule
 
-# Of one row group: every layer, format, number of rows and size of tiles occurs. None: the default tiles.
+# One row group: every layer, format, number of rows and size of tiles occurs. None means the default tiles.
 _QKV = {"heads": 2, "context": 16}
 GEMV: dict[LinearKernel, GemvTiles | None] = {
     Linear(96, 72, 1, 1, "float16", 1, "float16", 1e-5, activation="gelu_new"): None,
@@ -38,9 +38,8 @@ GEMV: dict[LinearKernel, GemvTiles | None] = {
     Head(64, 1021, 8, 1, "int4", 1, "float16", 1e-5): GemvTiles(16, 4, 1, stages=3, repeats=5),
 }
 
-# Of any number of rows, together: one to eight warps, along every axis; one, two and three fragments; every depth;
-# copies that do not divide among the threads; more stages than tiles of K; more tiles of rows than are computed
-# together.
+# Any number of rows. These tiles cover one to eight warps, along every axis; one, two and three fragments; every depth;
+# copies that do not divide evenly among the threads; more stages than tiles of K; more row tiles than `raster`.
 MATMUL_TILES = [
     MatmulTiles(32, 32, 64, 1, 2, stages=2),
     MatmulTiles(16, 24, 64, 1, 1, 2, stages=3, raster=2),
@@ -52,7 +51,7 @@ MATMUL_TILES = [
     MatmulTiles(128, 64, 64, 4, 2, stages=2),
 ]
 
-# Rows of several warps, and more rows of blocks than there are.
+# Several warps per row, and blocks that reach past the last row.
 NORM = {
     LayerNorm(1600, 1e-5, 8, activations="bfloat16"): NormTiles(4, 3),
     LayerNorm(768, 1e-5, 1, 1, "bfloat16"): NormTiles(2, 1),
@@ -72,8 +71,7 @@ def is_emulated(kernel: Kernel) -> bool:
 
 @functools.cache
 def _matmul_kernels() -> list[LinearKernel]:
-    """All dtypes and weights with `Linear`; what happens to its sums is independent of them, but for the dtype of
-    stores."""
+    """All dtypes and weights with `Linear`; of the epilogue, only the dtype of stores depends on them."""
     kernels = dict.fromkeys(
         case.kernel
         for family in (Linear, ResidualLinear, QKVLinear, Head)
@@ -84,14 +82,14 @@ def _matmul_kernels() -> list[LinearKernel]:
 
 
 def matmul_tiles_for(kernel: LinearKernel) -> MatmulTiles:
-    """Other tiles for each kernel in turn, of those that fit it."""
+    """The next tiles that fit the kernel, so that different kernels get different tiles."""
     start = _matmul_kernels().index(kernel)
     turns = (MATMUL_TILES[(start + i) % len(MATMUL_TILES)] for i in range(len(MATMUL_TILES)))
     return next(tiles for tiles in turns if tiles.fits(kernel))
 
 
 def rolled() -> mock._patch:
-    """Within it, loops stay loops: the same statements, of which a C++ compiler makes code in half the time."""
+    """A context in which loops are not unrolled: the same statements, which compile in half the time."""
     return mock.patch.object(T, "unroll", T.serial)
 
 
@@ -99,7 +97,7 @@ def rolled() -> mock._patch:
 def function_for(kernel: Kernel) -> tirx.PrimFunc:
     """The function that the emulation runs."""
     if isinstance(kernel, Advance):
-        # 1024 threads take the emulation long, and compute the same.
+        # Emulating 1024 threads takes long, and computes the same.
         return advance(kernel, AdvanceTiles(min(default_tiles(kernel).threads, 256)))
     if isinstance(kernel, LayerNorm):
         return norm.layer_norm(kernel, NORM.get(kernel) or norm.default_tiles(kernel))

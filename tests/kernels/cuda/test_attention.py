@@ -1,4 +1,4 @@
-"""Attention on tensor cores: other tiles than the default in the emulation, and what a compiler makes of it."""
+"""Attention on tensor cores: tiles other than the default in the emulation, and the compiled machine code."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def test_prefill_in_three_stages() -> None:
 
 
 def test_prefill_as_generated() -> None:
-    """With all loops unrolled, as compilers for devices get it: fragments of queries, halves of keys."""
+    """With all loops unrolled, as a device compiler gets it: fragments of queries, halves of keys."""
     ragged = with_sizes(PREFILL, head_dim=64)[0]
     assert_close(ragged, emulate(prefill_attention(ragged.kernel, PrefillTiles(32, 32, 1, 2)), ragged))
 
@@ -61,7 +61,7 @@ def test_decode_of_many_keys_a_block() -> None:
 
 
 def test_decode_as_generated() -> None:
-    """With all loops unrolled, as compilers for devices get it."""
+    """With all loops unrolled, as a device compiler gets it."""
     (ragged,) = with_sizes(DECODE, context=300)
     assert_close(ragged, emulate(decode_attention(ragged.kernel, DecodeTiles(4, 3, 100)), ragged))
 
@@ -85,7 +85,7 @@ def test_tiles_fit_every_device(head_dim: int) -> None:
 
 
 def test_indices_of_the_largest_cache() -> None:
-    """They are 32-bit numbers of elements."""
+    """Indices count elements in 32 bits."""
     config = PRESETS["gpt2-xl"]
     assert 64 * 2 * config.n_head * config.n_positions * config.head_dim < 2**31
 
@@ -102,7 +102,7 @@ def test_prefill_machine_code() -> None:
     # Two products of a warp's 32 queries, 64 keys and 64 dimensions, in steps of 16, 8 and 16.
     products = 2 * (32 // 16) * (64 // 8) * (64 // 16)
     assert sass.count(instructions, "HMMA") == products
-    # What is loaded serves both fragments of queries and two steps of keys or outputs.
+    # Each load serves both fragments of queries and two steps of keys or outputs.
     assert sass.count(instructions, "LDSM") == products // 4
     # Keys and values for the first stage, and again in the loop.
     assert sass.count(instructions, "LDGSTS") == 2 * (2 * tiles.keys * 64 // 8) // tiles.threads

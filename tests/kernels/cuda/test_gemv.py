@@ -1,4 +1,4 @@
-"""Linear layers of one group of rows: extreme numbers in the emulation, and what a compiler makes of them."""
+"""Linear layers of one group of rows: extreme numbers in the emulation, and the compiled machine code."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ HEAD_TILES = GemvTiles(8, 4, 1, stages=2, repeats=4)
 
 
 def test_magnitude_and_rows() -> None:
-    """Powers of two change the exponents of logits alone, and numbers that are none stay in their rows."""
+    """Powers of two change only the exponents of logits, and NaN and infinity stay in their rows."""
     case, function = case_of(HEAD), gemv(HEAD, HEAD_TILES)
     (expected,) = emulate(function, case)
     error = expected - case.expected[0]
@@ -70,7 +70,7 @@ def test_what_does_not_fit() -> None:
 
 
 def test_indices_of_the_largest_model() -> None:
-    """They are 32-bit numbers of elements, and of bytes of scales."""
+    """Indices count elements, and bytes of scales, in 32 bits."""
     config = PRESETS["gpt2-xl"]
     assert config.vocab_size * config.n_embd < 2**31
     assert 64 * 2 * config.n_head * config.n_positions * config.head_dim < 2**31
@@ -91,7 +91,7 @@ def test_machine_code(rows: int, dtype: str, weights: str, layer: int, architect
     ((name, resources),) = sass.resources(function, architecture).items()
     assert resources.spills == resources.stack == 0
     assert resources.dynamic_shared == tiles.shared_bytes(kernel)
-    # Two blocks of a multiprocessor at least.
+    # At least two blocks per multiprocessor.
     assert resources.registers * resources.threads * 2 <= 65536
     instructions = sass.sass(function, architecture)[name]
     # Quantized weights are float16 operands for either dtype.

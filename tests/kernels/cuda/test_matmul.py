@@ -1,4 +1,4 @@
-"""Matrix multiplication on tensor cores: rows, tiles and extreme numbers, and what a compiler makes of it."""
+"""Matrix multiplication on tensor cores: rows, tiles and extreme numbers, and the compiled machine code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def layer(kind: type[LinearKernel], k: int, n: int, activations: str, weights: s
     return kind(k, n, 8, 1, weights, activations=activations, **more)
 
 
-# What a prompt spends its time in, and what decoding a batch does; the width of GPT-2 124M.
+# The layers that dominate prompts and batched decode, at the width of GPT-2 124M.
 HOT: list[tuple[LinearKernel, int]] = [
     (layer(QKVLinear, 768, 2304, "float16", "float16", heads=12, context=1024, cache_dtype="float16"), 1024),
     (layer(ResidualLinear, 3072, 768, "bfloat16", "bfloat16"), 1024),
@@ -41,7 +41,7 @@ HOT: list[tuple[LinearKernel, int]] = [
 
 
 def some_rows(case: Case, groups: slice) -> Case:
-    """A case with some of its groups of rows."""
+    """A case with only some of its row groups."""
     expected = tuple(array[groups] for array in case.expected)
     outputs = tuple(array[groups] for array in case.outputs)
     count = len(case.outputs[0])
@@ -57,13 +57,13 @@ def test_any_number_of_rows() -> None:
 
 
 def test_unrolled() -> None:
-    """As a device gets it."""
+    """With all loops unrolled, as a device gets it."""
     case = case_of(layer(Head, 64, 1021, "bfloat16", "int4"))
     assert_close(case, emulate(build(case.kernel, default_tiles(case.kernel, rows=16)), case))
 
 
 def test_no_value_is_lost_to_overflow() -> None:
-    """Sums far out: the activation is 0 or x, never not a number."""
+    """For sums of large magnitude the activation is 0 or x, never NaN."""
     kernel = layer(Linear, 32, 64, "bfloat16", "bfloat16", activation="gelu_new")
     x, weight = np.full((1, 8, 32), 1e4), np.full((64, 32, 1), 1e8)
     weight[::2] = -1e8
@@ -124,7 +124,7 @@ def test_default_tiles_keep_the_chip_busy() -> None:
 
 
 def test_no_index_overflows() -> None:
-    """GPT-2 1.5B with 64 slots, all full at once; 32768 times that does overflow."""
+    """GPT-2 1.5B with 64 full slots; 32768 times that does overflow."""
     largest = {"groups": 64 * 1024 // 8, "cache_slots": 64}
     kernels: list[LinearKernel] = [kernel for kernel, rows in presets() if kernel.in_features > 1024 and rows == 1024]
     for kernel in (*kernels, layer(Head, 1600, 50257, "float16", "int8")):
@@ -135,7 +135,7 @@ def test_no_index_overflows() -> None:
 
 @pytest.mark.parametrize("architecture", sass.ARCHITECTURES)
 def test_machine_code(architecture: str) -> None:
-    """No spills, and tensor cores fed as they should be; a kernel for each architecture, another one for the next."""
+    """No spills, and the expected loads for the tensor cores; each architecture compiles a different kernel."""
     kernel, rows = HOT[sass.ARCHITECTURES.index(architecture) % len(HOT)]
     tiles = default_tiles(kernel, rows)
     function = build(kernel, tiles)

@@ -1,4 +1,4 @@
-"""LayerNorm on GPUs: its candidates, and what a compiler makes of it."""
+"""LayerNorm on GPUs: its candidates, and the compiled machine code."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_machine_code(width: int) -> None:
     ((name, resources),) = sass.resources(function).items()
     assert resources.spills == resources.stack == 0
     instructions = sass.sass(function)[name]
-    # One load of each number, one of its gamma and one of its beta.
+    # One load each for a number, its gamma and its beta.
     per_thread = -(-width // (4 * 32 * tiles.row_warps))
     assert sass.count(instructions, "LDG.E.128") == 3 * per_thread
     assert sass.count(instructions, "STG.E.64") == per_thread

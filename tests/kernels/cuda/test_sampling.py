@@ -1,4 +1,4 @@
-"""The greedy step in place: what a compiler makes of it."""
+"""The greedy step in place: the compiled machine code."""
 
 from tests.cuda import sass
 from tvm_attn.kernels import Advance
@@ -13,5 +13,5 @@ def test_machine_code() -> None:
     # A block of 1024 threads.
     assert resources.registers <= 64
     instructions = sass.sass(function)[name]
-    # No load waits for another: all columns of a step are on their way together.
+    # No load waits for another: the loads of all columns of a step are in flight together.
     assert sass.count(instructions, "LDG.E") >= default_tiles(kernel).unroll

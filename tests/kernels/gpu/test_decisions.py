@@ -1,4 +1,4 @@
-"""GPU schedules with other decisions than the defaults, on a Vulkan device, against NumPy float64."""
+"""GPU schedules with decisions other than the defaults, on a Vulkan device, against NumPy float64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(case: Case, target: GpuTarget, decisions: dict[str, int]) -> None:
 
 
 def decisions() -> Iterator[tuple[Case, dict[str, int]]]:
-    """Other choices than the defaults, the largest and the smallest."""
+    """Decisions other than the defaults: the largest and the smallest."""
     many = linear.random_case(Linear(96, 128, 8, 64, "float16", activation="relu"), 5)
     yield many, {"few_groups": 0, "group_block": 8, "k_tile": 32, "thread_rows": 8, "thread_columns": 8}
     yield many, {"few_groups": 0, "group_block": 1, "k_tile": 8, "thread_rows": 1, "thread_columns": 2}

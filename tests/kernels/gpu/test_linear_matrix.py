@@ -1,7 +1,7 @@
-"""Linear layers on cooperative matrices: what is generated, and what it computes with the matrix calls emulated.
+"""Linear layers on cooperative matrices: the generated code, and its results with emulated matrix calls.
 
-Mesa's llvmpipe has no cooperative matrices. The kernels run on it as they are generated but for TVM's matrix calls,
-which become loops over the same memory (`with_emulated_matrices`); with matrix instructions they have never run.
+Mesa's llvmpipe has no cooperative matrices. The kernels run on it as generated, except that TVM's matrix calls become
+loops over the same memory (`with_emulated_matrices`); they have never run with matrix instructions.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ OBSTACLE = device_class("vulkan").obstacle()
 pytestmark = pytest.mark.skipif(not vulkan.is_built(), reason="tvm_attn was built without its Vulkan runtime")
 needs_device = pytest.mark.skipif(OBSTACLE is not None, reason=f"Vulkan: {OBSTACLE}")
 
-# x is rounded to float16, by 2**-11 of an element at most, beside what the case allows already. Products of x and w are
-# exact in float32. Rounding errors of different elements are independent: the squared error of a sum is at most
+# In addition to the case's bound: x is rounded to float16, by at most 2**-11 of an element. Products of x and w are
+# exact in float32. Rounding errors of different elements are independent, so the squared error of a sum is at most
 # (2**-11)**2 of the sum of squared products, which is the expected square of the result.
 ROUNDED = 2.0**-22
 
@@ -75,7 +75,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Records:
 
 @pytest.fixture
 def emulation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Emulates the matrix calls of all kernels that are generated during a test; how many calls each of them had."""
+    """Emulates the matrix calls of all kernels generated during a test; returns how many calls each kernel had."""
     counts: list[int] = []
     emit = generate.__globals__["emit"]
 
@@ -92,10 +92,10 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def with_emulated_matrices(function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, int]:
-    """A lowered kernel whose subgroup of 32 threads in x does without matrix instructions, and how many it had.
+    """A lowered kernel whose subgroups of 32 threads in x use no matrix instructions, and how many it had before.
 
-    A thread keeps 8 neighbours of a row of each 16 x 16 accumulator, and reads what these need: a row of A and 8
-    columns of B.
+    A thread keeps 8 neighbouring elements of a row of each 16 x 16 accumulator, and reads a row of A and 8 columns of B
+    for them.
     """
     elements = {"wmma.matrix_a": 16, "wmma.matrix_b": 16 * 8, "wmma.accumulator": 8}
     fragments: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def with_emulated_matrices(function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, int]
         elif name in ("tirx.tvm_load_matrix_sync", "tirx.tvm_store_matrix_sync"):
             fragment, index, stride = fragment_of(arguments[0]), arguments[4], arguments[6]
             assert arguments[7].value == "row_major" and arguments[5].op.name == "tirx.address_of"
-            # Vulkan asks for pointers and strides of 16 bytes (VUID-RuntimeSpirv-OpCooperativeMatrixLoadKHR-08986).
+            # Vulkan requires 16-byte pointers and strides (VUID-RuntimeSpirv-OpCooperativeMatrixLoadKHR-08986).
             modulus = Analyzer().modular_set(arguments[5].args[0].indices[0])
             for distance in (modulus.coeff, modulus.base, stride):
                 assert int(distance) * np.dtype(fragment.dtype).itemsize % 16 == 0
@@ -221,7 +221,7 @@ def test_matches_float64_with_emulated_matrices(case: Case, chosen: dict[str, in
     ids=lambda kernel: kernel.family,
 )
 def test_many_rows_use_matrices_and_few_rows_do_not(kernel: Kernel, records: Records) -> None:
-    """The layers of the 124M model. The validator has seen the modules: it watches every test."""
+    """The layers of the 124M model. The validator checks the modules of every test."""
     compiled(kernel)
     (plain, plain_code), (matrix, code) = records
     assert "cooperative_matrix" not in plain["features"]
@@ -231,7 +231,7 @@ def test_many_rows_use_matrices_and_few_rows_do_not(kernel: Kernel, records: Rec
     assert matrix["workgroup_size"][0] == MATRIX.subgroup
     assert matrix["shared_bytes"] <= MATRIX.shared_bytes
     text = disassemble(code)
-    # Four subgroups with four sums each, and two steps through a tile of 32 features.
+    # Four subgroups with four sums each, and two steps through 32 features.
     assert text.count("OpCooperativeMatrixMulAddKHR") == 8
     assert text.count("OpCooperativeMatrixStoreKHR") == 4
 

@@ -1,4 +1,4 @@
-"""Schedules for a target whose subgroup size is known, on a device that has it, against NumPy float64."""
+"""Schedules for a target with a known subgroup size, on a device with that size, against NumPy float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_runtime = pytest.mark.skipif(not vulkan.is_built(), reason="tvm_attn was b
 
 
 def with_subgroups(size: int) -> GpuTarget:
-    """What a target file with `gpu.subgroup = size` and TVM's `thread_warp_size = size` gives."""
+    """The target from a file with `gpu.subgroup = size` and TVM's `thread_warp_size = size`."""
     return replace(GENERIC, subgroup=size, tvm=GENERIC.tvm | {"thread_warp_size": size})
 
 
@@ -85,7 +85,7 @@ def test_several_subgroups_a_row(threads: int) -> None:
 @needs_runtime
 @pytest.mark.parametrize("size", [4, 8, 16, 32, 64])
 def test_layer_norm_shuffles_in_subgroups_of_the_target(size: int, records: list[dict[str, Any]]) -> None:
-    """Without subgroups: shared memory for the sum over all threads, twice. With them: one number a subgroup, twice."""
+    """Shared memory holds two sums over all threads without subgroups, and two numbers per subgroup with them."""
     kernel = LayerNorm(768, 1e-5, 8)
     compiled(kernel, GENERIC)
     text = compiled(kernel, with_subgroups(size)).imports[0].inspect_source()

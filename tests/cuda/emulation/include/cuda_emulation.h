@@ -1,4 +1,4 @@
-// What CUDA source as TVM generates it needs to compile with a C++17 compiler and run under scheduler.h.
+// What TVM's CUDA source needs to compile with a C++17 compiler and run under scheduler.h.
 #pragma once
 
 #include <cfloat>
@@ -27,7 +27,7 @@
 #define __shared__ static __attribute__((section("emulated_shared")))
 #define __constant__ static const
 
-// What is no access of the thread that runs, or an atomic one: races.h does not see it.
+// For accesses that are atomic or not made by the running thread: races.h does not see them.
 #define EMULATED_UNORDERED __attribute__((no_sanitize("thread")))
 
 #define threadIdx (emulation::current->index)
@@ -61,11 +61,11 @@ void Call(void (*kernel)(Parameters...), void* const* arguments) {
 
 }  // namespace emulation
 
-/// Follows the source: how the launcher, which knows no types, calls a kernel with pointers to its arguments.
+/// Follows the source: lets the launcher, which knows no types, call a kernel with pointers to its arguments.
 #define EMULATED_KERNEL(name) \
   extern "C" void emulated_##name(void* const* arguments) { emulation::Call(name, arguments); }
 
-/// Once in a library: where its static shared memory lies.
+/// Once per library: the location of its static shared memory.
 #define EMULATED_LIBRARY                                                             \
   extern "C" {                                                                       \
   extern char __start_emulated_shared[] __attribute__((weak, visibility("hidden"))); \

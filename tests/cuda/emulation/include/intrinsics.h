@@ -32,7 +32,7 @@ struct ShuffleSlot {
   T result;
 };
 
-/// A lane of the mask gives its value to those that name it; what another gives is undefined: poison.
+/// A lane of the mask gives its value to lanes that name it; the value of any other lane is undefined: poison.
 template <typename T>
 T Shuffle(const char* name, uint32_t mask, T value, uint32_t source) {
   ShuffleSlot<T> slot{value, source, {}};
@@ -162,7 +162,7 @@ inline int __syncthreads_or(int predicate) {
   return any;
 }
 
-// Memory. A thread that runs is alone, so every access is atomic.
+// Memory. Only one thread runs at a time, so every access is atomic.
 inline uint32_t __cvta_generic_to_shared(const void* pointer) { return emulation::SharedAddress(pointer); }
 inline void* __cvta_shared_to_generic(uint32_t address) { return emulation::SharedPointer(address); }
 
@@ -244,7 +244,7 @@ int __dp4a(A a, B b, int c) {
   return c;
 }
 
-// Arithmetic. The approximate functions are exact here, or nearly: their bounds are the device's matter.
+// Arithmetic. The approximate functions are exact here, or nearly: their error depends on the device.
 template <typename A, typename B, typename = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
 std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;

@@ -17,14 +17,14 @@ inline void CheckAlignment(const void* pointer, size_t bytes, const char* what) 
   }
 }
 
-/// Where an address operand points: shared memory's are 32 bits wide, generic and global ones are pointers.
+/// Where an address operand points: shared addresses are 32 bits wide, generic and global ones are pointers.
 inline char* Pointer(uint32_t shared_address) { return SharedPointer(shared_address); }
 inline char* Pointer(uint64_t pointer) { return reinterpret_cast<char*>(pointer); }
 inline char* Pointer(const void* pointer) { return static_cast<char*>(const_cast<void*>(pointer)); }
 inline uint32_t Offset(uint32_t shared_address, int bytes) { return shared_address + static_cast<uint32_t>(bytes); }
 inline const void* Offset(const void* pointer, int bytes) { return static_cast<const char*>(pointer) + bytes; }
 
-/// ld and ld.vN: the type is the instruction's, registers may be of another of the same size, or wider.
+/// ld and ld.vN: the type is the instruction's; registers may have another type of the same size, or be wider.
 template <typename T, typename Address, typename... Registers>
 void Load(Address address, Registers&... registers) {
   const char* pointer = Pointer(address);
@@ -57,7 +57,7 @@ void Store(Address address, Registers... registers) {
   (store(registers), ...);
 }
 
-/// Source read now, destination poison until a wait: whoever reads either too early or too late sees it.
+/// The source is read now, the destination is poison until a wait: reading too early or writing too late shows.
 template <typename Address>
 EMULATED_UNORDERED void CopyAsync(Address destination, const void* source, uint32_t size, uint32_t source_size) {
   if (source_size > size) Fail("cp.async: src-size is larger than cp-size");

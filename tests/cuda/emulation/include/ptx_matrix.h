@@ -37,7 +37,7 @@ EMULATED_UNORDERED void LoadMatrices(void* const* slots, uint32_t) {
 template <int kMatrices, bool kTranspose, typename Address, typename... Registers>
 void LoadMatrices(Address address, Registers&... registers) {
   MatrixRow slot{nullptr, {&registers...}};
-  // The addresses of the lanes that name no row are not looked at.
+  // The addresses of lanes that name no row are ignored.
   if (current->lane < 8 * kMatrices) {
     slot.row = reinterpret_cast<const uint16_t*>(Pointer(address));
     CheckAlignment(slot.row, 16, "ldmatrix");

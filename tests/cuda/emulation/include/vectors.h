@@ -1,4 +1,4 @@
-// CUDA's vector types, aligned as on the device: a load of one whose address is not is an error there.
+// CUDA's vector types, aligned as on the device, where a load from an unaligned address is an error.
 #pragma once
 
 #include <cstdint>
