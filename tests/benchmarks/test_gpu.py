@@ -79,7 +79,7 @@ def test_a_child_that_hangs_ends_with_its_children(tmp_path: Path) -> None:
 # ---- parts ----
 
 
-def test_parts_go_on_behind_one_that_fails_until_time_is_over() -> None:
+def test_parts_after_one_that_fails_run_until_time_is_over() -> None:
     codes = {
         "first": "print('{\"passed\": true}')",
         "slow": "import time; print('{\"passed\": true}', flush=True); time.sleep(60)",

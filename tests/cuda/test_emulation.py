@@ -18,30 +18,30 @@ MMA = asm(
     [f"f(sum[{i}])" for i in range(4)],
     ["r(0)", "r(0)", "r(0)"],
 )
-BEHIND = "4096"  # far enough to be another tensor's, near enough to be another row's
+FAR = "4096"  # far enough to be another tensor's, near enough to be another row's
 
 # Statements of 64 threads with x (64,), whose first word says which of them run, y (64,) and `memory` (64,) in shared
 # memory, and what the error says. `zero` is 0, but the compiler does not know that.
 MISTAKES: dict[str, tuple[str, str]] = {
-    "load behind a tensor": ("y[thread] = x[thread + 1];", "out of bounds"),
-    "load far behind a tensor": (f"y[thread] = x[thread + {BEHIND}];", "out of bounds"),
+    "load past a tensor": ("y[thread] = x[thread + 1];", "out of bounds"),
+    "load far past a tensor": (f"y[thread] = x[thread + {FAR}];", "out of bounds"),
     "load before a tensor": ("y[thread] = x[thread - 1];", "out of bounds"),
-    "store behind a tensor": ("y[thread + 1] = 0;", "out of bounds"),
-    "asynchronous copy from behind a tensor": (
+    "store past a tensor": ("y[thread + 1] = 0;", "out of bounds"),
+    "asynchronous copy from past a tensor": (
         asm("cp.async.ca.shared.global [%0], [%1], 4", [], [SHARED.format(index="thread"), "l(x + thread + 1)"]),
         "out of bounds",
     ),
-    "asynchronous copy behind shared memory": (
+    "asynchronous copy past shared memory": (
         asm("cp.async.ca.shared.global [%0], [%1], 4", [], [SHARED.format(index="thread + 1"), "l(x + thread)"]),
         "out of bounds",
     ),
-    "store behind shared memory": ("memory[thread + 1] = 0;", "out of bounds"),
-    "load behind shared memory, by its address": (
+    "store past shared memory": ("memory[thread + 1] = 0;", "out of bounds"),
+    "load past shared memory, by its address": (
         asm("ld.shared.b32 %0, [%1 + 4]", ["r(y[thread])"], [SHARED.format(index="thread")]),
         "out of bounds",
     ),
     "no address of shared memory": (asm("ld.shared.b32 %0, [%1]", ["r(y[thread])"], ["r(zero)"]), "out of bounds"),
-    "matrix behind shared memory": (
+    "matrix past shared memory": (
         f"unsigned place = {SHARED[2:-1].format(index='60 + zero')} + 16; {LDMATRIX}",
         "out of bounds",
     ),
@@ -117,7 +117,7 @@ RACES: dict[str, tuple[str, str, str]] = {
 
 @functools.cache
 def races() -> tirx.PrimFunc:
-    programs = [(before, barrier * keeps, behind) for before, barrier, behind in RACES.values() for keeps in (1, 0)]
+    programs = [(before, barrier * keeps, after) for before, barrier, after in RACES.values() for keeps in (1, 0)]
     cases = [f"case {i}: {{ {' '.join(program)} }} break;" for i, program in enumerate(programs)]
     body = "__shared__ __align__(16) unsigned memory[64];\nmemory[thread] = 0;\n__syncthreads();\n"
     return kernel(body + "switch (x[0]) {\n" + "\n".join(cases) + "\n}", THREADS, THREADS, THREADS)
