@@ -65,9 +65,9 @@ class Forward:
         if self.module.layout.tensor_cores or weights in PLAIN:
             return [x]
         if weights == "bfloat16_pairs":
-            kernel: Kernel = PackPairs(width, self.rows, self.static_groups)
+            kernel: Kernel = PackPairs(width=width, rows=self.rows, groups=self.static_groups)
             return [self.module.call(kernel, [x], [relax.TensorType((g, self.rows, width // 2), "int32")])]
-        kernel = QuantizeRows(width, self.rows, weights, self.static_groups)
+        kernel = QuantizeRows(width=width, rows=self.rows, weights=weights, groups=self.static_groups)
         scales = relax.TensorType((g, self.rows, width // GROUP), "float32")
         words = relax.TensorType((g, self.rows, width // 4), "int32")
         result = self.module.call(kernel, [x], [words, scales, scales])
@@ -184,7 +184,7 @@ class Forward:
 
     def gather(self, x: relax.Var, rows: relax.Var) -> relax.Var:
         """The given rows of x, as many as this pass has rows."""
-        kernel = GatherRows(self.config.n_embd, self.rows)
+        kernel = GatherRows(width=self.config.n_embd, rows=self.rows)
         return self.module.call(kernel, [x, rows], [self._type(self.config.n_embd)])
 
     def head(self, x: relax.Var) -> relax.Var:

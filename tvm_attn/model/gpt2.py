@@ -199,7 +199,7 @@ def _add_step(module: Module, name: str, rows: int, groups: int | None, max_grou
         with builder.dataflow():
             logits = decode.logits()
             token_ids, positions, _ = decode.inputs
-            kernel = Advance(config.vocab_size, columns, rows, groups)
+            kernel = Advance(vocabulary=config.vocab_size, columns=columns, rows=rows, groups=groups)
             module.call(kernel, [logits, token_ids, positions], [token_ids.ty, positions.ty], in_place=[1, 2])
             logits = builder.emit_output(logits)
         builder.emit_func_output(logits)
@@ -209,7 +209,7 @@ def _add_argmax(module: Module, name: str, rows: int, groups: tirx.Var | int) ->
     builder, columns = module.builder, padded_vocabulary(module.config, module.layout)
     logits = relax.Var("logits", relax.TensorType((groups, rows, columns), "float32"))
     static_groups = groups if isinstance(groups, int) else None
-    kernel = Argmax(module.config.vocab_size, columns, rows, groups=static_groups)
+    kernel = Argmax(vocabulary=module.config.vocab_size, columns=columns, rows=rows, groups=static_groups)
     with builder.function(name, [logits]):
         with builder.dataflow():
             result = module.call(kernel, [logits], [relax.TensorType((groups, rows), "int32")])

@@ -62,12 +62,14 @@ def _parameter(name: str, shape: tuple[int, ...], layout: Layout, types: dict[st
     sizes = (k, n, columns)
     packed: list[Type] = [*packed_types(weights, k, n, columns)]
     if weights in PLAIN:
-        return Parameter({name: types[name]}, packed, [PackPlain(*sizes, weights, table)], sizes)
-    words = PackWords(*sizes, weights, table)
+        plain = PackPlain(in_features=k, out_features=n, columns=columns, dtype=weights, transposed=table)
+        return Parameter({name: types[name]}, packed, [plain], sizes)
+    words = PackWords(in_features=k, out_features=n, columns=columns, weights=weights, transposed=table)
     if weights == "bfloat16_pairs":
         return Parameter({name: types[name]}, packed, [words], sizes)
     given = {given_name: types[given_name] for given_name in (name, scales_name(name))}
-    return Parameter(given, packed, [words, PackPlain(k // GROUP, n, columns, "float16", table)], sizes)
+    scales = PackPlain(in_features=k // GROUP, out_features=n, columns=columns, dtype="float16", transposed=table)
+    return Parameter(given, packed, [words, scales], sizes)
 
 
 def padded_vocabulary(config: GPT2Config, layout: Layout) -> int:
