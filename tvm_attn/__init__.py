@@ -4,8 +4,8 @@
     model = tvm_attn.load("dist/gpt2")
     print(model.generate("Hello", max_new_tokens=40).text)
 
-`tvm_attn.build(...)` and `tvm_attn.tune(...)` do what the commands of those names do. Importing this package imports
-neither TVM nor PyTorch.
+`tvm_attn.build(...)` and `tvm_attn.tune(...)` do what the commands of the same names do. Importing this package
+imports neither TVM nor PyTorch.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ __all__ = ["TvmAttnError", "__version__", "build", "load", "tune"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: loading an artifact must not import the compiler, nor this package TVM."""
+    """Imports on demand: loading an artifact must not import the compiler, and importing this package must not import
+    TVM."""
     if name == "load":
         return import_module("tvm_attn.runtime.model").load
     if name in ("build", "tune"):
-        # Also the names of the commands' modules, which are callable for that reason.
+        # The commands' modules have the same names, which is why they are callable.
         return import_module(f"tvm_attn.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ COMMANDS = {
     "kernels": ("tvm_attn.list_kernels", "list a model's kernels on a target, and the schedule of each"),
     "devices": ("tvm_attn.devices", "list this machine's devices, and what is missing for which target"),
 }
-"""Module and description of each command; the module's `main(argv)` runs it. No other module is imported."""
+"""Module and description of each command; the module's `main(argv)` runs it. Only that module is imported."""
 
 _OPTIONS = {"-h, --help": "this page; tvm-attn COMMAND --help explains a command", "--version": "the version"}
 

@@ -1,4 +1,4 @@
-"""Where the data folders lie: `targets`, `schedules` and `models/demo`.
+"""Finds the data folders: `targets`, `schedules` and `models/demo`.
 
 A checkout keeps them at its top level, a wheel carries them in `tvm_attn/_data/` (see pyproject.toml).
 """
@@ -20,7 +20,7 @@ def _data_root() -> Path:
 def resource_dir(name: str) -> Path:
     """The folder `name` ("targets", "schedules" or "models/demo") of the checkout or of the installed package.
 
-    Raises TvmAttnError where it is absent.
+    Raises TvmAttnError if it is missing.
     """
     folder = _data_root() / name
     if not folder.is_dir():

@@ -1,7 +1,8 @@
-"""The device classes that this project knows: the one list of them.
+"""The one list of the device classes that this project supports.
 
-Each class is a module of its name in `tvm_attn.targets` (what hardware files say), `tvm_attn.runtime.devices` (finding
-and using devices) and `tvm_attn.compiler.devices` (making libraries for them). CONTRIBUTING.md, "Adding a backend".
+Each class has a module of its name in `tvm_attn.targets` (what hardware files say), `tvm_attn.runtime.devices` (finding
+and using devices) and `tvm_attn.compiler.devices` (building libraries for them). See "Adding a backend" in
+CONTRIBUTING.md.
 """
 
 BACKENDS = ("cpu", "cuda", "vulkan")

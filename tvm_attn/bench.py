@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="tvm-attn bench", description="Measure an artifact's speed against this machine's limits.")
     add_arguments(parser)
-    # Once an option of this command.
+    # This command used to have the option.
     parser.add_argument("--against", help=argparse.SUPPRESS)
     return parser
 
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options(args: argparse.Namespace) -> Options:
-    """What to measure, of the arguments that `add_arguments` adds."""
+    """What to measure, from the arguments that `add_arguments` adds."""
     from tvm_attn.benchmark.cases import Options
 
     return Options(
@@ -109,9 +109,9 @@ def measure(
     """Measures, prints and writes what the arguments say; returns the exit status.
 
     Args:
-        args: of a parser with `add_arguments`.
-        start_peers: see `tvm_attn.benchmark.session.run`.
-        more_tables: what to print after the tables of our own figures.
+        args: the parsed arguments that `add_arguments` adds.
+        start_peers: starts the runtimes to compare with; see `tvm_attn.benchmark.session.run`.
+        more_tables: gives tables to print after those of our own figures.
     """
     from tvm_attn.benchmark import cases
 

@@ -102,7 +102,7 @@ def _note(text: str) -> None:
 
 
 class _CallableModule(ModuleType):
-    """`tvm_attn.build` names this module and, in Python, the function: calling the module builds."""
+    """`tvm_attn.build` is both this module and the function of the Python interface: calling the module builds."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from tvm_attn.compiler.build import build

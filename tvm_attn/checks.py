@@ -1,4 +1,4 @@
-"""What a parsed JSON or TOML table has to hold: rules by key, and the first thing that breaks one in words."""
+"""Rules for the values of a parsed JSON or TOML table, and a description of the first value that breaks one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tvm_attn.errors import shorten
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value has to be.
+    """What a value must be.
 
     Attributes:
-        give: in words that go after "give".
-        holds: whether a value, which may be anything that was parsed, is that.
+        give: what the value must be, worded to follow "give".
+        holds: whether a value follows the rule; the value may be anything that a parser returns.
     """
 
     give: str
@@ -29,7 +29,7 @@ Rules = Mapping[str, "Rule | Rules"]
 
 
 def problem(table: Any, rules: Rules, above: str = "") -> str | None:
-    """The first fault, such as "tile.rows is '8'; give an integer from 1 to 64"; None where there is none."""
+    """The first fault, such as "tile.rows is '8'; give an integer from 1 to 64"; None if there is none."""
     if type(table) is not dict:
         return f"{above.rstrip('.') or 'it'} is {shorten(table)}; give a table"
     for key, rule in rules.items():
@@ -47,7 +47,7 @@ def problem(table: Any, rules: Rules, above: str = "") -> str | None:
 
 
 def integer(low: int, high: int) -> Rule:
-    """An integer within bounds; true and 1.0 are none."""
+    """An integer within bounds; true and 1.0 do not count."""
     return Rule(f"an integer from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
 
 
@@ -58,7 +58,7 @@ def power_of_two(low: int, high: int) -> Rule:
 
 
 def text(pattern: str = r"[^\n]+", give: str = "text on one line") -> Rule:
-    """Text that a pattern matches as a whole, of at most 1000 characters."""
+    """Text of at most 1000 characters that a pattern matches as a whole."""
     return Rule(give, lambda value: type(value) is str and len(value) <= 1000 and bool(re.fullmatch(pattern, value)))
 
 

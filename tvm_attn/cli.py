@@ -1,11 +1,11 @@
 """What all commands share: how they end, read arguments, show progress and print results.
 
-| end | exit status | said |
+| outcome | exit status | output |
 |---|---|---|
 | done | what the command returns | - |
-| TvmAttnError, wrong arguments among them | 2 | `error: ...`, one line on stderr |
+| TvmAttnError, including wrong arguments | 2 | `error: ...`, one line on stderr |
 | Ctrl-C | 130, 128 + SIGINT as in a shell | - |
-| the reader of stdout is gone | 141, 128 + SIGPIPE as in a shell | - |
+| the reader of stdout has gone | 141, 128 + SIGPIPE as in a shell | - |
 
 Every other exception is a bug and keeps its traceback. Nothing here imports TVM, NumPy or rich before it is needed, so
 that a mistake in the arguments is answered at once.
@@ -46,7 +46,7 @@ def run(command: Callable[[], int]) -> int:
         status = _run(command)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more when it exits; let that go nowhere instead of fail.
+        # Python flushes stdout once more when it exits; discard that instead of failing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return status
@@ -70,7 +70,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _shortened(text: str, length: int) -> str:
-    """The text with its middle left out where it is too long: arguments and files may hold anything."""
+    """The text without its middle if it is too long: arguments and files may hold anything."""
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def integer(least: int | None = 1, most: int | None = None) -> Callable[[str], int]:
-    """A reader of an argument that is a whole number from `least` to `most`; None leaves the bound to others."""
+    """A reader of whole numbers from `least` to `most`; None means that the bound is checked elsewhere."""
 
     def read(text: str) -> int:
         number = _number(text, int)
@@ -100,7 +100,7 @@ def integer(least: int | None = 1, most: int | None = None) -> Callable[[str], i
 
 
 def integers(least: int = 1) -> Callable[[str], tuple[int, ...]]:
-    """A reader of whole numbers of at least `least`, separated by commas; an empty text is none of them."""
+    """A reader of whole numbers of at least `least`, separated by commas; empty text gives none."""
     each = integer(least)
     return lambda text: tuple(dict.fromkeys(each(part.strip()) for part in text.split(","))) if text.strip() else ()
 
@@ -127,7 +127,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def output_file(text: str) -> Path:
-    """Reads the name of a file that is written when all is done; refuses what could not be written then."""
+    """Reads the name of a file that is written at the end; refuses one that could not be written."""
     path = Path(text)
     problem = None
     if not text:
@@ -144,7 +144,7 @@ def output_file(text: str) -> Path:
 
 
 def output_folder(text: str) -> str:
-    """Reads the name of a folder that is made when it is needed; refuses what cannot be one."""
+    """Reads the name of a folder that is created when needed; refuses one that could not be created."""
     if not text:
         raise argparse.ArgumentTypeError("the folder's name is empty")
     above = Path(os.path.abspath(text))
@@ -165,18 +165,18 @@ def output_folder(text: str) -> str:
 
 
 def existing_folder(text: str) -> Path:
-    """Reads the name of a folder; `open_artifact` looks into it."""
+    """Reads the name of a folder; `open_artifact` checks the folder itself."""
     if not text:
         raise argparse.ArgumentTypeError("the folder's name is empty")
     return Path(text)
 
 
 def open_artifact(folder: Path, device: str) -> Artifact:
-    """The artifact in a folder that a command was given, with a look for a library for the device, without TVM.
+    """The artifact in a folder; checks, without TVM, that it has a library for the device.
 
     Raises:
-        ArtifactError: there is none, or it has no library for the device that runs on this machine.
-        DeviceError: there is no device of such a name.
+        ArtifactError: there is no artifact, or it has no library for the device that runs on this machine.
+        DeviceError: the device's name is unknown.
     """
     from tvm_attn.runtime.artifact import Artifact
     from tvm_attn.runtime.device import parse_device
@@ -198,17 +198,17 @@ class Show(Protocol):
         """
         Args:
             message: a few words.
-            share: how much is done, 0 to 1; None where that is not known.
-            detail: figures that change while it happens.
+            share: how much is done, 0 to 1; None if unknown.
+            detail: figures that change during the step.
         """
 
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Show]:
-    """Shows what happens next: a bar with the elapsed time where stderr is a terminal, elsewhere a line each.
+    """Shows what happens next: a bar with the elapsed time if stderr is a terminal, else a line per step.
 
     Args:
-        quiet: no lines: another program reads the result, or it is there in a moment.
+        quiet: print no lines, because another program reads the result or the step is short.
     """
     if not sys.stderr.isatty():
         said: set[str] = set()
@@ -256,7 +256,7 @@ def print_tables(tables: Iterable[Table]) -> None:
     """Prints tables on stdout."""
     from rich.console import Console
 
-    # Off a terminal, rich assumes 80 columns and would cut the cells.
+    # Without a terminal, rich assumes 80 columns and would cut the cells.
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     for table in tables:
         console.print(table)

@@ -1,8 +1,8 @@
-"""GPT-2's hyperparameters: the four published sizes, and the reading of Hugging Face `config.json` dictionaries.
+"""GPT-2's hyperparameters: the four published sizes, and reading Hugging Face's `config.json`.
 
 The keys, their defaults and their meaning are those of `transformers.GPT2Config`. What the compiled model cannot
-compute is refused here by name, so that nothing later has to ask. Only the standard library is imported: the runtime
-reads an artifact's configuration with this file.
+compute is refused here by name, so that later code need not check. Only the standard library is imported, because the
+runtime reads an artifact's configuration with this module.
 """
 
 import math
@@ -51,7 +51,7 @@ class GPT2Config:
 
     Construction validates every field and resolves three of them: `n_inner=None` becomes `4 * n_embd`, an activation
     gets its canonical name (a key of `ACTIVATIONS`), and a token id outside the vocabulary is left out, since no such
-    token can occur (transformers' default, 50256, is kept in the configs of models with small vocabularies).
+    token can occur (configs of models with small vocabularies often keep transformers' default, 50256).
     `eos_token_id` is one id, a tuple of several that each end a text, or None.
 
     Raises ConfigError for a wrong type, a size out of range, or an unsupported value.
@@ -159,7 +159,7 @@ def param_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Canonical parameter names and shapes, in canonical order.
 
     Names are Hugging Face's without `transformer.`; the weights of attention and MLP are (in, out), as in Hugging
-    Face's Conv1D. `lm_head.weight` exists only where the word embeddings are not tied.
+    Face's Conv1D. `lm_head.weight` exists only if the word embeddings are not tied.
     """
     embd, inner = config.n_embd, config.n_inner
     shapes: dict[str, tuple[int, ...]] = {
@@ -209,11 +209,11 @@ def _activation(value: Any) -> str:
 
 
 def _token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-    """The ids of a field that is one, a list or null: each once, without those outside the vocabulary."""
+    """The ids of a field that is one id, a list or null, without duplicates and without ids outside the vocabulary."""
     values = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     if name != "eos_token_id" and len(values) > 1:
         raise ConfigError(f"{name} lists {len(values)} tokens; it must be one token id or null")
-    least = -math.inf if name == "pad_token_id" else 0  # -1 is usual where nothing pads
+    least = -math.inf if name == "pad_token_id" else 0  # -1 is usual for no padding token
     for token_id in values:
         if not _is_int(token_id) or token_id < least:
             raise ConfigError(f"{name} must be a token id or null, not {shorten(value)}")

@@ -1,7 +1,7 @@
 """The exceptions of tvm_attn: one type per cause, all derived from `TvmAttnError`.
 
 Every message is one line that says what was wrong and what to do; the commands print it and exit with status 2.
-What it quotes of a file or an argument goes through `shorten` or `one_line`, so that it stays short.
+Text that it quotes from a file or an argument goes through `shorten` or `one_line`, so that it stays short.
 """
 
 import reprlib
@@ -66,7 +66,7 @@ class TuningError(TvmAttnError):
 def shorten(value: object, limit: int = 40) -> str:
     """`repr(value)` in at most `limit` characters, for a message that quotes a file or an argument."""
     if isinstance(value, str | bytes):
-        value = value[: limit + 1]  # the repr of a text of megabytes would be made only to be cut
+        value = value[: limit + 1]  # megabytes of text need no repr that would then be cut
     try:
         # The parts of a container are cut before they are written; arrays and tensors are written in several lines.
         short = isinstance(value, list | tuple | dict | set | frozenset)
@@ -77,8 +77,8 @@ def shorten(value: object, limit: int = 40) -> str:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an exception's message, shortened, or its type's name where it has none."""
+    """The first line of an exception's message, shortened, or its type's name if it has none."""
     lines = str(error).strip().splitlines()
     line = lines[0][:limit] if lines else type(error).__name__
-    # What a library quotes of a file could move a terminal's cursor.
+    # A library's message may quote characters of a file that move the terminal's cursor.
     return line if line.isprintable() else repr(line)[1:-1]

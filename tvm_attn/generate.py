@@ -143,7 +143,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _read_stdin() -> str:
-    """Standard input less its final newline, as a shell's $(...) reads it."""
+    """Standard input without its final newline, as a shell's $(...) reads it."""
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -151,7 +151,7 @@ def _read_stdin() -> str:
 
 
 def _shown(model: "Model", prompt: str | list[int]) -> str:
-    """How a prompt is printed: as text where there is a tokenizer, else as ids."""
+    """How a prompt is printed: as text if there is a tokenizer, else as ids."""
     if isinstance(prompt, str):
         return prompt
     return ",".join(map(str, prompt)) if model.tokenizer is None else model.tokenizer.decode(prompt)
@@ -186,7 +186,7 @@ def _speed(name: str, tokens: int, seconds: float, rate: float | None) -> str:
 
 
 def _json_object(completions: list[Completion], stats: GenerationStats) -> dict[str, Any]:
-    """One prompt's completion flat, several under "completions"; with the timings of the whole request."""
+    """One completion at the top level, several under "completions"; and the timings of the whole request."""
     found = [dataclasses.asdict(completion) for completion in completions]
     timings = dataclasses.asdict(stats) | {
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,

@@ -1,4 +1,4 @@
-"""What this machine has to run models on: devices with their features and limits, and which targets fit them."""
+"""What this machine can run models on: devices with their features and limits, and the targets that fit them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tvm_attn.targets import Target
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether code for a target with weights of a storage dtype, not quantized, runs on a device.
+    """Whether unquantized code for a target and a storage dtype runs on a device.
 
     Attributes:
         target: the target's name.
-        device: the device, or the class of devices where there is none.
+        device: the device, or the device class if there is no such device.
         dtype: the storage dtype.
-        missing: what the device lacks; empty where the code runs.
+        missing: what the device lacks; empty if the code runs.
     """
 
     target: str
@@ -31,12 +31,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All of it.
+    """This machine's devices, and the targets that fit them.
 
     Attributes:
         devices: the devices, processor first.
-        absent: for each class of devices without a usable one, why.
-        fits: every target with every device of its class, for each of the target's dtypes.
+        absent: the reason for each device class that has no usable device.
+        fits: one entry for every target, device of its class, and dtype of the target.
     """
 
     devices: tuple[Found, ...]
@@ -49,7 +49,7 @@ class Inventory:
 
 
 def take_inventory() -> Inventory:
-    """Looks at this machine, through TVM and Vulkan's loader. Starts no work on any device."""
+    """Inspects this machine through TVM and Vulkan's loader. Starts no work on any device."""
     devices, absent = [], {}
     for found in device_classes():
         try:
@@ -60,7 +60,7 @@ def take_inventory() -> Inventory:
 
 
 def obstacle(target: Target, dtype: str = "float32", quant: str = "none") -> str | None:
-    """Why the first device of a target's class does not run its code, in words; None where it does."""
+    """Why the first device of a target's class cannot run its code, in words; None if it can."""
     of_target = device_class(target.device)
     if reason := of_target.obstacle():
         return reason

@@ -1,7 +1,7 @@
-"""Reading small files, JSON above all, with one error for everything that can be wrong with one.
+"""Reads small files, mostly JSON, and raises one type of error for everything that can be wrong with one.
 
-A file comes from elsewhere: it may be a device, larger than memory, or not the text that its name promises. Only the
-standard library is imported, as the runtime reads its manifest with this.
+Files come from elsewhere: one may be a device, larger than memory, or not the text that its name promises. Only the
+standard library is imported, because the runtime reads its manifest with this module.
 """
 
 import json
@@ -17,16 +17,16 @@ from typing import Any, BinaryIO
 from tvm_attn.errors import TvmAttnError, one_line, shorten
 
 CONFIG_BYTES = 8 << 20
-"""Most bytes of a configuration, an index or a manifest; real ones have less than 2 MB."""
+"""Largest size of a configuration, an index or a manifest; real ones have less than 2 MB."""
 TOKENIZER_BYTES = 64 << 20
-"""Most bytes of a tokenizer's vocabulary; the largest in use have about 40 MB."""
+"""Largest size of a tokenizer's vocabulary; the largest in use have about 40 MB."""
 
 _MAX_DIGITS = 400  # more than any float has before its point; int() of a longer text takes quadratic time
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def exists(path: str | Path, error: type[TvmAttnError]) -> bool:
-    """Whether there is something at `path`; raises `error` where that cannot be known (no permission, a long name)."""
+    """Whether there is something at `path`; raises `error` if that cannot be known (no permission, a long name)."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -40,7 +40,7 @@ def exists(path: str | Path, error: type[TvmAttnError]) -> bool:
 def opened(path: str | Path, error: type[TvmAttnError]) -> Iterator[BinaryIO]:
     """A regular file, open for reading.
 
-    Raises `error` where it is missing, unreadable, or a folder, a device or a pipe, which is never waited for.
+    Raises `error` if it is missing, unreadable, or a folder, a device or a pipe; it never waits for a pipe.
     """
     try:
         with open(path, "rb", opener=open_regular) as file:
@@ -52,7 +52,7 @@ def opened(path: str | Path, error: type[TvmAttnError]) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: str | Path, limit: int, error: type[TvmAttnError]) -> bytes:
-    """The content of a regular file; raises `error` as `opened` does, and beyond `limit` bytes."""
+    """The content of a regular file; raises `error` as `opened` does, and if it exceeds `limit` bytes."""
     with opened(path, error) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(limit + 1) if size <= limit else b""
@@ -62,7 +62,7 @@ def read_bytes(path: str | Path, limit: int, error: type[TvmAttnError]) -> bytes
 
 
 def read_text(path: str | Path, limit: int, error: type[TvmAttnError]) -> str:
-    """The text of a UTF-8 file; raises `error` as `read_bytes` does, and where it is not UTF-8."""
+    """The text of a UTF-8 file; raises `error` as `read_bytes` does, and if it is not UTF-8."""
     try:
         return read_bytes(path, limit, error).decode("utf-8")
     except UnicodeDecodeError as failure:
@@ -77,7 +77,7 @@ def read_json(path: str | Path, limit: int, error: type[TvmAttnError]) -> Any:
 def parse_json(text: str, what: str, error: type[TvmAttnError]) -> Any:
     """Parsed JSON (RFC 8259); `what` names the text in messages.
 
-    Raises `error` where it is not JSON, and for what JSON leaves open: a name with two different values, NaN and
+    Raises `error` if it is not JSON, and for what JSON leaves undefined: a name with two different values, NaN and
     infinity, numbers beyond a float's range or of more than 400 digits, half a surrogate pair, very deep nesting.
     """
     try:
@@ -103,7 +103,7 @@ def parse_json(text: str, what: str, error: type[TvmAttnError]) -> Any:
 
 
 def shorten_path(path: str | Path) -> str:
-    """A path on one line of a message; of a very long one, its beginning and its end."""
+    """A path for a one-line message; the middle of a very long one is left out."""
     text = str(path)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= 200 else f"{text[:98]}...{text[-98:]}"
@@ -112,11 +112,11 @@ def shorten_path(path: str | Path) -> str:
 def open_regular(path: str, flags: int = os.O_RDONLY, dir_fd: int | None = None) -> int:
     """Opens a regular file; opening a pipe would wait for a writer, and opening some devices acts on them.
 
-    Raises ValueError where it is something else, and OSError.
+    Raises ValueError if it is something else, and OSError if it cannot be opened.
     """
     if not stat.S_ISREG(os.stat(path, dir_fd=dir_fd).st_mode):
         raise ValueError("it is not a regular file")
-    descriptor = os.open(path, flags | os.O_NONBLOCK, dir_fd=dir_fd)  # it may have become a pipe
+    descriptor = os.open(path, flags | os.O_NONBLOCK, dir_fd=dir_fd)  # it may have become a pipe since
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError("it is not a regular file")

@@ -1,7 +1,7 @@
-"""Numbers that users pass, as Python's own.
+"""Converts numbers that users pass to Python's own.
 
-NumPy's wrap around (`-np.uint8(5)` is 251) or overflow where Python's do not, and an array's or a tensor's comparison
-is no bool: so each number becomes an `int` or a `float` where it enters, and is one from there on.
+NumPy's numbers wrap around (`-np.uint8(5)` is 251) or overflow where Python's do not, and comparing arrays or tensors
+does not give a bool. So each number is converted to an `int` or a `float` as soon as it is passed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tvm_attn.errors import GenerationError, TvmAttnError, shorten
 def integer(
     name: str, value: Any, least: int, most: int | None = None, error: type[TvmAttnError] = GenerationError
 ) -> int:
-    """`value` as an int: any integer will do, such as NumPy's or an integer array without dimensions, but no bool.
+    """`value` as an int: any integer will do, such as NumPy's or an integer array without dimensions, but not a bool.
 
     Raises:
-        `error`: it is none, or not in `least` .. `most`.
+        `error`: it is not an integer, or not in `least` .. `most`.
     """
     number = None
     if not is_bool(value) and getattr(value, "ndim", 0) == 0:
@@ -36,10 +36,10 @@ def integer(
 def real(name: str, value: Any, legal: str, low: float, high: float, *, open_low: bool = False) -> float:
     """`value` as a float: any real number will do, such as NumPy's or a Fraction, but neither a bool nor text.
 
-    `legal` says the interval in words for the message.
+    `legal` describes the interval in the message.
 
     Raises:
-        GenerationError: it is none, or not in [low, high], or (low, high] with `open_low`. NaN is in no interval.
+        GenerationError: it is no number, or not in [low, high], or (low, high] with `open_low`. NaN is in no interval.
     """
     number = None
     if not is_bool(value) and not isinstance(value, str | bytes | bytearray) and getattr(value, "ndim", 0) == 0:
@@ -53,5 +53,5 @@ def real(name: str, value: Any, legal: str, low: float, high: float, *, open_low
 
 
 def is_bool(value: Any) -> bool:
-    """Whether it is a bool of Python's, NumPy's or a tensor library's."""
+    """Whether it is a bool of Python, NumPy or a tensor library."""
     return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))

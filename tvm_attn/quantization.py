@@ -1,7 +1,7 @@
-"""Weights as small integers with a scale for every 32, in NumPy alone: running or checking a model needs no compiler.
+"""Weights as small integers with a scale for every 32. NumPy only: running or checking a model needs no compiler.
 
-Quantization is symmetric, ``weight = scale * q`` with q in -127..127 (int8) or -7..7 (int4); G = `GROUP` inputs of an
-output share a scale. K/N are the input/output features of a linear layer.
+Quantization is symmetric, ``weight = scale * q`` with q in -127..127 (int8) or -7..7 (int4). For each output, every
+G = `GROUP` inputs share a scale. K/N are the input/output features of a linear layer.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import numpy as np
 
 from tvm_attn.storage import GROUP
 
-_ROWS = 1024  # that an error is summed up over at a time
+_ROWS = 1024  # rows whose errors are summed at a time
 
 
 def quantize(weight: np.ndarray, weights: str, scale_dtype: str = "float16") -> tuple[np.ndarray, np.ndarray]:
     """Canonical quantized form of a float32 weight (K, N): values int8 (K, N), and float16 scales (K/G, N).
 
-    The scale is rounded first, so that the values are the best for the scale that is stored. Another dtype than float16
-    is for comparison.
+    The scale is rounded first, so that the values are the best for the scale that is stored. Other dtypes than float16
+    are only for comparison.
     """
     k, n = weight.shape
     largest = 127 if weights == "int8" else 7
@@ -29,12 +29,12 @@ def quantize(weight: np.ndarray, weights: str, scale_dtype: str = "float16") -> 
 
 
 def dequantize(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32 (K, N) of int8 values (K, N) and float16 scales (K/G, N)."""
+    """The float32 weight (K, N) that int8 values (K, N) and float16 scales (K/G, N) represent."""
     return values.astype(np.float32) * np.repeat(scales.astype(np.float32), GROUP, axis=0)
 
 
 def relative_error(stored: np.ndarray, exact: np.ndarray) -> float:
-    """Normalised mean squared error, ``sum((stored - exact)**2) / sum(exact**2)``; 0 where all is zero.
+    """Normalised mean squared error, ``sum((stored - exact)**2) / sum(exact**2)``; 0 if both are zero.
 
     Args:
         stored, exact: float arrays of one shape; finite.
@@ -44,7 +44,7 @@ def relative_error(stored: np.ndarray, exact: np.ndarray) -> float:
         return float(np.any(stored))
     error = power = 0.0
     for start in range(0, len(exact), _ROWS):
-        # float64, and scaled: the squares of float32's smallest and largest numbers are none of its numbers.
+        # Scaled, and in float64: float32 cannot hold the squares of its smallest and largest numbers.
         block = exact[start : start + _ROWS].astype(np.float64) / peak
         power += float(np.square(block).sum())
         error += float(np.square(stored[start : start + _ROWS].astype(np.float64) / peak - block).sum())
@@ -52,7 +52,7 @@ def relative_error(stored: np.ndarray, exact: np.ndarray) -> float:
 
 
 def to_nibbles(values: np.ndarray) -> np.ndarray:
-    """int8 values in -8..7, (K, N), as uint8 (K/2, N): row 2 i in the low half of a byte, row 2 i + 1 above."""
+    """int8 values in -8..7, (K, N), as uint8 (K/2, N): row 2 i in the low half of a byte, 2 i + 1 in the high half."""
     unsigned = (values + 8).astype(np.uint8)
     return unsigned[0::2] | (unsigned[1::2] << 4)
 

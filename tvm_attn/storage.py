@@ -1,6 +1,6 @@
 """What an artifact stores for every parameter: names, shapes and dtypes of the canonical tensors.
 
-Vectors are float32 always. Matrices have the artifact's dtype, or are quantized: symmetric, with a float16 scale for
+Vectors are always float32. Matrices have the artifact's dtype, or are quantized: symmetric, with a float16 scale for
 every `GROUP` inputs of an output. The position table is never quantized.
 
 | quantization | a linear layer (K, N) | the token table and an untied head (V, E) |
@@ -9,7 +9,7 @@ every `GROUP` inputs of an output. The position table is never quantized.
 | int8 | (K, N) int8, scales (K/G, N) | (V, E) int8, scales (V, E/G) |
 | int4 | (K/2, N) uint8, scales (K/G, N) | (V, E/2) uint8, scales (V, E/G) |
 
-float16 scales bound the values that can be quantized, see `tvm_attn.model.params`.
+float16 scales limit the values that can be quantized; see `tvm_attn.model.params`.
 
 A byte of int4 holds inputs 2 i (low half) and 2 i + 1, each plus 8.
 """
@@ -24,9 +24,9 @@ from tvm_attn.errors import ConfigError
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "int4")
 GROUP = 32
-"""Inputs that share a scale, G."""
+"""G, the number of inputs that share a scale."""
 TABLES = ("wte.weight", "lm_head.weight")
-"""Matrices that are stored with one row an output."""
+"""Matrices that are stored with one row per output."""
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -56,7 +56,7 @@ def stored_types(config: GPT2Config, dtype: str, quant: str) -> dict[str, tuple[
     """Shape and dtype of every stored tensor, by name, in canonical order.
 
     Raises:
-        ConfigError: an input width is no multiple of `GROUP`, so that it cannot be quantized.
+        ConfigError: an input width is not a multiple of `GROUP`, so the matrix cannot be quantized.
     """
     types: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, shape in param_shapes(config).items():

@@ -129,7 +129,7 @@ def _print(tuned: Tuned, seconds: float) -> None:
 
 
 class _CallableModule(ModuleType):
-    """`tvm_attn.tune` names this module and, in Python, the function: calling the module searches."""
+    """`tvm_attn.tune` is both this module and the function of the Python interface: calling the module searches."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from tvm_attn.tuning.tuner import tune
