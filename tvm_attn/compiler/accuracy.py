@@ -1,4 +1,4 @@
-"""What quantization costs: the compiled model against the float32 reference on the unquantized weights."""
+"""Measures what quantization costs: the compiled model against the float32 reference on the unquantized weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Accuracy:
     """Agreement of next-token distributions, over `tokens` positions of `text`.
 
     Attributes:
-        text: what was read.
+        text: the name of the text.
         tokens: number of positions.
         kl_divergence: mean of KL(reference || compiled), nats.
-        kl_divergence_p99: its 99th percentile.
+        kl_divergence_p99: 99th percentile of the same.
         top1: share of positions with the same most likely token.
     """
 
@@ -40,7 +40,7 @@ class Accuracy:
         return asdict(self)
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line for the user."""
         return (
             f"against float32 on {self.tokens} tokens of {self.text}: KL divergence {self.kl_divergence:.4f} nats "
             f"(99 %: {self.kl_divergence_p99:.4f}), same top token {self.top1:.1%}"
@@ -56,7 +56,7 @@ def measure_accuracy(
         config: the model.
         params: the checkpoint's parameters, before they were quantized.
         engine: the compiled model; slot 0 is overwritten.
-        tokenizer: content of `tokenizer.json`; without one, random tokens take the place of text.
+        tokenizer: content of `tokenizer.json`; if None, random tokens are used instead of text.
     """
     text, windows = _windows(config, tokenizer)
     reference = Reference(config, dict(params))
@@ -71,7 +71,7 @@ def measure_accuracy(
 
 
 def _windows(config: GPT2Config, tokenizer: str | None) -> tuple[str, list[np.ndarray]]:
-    """The name of the text, and its tokens in windows of at most the context."""
+    """The name of the text, and its tokens in windows no longer than the context."""
     if tokenizer is None:
         ids = np.random.default_rng(0).integers(0, config.vocab_size, _TOKENS, dtype=np.int32)
         return "random token ids", np.array_split(ids, -(-_TOKENS // config.n_positions))

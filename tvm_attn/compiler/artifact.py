@@ -19,7 +19,7 @@ _ALIGNMENT = 64
 
 
 def packed_first(params: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Puts the small parameters that are used as they are behind those that are packed.
+    """Moves the small parameters, which are used as they are, after those that are packed.
 
     `transform_params` asks for them in that order, so every shard is read once.
     """
@@ -36,7 +36,7 @@ def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None
     """Writes parameters in the tensor-cache convention of TVM and MLC-LLM, one shard in memory at a time.
 
     Args:
-        folder: the artifact; `params/` is made in it.
+        folder: the artifact's folder; `params/` is created in it.
         params: names and C-contiguous arrays.
     """
     (folder / "params").mkdir()
@@ -82,7 +82,7 @@ def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None
 
 
 def write_manifest(folder: Path, body: dict[str, Any]) -> None:
-    """Adds sizes and SHA-256 of every file of the folder to the body, and writes it as the manifest."""
+    """Adds the size and SHA-256 of every file in the folder to the body, and writes it as the manifest."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     body["files"] = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash(path, "sha256")}

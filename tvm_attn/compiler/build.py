@@ -1,4 +1,4 @@
-"""From a checkpoint to an artifact: all of it in one function."""
+"""Builds an artifact from a checkpoint."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class Built:
     Attributes:
         folder: the artifact.
         source: where the weights came from.
-        reports: by target name; None where the library could not run on this machine, or checking was switched off.
-        notes: what the user should know, a line each.
+        reports: the verification report of each target; None if the library could not run on this machine, or checking
+            was switched off.
+        notes: what the user should know, one line each.
     """
 
     folder: Path
@@ -67,15 +68,15 @@ def build(
 
     Args:
         model: a published size ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), a folder with a checkpoint, a Hugging
-            Face hub id, "demo", the small model that comes with tvm_attn, or what `open_weights` gave.
+            Face hub id, "demo" (the small model that comes with tvm_attn), or the result of `open_weights`.
         target: "cpu" for this machine, or names of targets, separated by commas.
-        dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are float32 always.
+        dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are always float32.
         quant: "none", "int8" or "int4": matrices with a scale for every 32 weights, multiplied as integers.
-        out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced when all has gone well;
-            anything else that is there is an error.
-        verify: compare the compiled functions with PyTorch; where it is not installed, a note says so.
-        random_weights: take random weights of the model's size in place of its own; see `open_weights`.
-        progress: told what happens next.
+        out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced once the build has
+            succeeded; anything else there is an error.
+        verify: compare the compiled functions with PyTorch; if it is not installed, a note says so.
+        random_weights: use random weights of the model's size instead of its own; see `open_weights`.
+        progress: called with a message before each step.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError: the checkpoint is not usable.

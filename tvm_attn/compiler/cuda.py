@@ -1,8 +1,8 @@
-"""CUDA C to a fatbin: machine code for several architectures and PTX for those to come, without a GPU or a driver.
+"""Compiles CUDA C to a fatbin (machine code for several architectures, PTX for later ones) without a GPU or a driver.
 
-Two ways, the first that is there: nvcc of an installed CUDA toolkit (`CUDA_HOME`, `CUDA_PATH`, `PATH`), or NVRTC from
-PyPI (the extra `cuda`). Arithmetic is as CUDA C says: division and square roots are rounded correctly
-and denormals kept, since `--use_fast_math` is not given; kernels that can do with less ask for it themselves.
+The compiler is nvcc from an installed CUDA toolkit (`CUDA_HOME`, `CUDA_PATH`, `PATH`), or else NVRTC from PyPI (the
+extra `cuda`). Arithmetic is exactly that of CUDA C: division and square roots are rounded correctly and denormals are
+kept, because `--use_fast_math` is not given. Kernels that need less accuracy ask for it themselves.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Image:
 
     Attributes:
         architecture: "sm_90a" for machine code, "compute_80" for PTX.
-        code: the cubin, or the text.
-        log: what the compiler said; with the resources of each kernel, as `ptxas -v` prints them.
+        code: the cubin, or the PTX text.
+        log: the compiler's messages, including the resources of each kernel as `ptxas -v` prints them.
     """
 
     architecture: str
@@ -43,11 +43,11 @@ class Image:
 
 
 class CudaCompiler(ABC):
-    """Compiles CUDA C."""
+    """A compiler for CUDA C."""
 
     @abstractmethod
     def lacks(self, architectures: Sequence[str]) -> list[str]:
-        """Those of the architectures that this compiler does not know."""
+        """The architectures that this compiler does not know."""
 
     @abstractmethod
     def image(self, source: str, architecture: str) -> Image:
@@ -55,7 +55,7 @@ class CudaCompiler(ABC):
 
     @abstractmethod
     def fatbin(self, source: str, architectures: Sequence[str]) -> bytes:
-        """All of them in one image that the driver picks from; it decompresses nothing but PTX. Raises CompileError."""
+        """One image that the driver picks code from; it has to decompress only PTX. Raises CompileError."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,16 @@ class Nvcc(CudaCompiler):
 
 @dataclass(frozen=True)
 class Nvrtc(CudaCompiler):
-    """The packages nvidia-cuda-nvrtc and nvidia-nvfatbin with the headers of nvidia-cuda-runtime.
+    """NVRTC from the packages nvidia-cuda-nvrtc and nvidia-nvfatbin, with the headers of nvidia-cuda-runtime.
 
     Attributes:
-        folder: where they have put lib/ and include/.
+        folder: the folder in which these packages install lib/ and include/.
     """
 
     folder: Path
 
     def lacks(self, architectures: Sequence[str]) -> list[str]:
-        """See `CudaCompiler`; the versions that tvm-attn asks for know all."""
+        """See `CudaCompiler`; the versions that tvm-attn requires know all architectures."""
         return []
 
     def image(self, source: str, architecture: str) -> Image:
@@ -124,7 +124,7 @@ class Nvrtc(CudaCompiler):
 
     def _image(self, source: Path, architecture: str) -> Image:
         output = source.with_suffix(f".{architecture}")
-        # device functions without __device__ are TVM's helpers.
+        # -default-device: TVM's helper functions lack __device__.
         options = ["-default-device", "--std=c++17", "--device-int128", "-w"]
         options += [f"-I{self.folder / 'include'}", f"-I{self.folder / 'include' / 'cccl'}"]
         if architecture.startswith("sm_"):
@@ -151,9 +151,9 @@ def _written(source: str, folder: str) -> Path:
 
 
 def _families(architectures: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Virtual architectures, and what to make of the PTX of each: most of the time goes into PTX.
+    """Virtual architectures, each with the code to make from its PTX; making PTX takes most of the time.
 
-    One PTX serves all of a generation (sm_80, sm_86 and sm_89); code for a single architecture (sm_90a) has its own.
+    A generation (sm_80, sm_86 and sm_89) shares one PTX; code for a single architecture (sm_90a) has its own.
     """
     families: dict[str, list[str]] = {}
     for name in sorted(architectures, key=lambda name: int(_digits(name))):
@@ -174,7 +174,7 @@ def _first_error(text: str) -> str:
 
 
 def find_compiler(architectures: Sequence[str] = ()) -> CudaCompiler:
-    """The compiler of this machine: nvcc where there is one that knows the architectures, else NVRTC.
+    """The compiler of this machine: nvcc if there is one that knows the architectures, else NVRTC.
 
     Raises:
         CompileError: neither is installed, or nvcc is older than an architecture.
@@ -209,7 +209,7 @@ def _find_nvcc() -> Path | None:
 
 
 def _find_nvrtc() -> Nvrtc | None:
-    """Where the packages are, whichever folder of `nvidia` holds them."""
+    """NVRTC in whichever folder of `nvidia` holds its packages; None if they are not installed."""
     spec = find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for candidate in sorted(Path(folder).glob("cu[0-9]*"), reverse=True):
@@ -225,12 +225,12 @@ def compile_fatbin(source: str, architectures: Sequence[str]) -> bytes:
 
     Args:
         source: the translation unit.
-        architectures: machine code and PTX, e.g. ("sm_80", "sm_90a", "compute_80").
+        architectures: the machine code and PTX to make, e.g. ("sm_80", "sm_90a", "compute_80").
 
     Returns:
-        A fatbin, as `cuModuleLoadData` takes it.
+        A fatbin that `cuModuleLoadData` accepts.
 
     Raises:
-        CompileError: no compiler, one that is too old, or an error in the source.
+        CompileError: there is no compiler, it is too old, or the source has an error.
     """
     return find_compiler(architectures).fatbin(source, architectures)

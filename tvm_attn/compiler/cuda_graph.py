@@ -1,17 +1,17 @@
 """Relax functions that run as one CUDA graph: the first call captures their kernels, later calls launch the graph.
 
-A function asks for it with the attribute `num_input` = 0, by which Relax's `RewriteCUDAGraph` knows that no argument
-is an input that may move: each has the same address in every call of one virtual machine. Sizes known at run time alone
-may differ between calls; each combination of them is captured once.
+A function asks for this with the attribute `num_input` = 0, which tells Relax's `RewriteCUDAGraph` that no argument
+may move: each has the same address in every call of one virtual machine. Sizes that are known only at run time may
+differ between calls; each combination of them is captured once.
 
-Two things stand between such a function and a single graph. Relax allocates a function's result anew in each call,
-outside of the plan of memory and so outside of the graph; here the result is handed through `vm.builtin.copy`, which
-returns its argument, so that it is planned like any intermediate: it comes at the same address each time, and the next
-call overwrites it. And `RewriteCUDAGraph` rewrites every function of a module; here it sees those alone that asked.
+Two things keep such a function from becoming a single graph. First, Relax allocates a function's result anew in each
+call, outside the memory plan and so outside the graph. Here the result goes through `vm.builtin.copy`, which returns
+its argument, so it is planned like any intermediate: it has the same address each time, and the next call overwrites
+it. Second, `RewriteCUDAGraph` rewrites every function of a module. Here it sees only those that asked.
 
-A call of such a function checks every argument, hundreds with a model's parameters, though a launch needs none of them.
-So each function `f` gets a second one, `f_again(sizes)`, which launches the graph that a call of `f` has captured for
-these sizes: the symbolic ones of `f`'s parameters, in the order in which they first appear there.
+A call of such a function checks every argument (hundreds, with a model's parameters), though a launch needs none. So
+each function `f` gets a second one, `f_again(sizes)`, which launches the graph that a call of `f` has captured for
+these sizes: the symbolic sizes of `f`'s parameters, in the order in which they first appear.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COPY = "vm.builtin.copy"
 
 @tvm.transform.module_pass(opt_level=0, name="PlanResults")
 def plan_results(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-    """Makes results of captured functions part of the plan of memory. Goes between CallTIRRewrite and the plan."""
+    """Puts results of captured functions into the memory plan. Runs after CallTIRRewrite, before memory is planned."""
     functions = dict(module.functions_items())
     for variable, function in _captured(module).items():
         *blocks, last = function.body.blocks
@@ -44,7 +44,7 @@ def plan_results(module: tvm.IRModule, _context: tvm.transform.PassContext) -> t
 
 @tvm.transform.module_pass(opt_level=0, name="CaptureGraphs")
 def capture_graphs(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-    """RewriteCUDAGraph on the functions that ask for it. Goes behind StaticPlanBlockMemory.
+    """Applies RewriteCUDAGraph to the functions that ask for it. Runs after StaticPlanBlockMemory.
 
     Raises:
         CompileError: a kernel of such a function would be started outside of its graph, or its memory may move.
@@ -99,7 +99,7 @@ def _again(name: str, function: relax.Function) -> relax.Function:
 
 
 def _check_memory(module: tvm.IRModule, name: str) -> None:
-    """Raises CompileError where a captured kernel takes memory that the graph does not hold."""
+    """Raises CompileError if a captured kernel takes memory that the graph does not hold."""
 
     def visit(expression: Any) -> None:
         if not isinstance(expression, relax.Call) or not isinstance(expression.op, relax.GlobalVar):
@@ -126,7 +126,7 @@ def _only_launch(name: str, function: relax.Function) -> relax.Call:
             launches.append(expression)
 
     relax.analysis.post_order_visit(function, visit)
-    # With one result, it is the function's: nothing else is used behind the launch.
+    # A single result is the function's result: nothing else is used after the launch.
     if len(launches) != 1 or len(launches[0].ty.fields) != 1 or outside:
         raise CompileError(
             f"function {name!r} asks to be captured as one CUDA graph and became {len(launches)}, with "

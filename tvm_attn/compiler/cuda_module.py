@@ -1,9 +1,9 @@
-"""TVM's CUDA code generation for a machine that has no GPU: lowering, the source, and its fatbin in the library.
+"""TVM's CUDA code generation on a machine without a GPU: lowers kernels, and puts their fatbin into the library.
 
-The module that TVM makes where it has no CUDA runtime (`src/backend/cuda/codegen/cuda_fallback_module.cc`) carries CUDA
-C, and the machine that loads the library would have to compile it. Here every build takes that module, also where there
-is a driver, so that builds are alike and no driver is touched; when the library is written, the fatbin takes the
-source's place. What TVM's CUDA runtime then loads is what it would have written itself with nvcc at hand.
+Without a CUDA runtime, TVM makes a module that carries CUDA C (`src/backend/cuda/codegen/cuda_fallback_module.cc`), and
+the machine that loads the library would have to compile it. Here every build uses that module, even if there is a
+driver, so that all builds are alike and touch no driver. When the library is written, the fatbin replaces the source.
+TVM's CUDA runtime then loads what TVM would have written itself if it had found nvcc.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def register_pipeline() -> None:
 
 
 def _pipeline() -> tuple[Any, Any, Any]:
-    """Lowers TIRx functions, which carry `tirx.is_scheduled`, and schedules of S-TIR side by side, each by its passes.
+    """Lowers a module's TIRx functions, which carry `tirx.is_scheduled`, and its S-TIR functions, each by its passes.
 
-    Both finalize host and device functions with the same passes.
+    The passes that finalize host and device functions are the same for both.
     """
 
     @tvm.transform.module_pass(opt_level=0, name=PIPELINE)
@@ -63,7 +63,7 @@ def _is_tirx(function: Any) -> bool:
 
 @contextmanager
 def without_runtime() -> Iterator[None]:
-    """Within it, TVM's CUDA code generation gives modules that carry the source, whatever this machine has."""
+    """In this context, TVM's CUDA code generation gives modules that carry the source, whatever this machine has."""
     before = os.environ.get(_FALLBACK)
     os.environ[_FALLBACK] = "1"
     try:
@@ -76,10 +76,10 @@ def without_runtime() -> Iterator[None]:
 
 
 def cuda_source(functions: tirx.PrimFunc | tvm.IRModule, target: tvm.target.Target) -> str:
-    """The CUDA C that the compiler makes of scheduled functions, TIRx or S-TIR.
+    """The CUDA C that the compiler generates for scheduled functions, TIRx or S-TIR.
 
     Args:
-        functions: one function, or a module of them; each has a `global_symbol`.
+        functions: one function or a module; every function has a `global_symbol`.
         target: a TVM target of kind cuda with its host.
     """
     register_pipeline()
@@ -90,10 +90,10 @@ def cuda_source(functions: tirx.PrimFunc | tvm.IRModule, target: tvm.target.Targ
 
 
 def device_source(module: Any) -> str:
-    """The CUDA C of what a built module (a tvm_ffi.Module) imports.
+    """The CUDA C of the CUDA module that a built module (a tvm_ffi.Module) imports.
 
     Raises:
-        CompileError: it imports none, or several modules of CUDA.
+        CompileError: it imports no CUDA module, or several.
     """
     found = {source for entry in _imported(module) if entry.kind == "cuda" for source in [entry.inspect_source("cuda")]}
     if len(found) != 1:
@@ -111,9 +111,9 @@ def export_library(module: Any, path: Path, fatbin: bytes) -> None:
     """Writes a built module as a shared library whose CUDA module holds the fatbin instead of the source.
 
     Args:
-        module: what `relax.build` made within `without_runtime()`: an executable, or its module.
-        path: the library.
-        fatbin: what `device_source(module)` was compiled to.
+        module: the result of `relax.build` within `without_runtime()`: an executable, or its module.
+        path: the path of the library.
+        fatbin: the compiled `device_source(module)`.
     """
     source = device_source(getattr(module, "mod", module)).encode()
 

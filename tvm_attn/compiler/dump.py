@@ -1,7 +1,7 @@
-"""What a build makes on its way, as files to read: `TVM_ATTN_DUMP=FOLDER tvm-attn build ...`.
+"""Writes the intermediate results of a build to readable files: `TVM_ATTN_DUMP=FOLDER tvm-attn build ...`.
 
 After each named phase the module is written in TVMScript to `FOLDER/LIBRARY/NN-PHASE.py`, and at the end the generated
-code: LLVM IR of the processor's part, CUDA C or a SPIR-V listing of the device's.
+code: LLVM IR for the processor, and CUDA C or a SPIR-V listing for the GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _FORMATS = {"llvm": "ll", "cuda": "cuda", "vulkan": ""}
 
 
 class Dump:
-    """The files of one library's build; does nothing where the variable is not set.
+    """The files of one library's build; does nothing if the variable is not set.
 
     Args:
         library: the library's name, which names the folder.
 
     Raises:
-        CompileError: from all methods, where the folder cannot be written.
+        CompileError: from all methods, if the folder cannot be written.
     """
 
     def __init__(self, library: str) -> None:
@@ -41,7 +41,7 @@ class Dump:
             self._write(f"{phase}.py", module.script(show_meta=False))
 
     def after(self, phase: str, *passes: tvm.transform.Pass) -> tvm.transform.Pass:
-        """The passes as one, after which the module is written."""
+        """The passes as one pass that writes the module afterwards."""
 
         @tvm.transform.module_pass(opt_level=0, name=f"Dump.{phase}")
         def write(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
@@ -51,7 +51,7 @@ class Dump:
         return tvm.transform.Sequential([*passes, write])
 
     def code(self, module: Any) -> None:
-        """Writes what a built module (a tvm_ffi.Module) and its imports were generated as."""
+        """Writes the generated code of a built module (a tvm_ffi.Module) and its imports."""
         if self._folder is None:
             return
         for entry in _all(module):

@@ -1,11 +1,11 @@
-"""Merging kernels that run one after the other into one that starts the threads once.
+"""Merges consecutive kernels into one that starts the threads only once.
 
-Starting threads takes 6 us and a call through Relax's virtual machine about 4 us; a layer of decode is eleven kernels,
+Starting threads takes 6 us and a call through Relax's virtual machine about 4 us; a decode layer has eleven kernels,
 most of them shorter than that. A Relax function with the attribute "Primitive" becomes one TensorIR function here: its
-kernels follow each other inside one parallel region, with a barrier behind each of their parallel loops. What a kernel
-does serially, one thread does while the others wait at the barrier.
+kernels follow each other inside one parallel region, with a barrier after each parallel loop. One thread does the
+serial parts of a kernel while the others wait at the barrier.
 
-Relax's own FuseTIR does not take a call that updates an argument in place and returns another tensor as well.
+Relax's own FuseTIR does not accept a call that updates an argument in place and also returns another tensor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Fusion:
 
     Attributes:
         function: the TensorIR function; its parameters are those of the Relax function, then its fresh results.
-        in_place: for every result the parameter that it updates, or -1.
+        in_place: for every result, the index of the parameter that it updates, or -1.
     """
 
     def __init__(self, module: tvm.IRModule, function: relax.Function) -> None:
@@ -88,7 +88,7 @@ class _Fusion:
         return self._call(value, name)
 
     def _call(self, call: relax.Call, name: str) -> Any:
-        """Adds the kernel of a call_tir or call_tir_inplace, and gives the buffers of its results."""
+        """Adds the kernel of a call_tir or call_tir_inplace, and returns the buffers of its results."""
         variable, arguments = call.args[0], [self._value(argument, name) for argument in call.args[1].fields]
         (kind,) = call.ty_args
         kinds = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
@@ -101,7 +101,7 @@ class _Fusion:
         ]
         fresh = [result for result, place in zip(results, places, strict=True) if place < 0]
         self._temporaries += fresh
-        # The same kernel may come again: its variables have to be new ones each time.
+        # The same kernel may be called again, so its variables must be new each time.
         kernel = s_tir.renew_defs(self._module[variable])
         buffers = dict(zip(kernel.params, [*arguments, *fresh], strict=True))
         sizes = {
@@ -117,7 +117,7 @@ class _Fusion:
 
 
 def _stages(body: tirx.Stmt) -> list[tirx.Stmt]:
-    """The statements of a kernel, each with a barrier behind it; those that start no threads are for one thread."""
+    """The statements of a kernel, each followed by a barrier; those that start no threads run on one thread."""
     stages: list[tirx.Stmt] = []
     serial: list[tirx.Stmt] = []
 
@@ -139,7 +139,7 @@ def _stages(body: tirx.Stmt) -> list[tirx.Stmt]:
 
 
 def _substitute(body: tirx.Stmt, variables: dict[Any, Any]) -> Any:
-    """The statement with other variables (buffers are variables too)."""
+    """The statement with variables replaced (buffers are variables too)."""
     return structural_map(body, (ir.Var, lambda variable: variables.get(variable, variable)))
 
 

@@ -1,8 +1,8 @@
-"""CUDA C to machine code with the libraries NVRTC and nvFatbin, as a process of its own.
+"""Compiles CUDA C to machine code with the libraries NVRTC and nvFatbin, in a process of its own.
 
-NVRTC compiles under a lock and keeps its memory: one process for each architecture uses every core and gives all back.
-The process starts in milliseconds, since it imports the standard library alone. It reads one JSON object from standard
-input, writes a file, and prints what the compiler said.
+NVRTC compiles under a lock and never frees its memory, so one process per architecture uses every core and returns all
+memory. The process starts in milliseconds, because it imports only the standard library. It reads one JSON object from
+standard input, writes a file, and prints the compiler's messages.
 
 NVRTC: https://docs.nvidia.com/cuda/nvrtc/, nvFatbin: https://docs.nvidia.com/cuda/nvfatbin/
 """
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What nvcc's preprocessor finds in the C library, and NVRTC has not.
+# nvcc finds this in the C library, which NVRTC does not have.
 _PREAMBLE = b"""#ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif
@@ -23,7 +23,7 @@ _PREAMBLE = b"""#ifndef INFINITY
 
 
 def main() -> int:
-    """Does what standard input asks for; the exit status is 1 where the compiler found an error."""
+    """Performs the task on standard input; the exit status is 1 if the compiler found an error."""
     task = json.load(sys.stdin)
     output = Path(task["output"])
     if task["do"] == "compile":

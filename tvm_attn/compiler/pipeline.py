@@ -1,4 +1,4 @@
-"""From a program to a shared library: schedule the kernels, lower Relax, generate code, link."""
+"""Compiles a program to a shared library: schedules the kernels, lowers Relax, generates code, links."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _schedule_kernels(program: Program, target: Target) -> tuple[tvm.IRModule, l
 
 @tvm.transform.module_pass(opt_level=0, name="LazyTransformParams")
 def _lazy_transform_params(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-    """Makes `transform_params` ask for one canonical parameter at a time, so that two copies of all are never needed.
+    """Makes `transform_params` ask for one canonical parameter at a time, so that memory never holds two copies of all.
 
     The stock pass would rewrite every function of the module.
     """
@@ -54,10 +54,10 @@ def _lazy_transform_params(module: tvm.IRModule, _context: tvm.transform.PassCon
 
 @tvm.transform.module_pass(opt_level=0, name="DeclareNoAlias")
 def _declare_no_alias(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-    """Gives the attribute to Relax's shape functions, which have one parameter and lack it.
+    """Adds `tirx.noalias` to Relax's shape functions, which have one parameter and lack it.
 
-    LLVM code generation drops noalias from every function of a module where one function lacks it, and accumulators
-    then leave their registers at each step: the matrix multiplications ran 2.7 times slower.
+    If one function of a module lacks it, LLVM code generation drops noalias from every function, and accumulators then
+    leave their registers at each step: the matrix multiplications ran 2.7 times slower.
     """
     functions = {
         variable: function.with_attr("tirx.noalias", True) if isinstance(function, tirx.PrimFunc) else function
@@ -67,7 +67,7 @@ def _declare_no_alias(module: tvm.IRModule, _context: tvm.transform.PassContext)
 
 
 def _lower(dump: Dump) -> tvm.transform.Pass:
-    """Relax's passes that this program needs: it has calls of kernels only, so nothing is legalised or fused."""
+    """The Relax passes that this program needs: it only calls kernels, so nothing is legalised or fused."""
     return tvm.transform.Sequential(
         [
             dump.after("fused", fuse_primitive_functions),
@@ -102,15 +102,15 @@ def compile_program(
     Args:
         program: the Relax module and its kernels.
         target: the hardware.
-        library: path of the library; it appears whole or not at all.
-        progress: told what happens next, where that takes long.
+        library: path of the library; it is written completely or not at all.
+        progress: called with a message before a step that takes long.
 
     Returns:
         The tuned records that were used.
 
     Raises:
         ScheduleError: a kernel has no template, or a record does not fit.
-        CompileError: TVM, the C++ compiler or the CUDA compiler failed, or there is none.
+        CompileError: TVM, the C++ compiler or the CUDA compiler failed, or a compiler is missing.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which(compiler) is None:

@@ -1,4 +1,4 @@
-"""Which kernels a model needs on a target, and what each of them gets."""
+"""Lists the kernels that a model needs on a target, with the schedule of each."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""An artifact's folder that appears whole or not at all, and takes the place of an older one in one step.
+"""Writes an artifact's folder completely or not at all, and replaces an older one in one step.
 
-A build works in a hidden folder beside the artifact:
+A build works in a hidden folder next to the artifact:
 
 | place | holds |
 |---|---|
-| `.tvm-attn-build-XXXXXXXX/new` | what is being built; after an exchange of the two, what was replaced |
-| `.tvm-attn-build-XXXXXXXX/old-N/NAME` | the old artifact, where the system cannot exchange two folders |
+| `.tvm-attn-build-XXXXXXXX/new` | what is being built; after the two are exchanged, the old artifact |
+| `.tvm-attn-build-XXXXXXXX/old-N/NAME` | the old artifact, if the system cannot exchange two folders |
 
-The process that builds holds a lock on that folder, which ends with it. The next build beside it removes folders that
-nobody has locked. An old artifact is never removed before another one lies in its place.
+The building process locks that folder until it ends. The next build in the same place removes folders that no process
+has locked. An old artifact is never removed before another one is in its place.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from tvm_attn.jsonfile import CONFIG_BYTES, read_json, shorten_path
 from tvm_attn.runtime.artifact import MANIFEST
 
 _PREFIX = ".tvm-attn-build-"
-# Others may put an artifact to the same place at the same time.
+# Other builds may put an artifact in the same place at the same time.
 _TRIES = 100
-# Writing a manifest and restoring parameters leave these where they are killed.
+# Left by a process that was killed while it wrote a manifest or restored parameters.
 _UNFINISHED = (f".{MANIFEST}", ".params-")
 
 
 @contextmanager
 def artifact_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `out` when the block ends without an error.
+    """A temporary folder that replaces `out` if the block ends without an error.
 
-    Where `out` is a link, its destination is replaced. Folders above it are made.
+    If `out` is a link, its destination is replaced. Missing parent folders are created.
 
     Raises:
-        ArtifactError: `out` holds anything else than an artifact, cannot be replaced, or cannot be written.
+        ArtifactError: `out` is something other than an artifact, cannot be replaced, or cannot be written.
     """
     made: list[Path] = []
     try:
@@ -51,7 +51,7 @@ def artifact_folder(out: Path) -> Iterator[Path]:
         made += [folder for folder in place.parents if not folder.exists()]
         place.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            os.lstat(place)  # a name that is too long is found now and not when all is done
+            os.lstat(place)  # finds a name that is too long now rather than at the end
         _sweep(place.parent)
         with _work_folder(place.parent) as work:
             new = work / "new"
@@ -71,10 +71,10 @@ def artifact_folder(out: Path) -> Iterator[Path]:
 
 
 def check_out(out: Path) -> Path:
-    """Where an artifact for `out` goes, after all checks that need not wait for the build.
+    """The real path of `out`, after all checks that need not wait for the build.
 
     Raises:
-        ArtifactError, OSError: nothing can go there.
+        ArtifactError, OSError: no artifact can be written there.
     """
     try:
         place = Path(os.path.realpath(out))
@@ -106,7 +106,7 @@ def _mount_points() -> set[Path]:
 
 
 def _require_replaceable(place: Path, out: Path) -> None:
-    """Refuses what is not an artifact, and files in it that are not the artifact's: they would be deleted."""
+    """Refuses anything but an artifact, and an artifact with files that are not its own: they would be deleted."""
     shown = shorten_path(out)
     if place.is_dir() and not any(place.iterdir()):
         return
@@ -125,7 +125,7 @@ def _require_replaceable(place: Path, out: Path) -> None:
 
 
 def _foreign(place: Path, own: set[str]) -> Iterator[str]:
-    """Names of what is in an artifact's folder besides its `own` files."""
+    """Names of everything in an artifact's folder except its `own` files."""
     for folder, folders, files in os.walk(place):
         for name in sorted(files) + sorted(folders):
             path = os.path.relpath(os.path.join(folder, name), place)
@@ -138,7 +138,7 @@ def _foreign(place: Path, own: set[str]) -> Iterator[str]:
 def _work_folder(parent: Path) -> Iterator[Path]:
     while True:
         work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        # Until it is locked, another build may take it for left over.
+        # Until it is locked, another build may remove it as a leftover.
         if (descriptor := _locked(work)) is not None:
             break
     try:
@@ -149,7 +149,7 @@ def _work_folder(parent: Path) -> Iterator[Path]:
 
 
 def _locked(work: Path) -> int | None:
-    """Opens and locks a folder; None where it is gone or another process has locked it."""
+    """Opens and locks a folder; None if it is gone or another process has locked it."""
     try:
         descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -160,7 +160,7 @@ def _locked(work: Path) -> int | None:
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass
-    except OSError:  # a file system without locks, where nothing is swept either
+    except OSError:  # a file system without locks, on which nothing is swept either
         return descriptor
     os.close(descriptor)
     return None
@@ -171,7 +171,7 @@ def _lock(descriptor: int) -> None:
 
 
 def _sweep(parent: Path) -> None:
-    """Removes what builds that were killed have left, and puts back an artifact that one of them had taken away."""
+    """Removes what killed builds left, and puts back an artifact that one of them had moved away."""
     for work in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -188,19 +188,19 @@ def _discard(work: Path) -> None:
             if not os.path.lexists(work.parent / old.name):
                 old.rename(work.parent / old.name)
         except OSError:
-            return  # it keeps the only copy
+            return  # the folder holds the only copy
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _put(new: Path, place: Path, work: Path) -> None:
     for number in range(_TRIES):
         try:
-            new.rename(place)  # where nothing is there, or an empty folder
+            new.rename(place)  # succeeds if nothing is there, or an empty folder
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        with suppress(FileNotFoundError):  # another build has just taken it away
+        with suppress(FileNotFoundError):  # another build has just moved it away
             _require_replaceable(place, place)
             if _exchange(new, place):
                 return
@@ -211,7 +211,7 @@ def _put(new: Path, place: Path, work: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Lets two folders change places in one step, renameat2(2); False where the system or the file system cannot."""
+    """Swaps two folders in one step with renameat2(2); False if the system or the file system cannot."""
     at_fdcwd, rename_exchange = -100, 2
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
@@ -221,7 +221,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Makes a folder's content survive a power failure: it may take the place of one that does."""
+    """Makes a folder's content survive a power failure, since it may replace a folder that would."""
     for place, _, files in os.walk(folder, topdown=False):
         for name in files:
             _sync_one(Path(place) / name)

@@ -1,7 +1,7 @@
 """Checking a compiled library against the PyTorch reference on the artifact's own weights.
 
 One run of the reference over a whole context gives the expected logits of every prefix, since GPT-2 is causal. Each
-function is compared at several lengths, prompts and single tokens, one sequence and a ragged batch.
+function is compared at several lengths, on prompts and single tokens, for one sequence and a ragged batch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.model import load_opened
 
 LENGTHS = (1, 7, 64)
-"""Prompt lengths that are checked besides the full context and its neighbour."""
+"""Prompt lengths that are checked in addition to the full context and one token less."""
 VERIFY_BATCH = 9
-"""Slots of the engine that is checked: enough for a ragged batch of every length, and for more than one group of rows,
-which has kernels of its own."""
+"""Slots of the checked engine: enough for a ragged batch of every length, and for more than one group of rows, which
+has kernels of its own."""
 _DECODE_STEPS = 4
 # Tokens of the float64 run that measures the float32 reference's own error.
 _FLOAT64_TOKENS = 64
@@ -36,7 +36,7 @@ _ROW_BLOCK = 128
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a library's logits may differ from the reference by.
+    """How far a library's logits may be from the reference.
 
     Attributes:
         nmse: normalised mean squared error, ``sum((x - y)**2) / sum(y**2)``.
@@ -47,12 +47,12 @@ class Bounds:
     max_abs: float
 
 
-# The reference uses the weights as they are stored, so what differs is the order of float32 sums, and what is rounded
-# on the way: keys and values to the storage dtype, activations to bfloat16 where its dot products are used,
-# activations to 8 bits with quantized weights. With u the rounding unit of the storage dtype (2**-11, 2**-8), the
-# bounds on the NMSE are at most 4 u**2. The worst measured on the demo model and on random 124M weights (NMSE, max
-# abs / RMS): float32 8e-13 and 9e-6, float16 6e-9 and 5e-4, bfloat16 5e-6 and 1.2e-2, int8 and int4 6e-5 and 5e-2;
-# tiny models with sharp attention come to 1.4e-7 in float16. tests/compiler/test_verification.py repeats the
+# The reference uses the weights as they are stored, so differences come from the order of float32 sums and from
+# rounding: keys and values to the storage dtype, activations to bfloat16 if its dot products are used, activations to
+# 8 bits with quantized weights. With u the rounding unit of the storage dtype (2**-11, 2**-8), the bounds on the NMSE
+# are at most 4 u**2. The worst errors measured on the demo model and on random 124M weights (NMSE, max abs / RMS):
+# float32 8e-13 and 9e-6, float16 6e-9 and 5e-4, bfloat16 5e-6 and 1.2e-2, int8 and int4 6e-5 and 5e-2;
+# tiny models with sharp attention reach 1.4e-7 in float16. tests/compiler/test_verification.py repeats the
 # roundings in a float64 run of the reference.
 BOUNDS = {
     "float32": Bounds(nmse=1e-11, max_abs=1e-4),
@@ -69,7 +69,7 @@ class Check:
 
     Attributes:
         function: the function of the library.
-        case: lengths and batch, in words.
+        case: description of lengths and batch.
         max_abs: largest absolute difference of a logit.
         relative_max_abs: the same over the root mean square of the expected logits.
         nmse: normalised mean squared error.
@@ -91,10 +91,10 @@ class Report:
     """All comparisons of one library.
 
     Attributes:
-        checks: in the order they ran.
-        bounds: what they had to meet.
+        checks: the comparisons, in the order they ran.
+        bounds: the bounds of every check.
         reference_nmse: error of the float32 reference itself against its float64 run, on the first tokens.
-        cause: why a check failed, where that is the model or the storage format and not the library; else None.
+        cause: why a check failed, if the model or the storage format is to blame and not the library; else None.
     """
 
     checks: tuple[Check, ...]
@@ -120,7 +120,7 @@ class Report:
 
 
 def prompt_lengths(context: int) -> list[int]:
-    """The prompt lengths to check: short, odd, one vector tile and more, and the full context and its neighbour."""
+    """The prompt lengths to check: short, odd, longer than a vector tile, the full context, and one token less."""
     return sorted({length for length in (*LENGTHS, context - 1, context) if 1 <= length <= context})
 
 
@@ -133,10 +133,10 @@ def verify(
     """Compares a library's functions with PyTorch in float32 on the artifact's weights.
 
     Args:
-        artifact: where the weights come from.
+        artifact: the artifact with the weights.
         engine: the loaded library; slots 0, 1, ... are overwritten.
-        progress: told what happens next.
-        device: where PyTorch computes, as it names devices.
+        progress: called with a message before each step.
+        device: PyTorch's name of the device on which it computes.
 
     Returns:
         The report; nothing is raised for a failed check.
@@ -172,7 +172,7 @@ def verify(
 
 
 def _effective_params(artifact: Artifact) -> dict[str, np.ndarray]:
-    # In stored order: in any other, shards would be read again, and each copy stay in memory with what it was read for.
+    # In stored order. Otherwise, shards would be read again, and each copy kept in memory by the parameters in it.
     stored = {name: artifact.parameters.read(name) for name in artifact.parameters.names()}
     artifact.parameters.close()
     return dict(effective_params(artifact.config, stored.__getitem__, artifact.quantization))
@@ -181,9 +181,9 @@ def _effective_params(artifact: Artifact) -> dict[str, np.ndarray]:
 def _cause(
     artifact: Artifact, ids: np.ndarray, expected: list[np.ndarray], on_processor: bool, device: str
 ) -> str | None:
-    """Whether the model or the storage format is the reason for a failed check, in words.
+    """Why a check failed, in words, if the model or the storage format is the reason; else None.
 
-    It is the format where the reference, with nothing but the roundings that the format means, is out of bounds too.
+    It is the format if the reference, with only the roundings that the format implies, is out of bounds too.
     """
     if not all(np.isfinite(rows).all() for rows in expected):
         return "PyTorch's float32 logits are not finite either: the weights are too large"
@@ -218,7 +218,7 @@ def _cause(
 def verify_artifact(
     folder: str | Path, device: str = "auto", progress: Callable[[str], None] = lambda message: None
 ) -> Report:
-    """Checks an artifact's library for a device against PyTorch; see `verify`. Needs TVM's runtime only.
+    """Checks an artifact's library for a device against PyTorch; see `verify`. Needs only TVM's runtime.
 
     Raises:
         ArtifactError: the artifact is damaged or cannot run here.
@@ -235,7 +235,7 @@ def verify_artifact(
 
 
 def reference_device(device: str) -> str:
-    """Where PyTorch computes for a library that runs on `device`: there, if it can, else on the processor."""
+    """The device for PyTorch if a library runs on `device`: the same one if possible, else the processor."""
     if not device.startswith("cuda"):
         return "cpu"
     try:
@@ -340,7 +340,7 @@ class _Accumulator:
             difference = np.abs(actual[start : start + _ROW_BLOCK] - wanted)
             self.error += float((difference**2).sum())
             self.power += float((wanted**2).sum())
-            # max would pass over NaN where it is not the first operand.
+            # Python's max ignores a NaN that is not its first operand.
             self.max_abs = float(np.max([self.max_abs, difference.max()]))
             self.agreeing += int((actual[start : start + _ROW_BLOCK].argmax(-1) == wanted.argmax(-1)).sum())
             self.rows += len(wanted)

@@ -1,9 +1,9 @@
-"""Scratch memory of kernels in Relax's plan of memory, instead of a pool of the thread that starts them.
+"""Puts the scratch memory of kernels into Relax's memory plan, instead of a pool of the thread that starts them.
 
 A kernel that allocates global memory takes it from TVM's pool when it is started. The pool gives memory back to the
-device when a later kernel needs more, or when its thread ends, and two streams of one thread get the same. A CUDA graph
-keeps the address that it was captured with. So here the buffer becomes a parameter of the kernel, and every call passes
-a tensor that is planned like the other intermediates.
+device when a later kernel needs more, or when its thread ends, and two streams of one thread get the same memory. A
+CUDA graph keeps the address that it was captured with. So here the buffer becomes a parameter of the kernel, and every
+call passes a tensor that is planned like the other intermediates.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tvm_attn.errors import CompileError
 
 @tvm.transform.module_pass(opt_level=0, name="PlanWorkspaces")
 def plan_workspaces(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-    """Gives TIRx kernels their scratch memory as parameters. Goes between CallTIRRewrite and the plan of memory.
+    """Gives TIRx kernels their scratch memory as parameters. Runs after CallTIRRewrite, before memory is planned.
 
-    Kernels are TIRx where they carry `tirx.is_scheduled`; those of S-TIR stay as they are.
+    TIRx kernels carry `tirx.is_scheduled`; S-TIR kernels stay as they are.
 
     Raises:
         CompileError: the size of a workspace is not static.
@@ -35,7 +35,7 @@ def plan_workspaces(module: tvm.IRModule, _context: tvm.transform.PassContext) -
                 workspaces[variable] = allocated
     if not workspaces:
         return module
-    # Variables of functions have their type: those of changed functions are made anew.
+    # A function's variable has the function's type, so changed functions get new variables.
     passer = _Passer(tvm.IRModule({key: value for key, value in functions.items() if key not in workspaces}))
     for variable, allocated in workspaces.items():
         passer.add(variable, _with_parameters(variable.name_hint, functions[variable], allocated), allocated)
@@ -53,7 +53,7 @@ def allocates(function: tirx.PrimFunc) -> bool:
 
 
 def _statements(function: tirx.PrimFunc) -> list[tirx.Stmt]:
-    """What the host does: the statements around the kernels."""
+    """The host's statements: those around the kernels."""
     return list(function.body.seq) if isinstance(function.body, tirx.SeqStmt) else [function.body]
 
 
@@ -62,7 +62,7 @@ def _is_global(statement: tirx.Stmt) -> bool:
 
 
 def _with_parameters(name: str, function: tirx.PrimFunc, allocated: list[tirx.Stmt]) -> tirx.PrimFunc:
-    """The function with the allocated buffers behind its parameters."""
+    """The function with the allocated buffers added after its parameters."""
     for statement in allocated:
         if not all(isinstance(size, tirx.IntImm) for size in statement.buffer.shape):
             raise CompileError(f"the workspace {statement.buffer.name!r} of kernel {name!r} has no static size")
@@ -81,7 +81,7 @@ class _Passer(PyExprMutator):
         self._kernels: dict[Any, tuple[Any, list[tirx.Stmt]]] = {}
 
     def add(self, variable: tvm.ir.GlobalVar, function: tirx.PrimFunc, allocated: list[tirx.Stmt]) -> None:
-        """Adds a kernel that has parameters instead of what it allocated."""
+        """Adds a kernel whose allocations have become parameters."""
         self._kernels[variable] = self.builder_.add_func(function, variable.name_hint), allocated
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:

@@ -1,4 +1,4 @@
-"""How libraries are made for each device class: a module a class, named as in `tvm_attn.backends`."""
+"""How libraries are built for each device class: one module per class, named as in `tvm_attn.backends`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Backend", "backend_for", "layout_for"]
 
 
 def backend_for(target: Target) -> Backend:
-    """What compiles for a target's device class."""
+    """The backend of a target's device class."""
     found: Backend = import_module(f"{__name__}.{target.device}").BACKEND
     return found
 

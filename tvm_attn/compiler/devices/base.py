@@ -1,4 +1,4 @@
-"""What a device class decides when a library is made for it. Its kernels' templates are in the target's `KERNELS`."""
+"""What a device class decides when a library is built. Its templates are in the folder that `Target.KERNELS` names."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tvm_attn.model.layout import Layout
 
 
 class Backend:
-    """A device class in the compiler. The defaults are those of a GPU whose code TVM generates and links by itself."""
+    """The compiler's side of a device class. The defaults suit a GPU whose code TVM generates and links by itself."""
 
     def layout(self, config: GPT2Config, target: Any, dtype: str, quant: str) -> Layout:
-        """How the library holds a model of a storage dtype and quantization."""
+        """The layout of a model's tensors in the library, for a storage dtype and quantization."""
         weights = dtype if quant == "none" else quant
         return Layout(target.tile_rows, target.tile_columns, dtype, weights, fuse_layers=False, group_kernels=False)
 
     def host(self, target: Any) -> dict[str, str] | None:
-        """The TVM target of the processor that starts the kernels; None where that is the device itself."""
+        """The TVM target of the processor that starts the kernels; None if that is the device itself."""
         return {"kind": "llvm", "mtriple": f"{target.architecture}-linux-gnu"}
 
     def tvm_target(self, target: Any) -> tvm.target.Target:
         """The TVM target, with its host.
 
         Raises:
-            TargetError: TVM does not know what the target's file says.
+            TargetError: TVM rejects the table `tvm` of the target's file.
         """
         host = self.host(target)
         try:
@@ -38,11 +38,11 @@ class Backend:
             raise TargetError(f"targets/{target.name}.toml: TVM refuses the table tvm: {one_line(error)}") from error
 
     def tir_pipeline(self, target: Any) -> str:
-        """The name of the passes that lower kernels, which TVM knows after this call."""
+        """The name of the pipeline that lowers kernels; this call registers it with TVM."""
         return "default"
 
     def check(self, target: Any) -> None:
-        """Looks for the tools that are needed beside TVM and a C++ compiler.
+        """Looks for the tools that are needed in addition to TVM and a C++ compiler.
 
         Raises:
             CompileError: one is missing.
@@ -54,9 +54,9 @@ class Backend:
         """Generates code and writes the shared library.
 
         Args:
-            build: lowers the program and gives TVM's executable.
-            target: as everywhere.
-            library: where the library goes.
-            progress: told what happens next, where that takes long.
+            build: lowers the program and returns TVM's executable.
+            target: the hardware.
+            library: the path of the library.
+            progress: called with a message before a step that takes long.
         """
         build().export_library(str(library))

@@ -1,4 +1,4 @@
-"""Processors: a layer of decode is one kernel, and bfloat16 matrices are pairs where the processor multiplies those."""
+"""Processors: a decode layer is one kernel, and bfloat16 matrices are pairs if the processor can multiply pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tvm_attn.model.layout import Layout
 
 
 class CpuBackend(Backend):
-    """Code of LLVM."""
+    """Code that LLVM generates."""
 
     def layout(self, config: GPT2Config, target: Any, dtype: str, quant: str) -> Layout:
         """See `Backend`."""

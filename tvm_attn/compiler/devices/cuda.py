@@ -15,10 +15,10 @@ from tvm_attn.model.layout import Layout
 
 
 class CudaBackend(Backend):
-    """CUDA C of TVM, machine code of NVIDIA's compiler."""
+    """CUDA C that TVM generates, compiled by NVIDIA's compiler."""
 
     def layout(self, config: GPT2Config, target: Any, dtype: str, quant: str) -> Layout:
-        """See `Backend`; 16 bits are for tensor cores, which take matrices as they are stored."""
+        """See `Backend`; 16-bit dtypes use tensor cores, which take matrices as they are stored."""
         layout = super().layout(config, target, dtype, quant)
         return layout if dtype == "float32" else replace(layout, columns=1, group_kernels=True, activations=dtype)
 
@@ -34,7 +34,7 @@ class CudaBackend(Backend):
     def link(
         self, build: Callable[[], Any], target: Any, library: Path, progress: Callable[[str], None] = lambda _: None
     ) -> None:
-        """See `Backend`; machine code takes the place of CUDA C."""
+        """See `Backend`; machine code replaces the CUDA C."""
         with cuda_module.without_runtime():
             executable = build()
             progress(f"compiling for {target.name}: machine code for {', '.join(target.images)}")

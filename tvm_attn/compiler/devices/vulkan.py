@@ -1,4 +1,4 @@
-"""Vulkan devices: SPIR-V of `tvm_attn.vulkan.codegen`, which TVM calls, inside the library."""
+"""Vulkan devices: TVM calls `tvm_attn.vulkan.codegen`, and the library holds the SPIR-V that it generates."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tvm_attn.compiler.devices.base import Backend
 
 
 class VulkanBackend(Backend):
-    """Code of this project's own generator."""
+    """Code from this project's own generator."""
 
     def tir_pipeline(self, target: Any) -> str:
-        """See `Backend`; where subgroups may be used they need passes of their own."""
+        """See `Backend`; subgroup operations need passes of their own."""
         if target.subgroup is None:
             return "default"
         from tvm_attn.vulkan.codegen import pipeline
