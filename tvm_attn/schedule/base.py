@@ -1,4 +1,4 @@
-"""Finding the template for a kernel and a target, and replaying decisions."""
+"""Finds the template for a kernel and a target, and replays decisions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FixedChooser:
         """See `Chooser`.
 
         Raises:
-            ScheduleError: the given decision is none of the candidates.
+            ScheduleError: the given decision is not one of the candidates.
         """
         value = self._decisions.get(name, default)
         if value not in candidates:
@@ -38,14 +38,14 @@ class FixedChooser:
 
 
 def templates_of(target: Target) -> tuple[Template, ...]:
-    """The templates of a target's device class; of several for a kernel the first counts."""
-    # Those of one device class are enough, and importing them takes a while.
+    """The templates of a target's device class; if several take a kernel, the first one is used."""
+    # Imports only one device class, because importing takes a while.
     templates: tuple[Template, ...] = importlib.import_module(f"tvm_attn.kernels.{target.KERNELS}").TEMPLATES
     return templates
 
 
 def supports(kernel: Kernel, target: Target) -> bool:
-    """Whether a target can compute a kernel: it has a template, and the dtypes that the kernel stores."""
+    """Whether a target can compute a kernel: it needs a template and the dtypes that the kernel stores."""
     dtypes = {getattr(kernel, field, "float32").removesuffix("_pairs") for field in ("weights", "dtype", "cache_dtype")}
     stored = dtypes - {"float32", "int8", "int4"}
     return stored <= set(target.dtypes) and any(template.takes(kernel) for template in templates_of(target))
@@ -55,7 +55,7 @@ def template_for(kernel: Kernel, target: Target) -> Template:
     """The template of the target's device class for a kernel.
 
     Raises:
-        ScheduleError: there is none.
+        ScheduleError: there is no template.
     """
     for template in templates_of(target):
         if template.takes(kernel):
@@ -72,6 +72,6 @@ def schedule(kernel: Kernel, target: Target, decisions: Mapping[str, int] | None
     """The scheduled TensorIR function of a kernel.
 
     Raises:
-        ScheduleError: no template, or a decision that is not a candidate.
+        ScheduleError: there is no template, or a decision is not a candidate.
     """
     return template_for(kernel, target).apply(kernel, target, FixedChooser(decisions))

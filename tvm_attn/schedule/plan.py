@@ -1,4 +1,4 @@
-"""What a kernel gets on a target: template, decisions, and where each decision comes from."""
+"""The schedule of a kernel on a target: its template, decisions, and where each decision comes from."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Decision:
     """One free choice of a template.
 
     Attributes:
-        name, value: what was chosen.
-        source: "record" where a tuned record says so, else "default".
+        name, value: the choice's name, and the value that was chosen.
+        source: "record" if the value comes from a tuned record, else "default".
     """
 
     name: str
@@ -30,12 +30,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Planned:
-    """A kernel as it is compiled.
+    """A kernel with its schedule.
 
     Attributes:
-        kernel, template: the kernel, and what computes it.
+        kernel, template: the kernel, and the template that schedules it.
         record: the tuned record that was found for it, or None.
-        decisions: in the order in which the template takes them.
+        decisions: the decisions, in the order in which the template takes them.
         function: the scheduled function.
     """
 
@@ -46,7 +46,7 @@ class Planned:
     function: tirx.PrimFunc
 
     def to_dict(self) -> dict[str, object]:
-        """All but the function, for JSON."""
+        """Everything except the function, for JSON."""
         return {
             "kernel": shape_of(self.kernel),
             "template": self.template.name,
@@ -58,10 +58,10 @@ class Planned:
 
 
 def plan(kernel: Kernel, target: Target, book: RecordBook) -> Planned:
-    """Schedules a kernel with the target's tuned record, or with the template's defaults where there is none.
+    """Schedules a kernel with the target's tuned record, or with the template's defaults if there is none.
 
     Raises:
-        ScheduleError: no template, or a record that does not fit it.
+        ScheduleError: there is no template, or the record does not fit it.
     """
     template = template_for(kernel, target)
     record = book.find(template, kernel)

@@ -1,7 +1,7 @@
 """Tuned records: one readable JSON line each, in `schedules/<target>/<template>.jsonl`.
 
-A record survives a TVM upgrade and shows in a diff. It is keyed by template, its version, the kernel's shape and dtype;
-`schedules/README.md` lists the fields.
+A record survives a TVM upgrade and can be read in a diff. Its key is the template, the template's version, and the
+kernel's shape and dtype; `schedules/README.md` lists the fields.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Record:
         decisions: the template's choices by name.
         time_us: measured time of a call, microseconds; the geometric mean over the sizes that were measured.
         fraction_of_peak: achieved share of the limit that binds the kernel, 0 to 1, averaged in the same way; None
-            where the limit is not known.
+            if the limit is not known.
         tvm: TVM's version.
         date: ISO date of the measurement.
     """
@@ -48,7 +48,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """What the record is found by: template, version, and shape as JSON."""
+        """The key of the record: template, version, and shape as JSON."""
         return _key(self.template, self.version, self.shape)
 
     def to_line(self) -> str:
@@ -96,7 +96,7 @@ class RecordBook:
 
     @staticmethod
     def load(target: str) -> RecordBook:
-        """Reads `schedules/<target>/*.jsonl`; a target that nobody tuned has no records.
+        """Reads `schedules/<target>/*.jsonl`; a target that was never tuned has no records.
 
         Raises:
             ScheduleError: a line is not a record.
@@ -106,7 +106,7 @@ class RecordBook:
         return RecordBook(record for file in files for record in read_records(file))
 
     def find(self, template: Template, kernel: Kernel) -> Record | None:
-        """The record for a kernel, made with this version of the template; None where there is none."""
+        """The record for a kernel, made with this version of the template; None if there is none."""
         return self._records.get(_key(template.name, template.version, shape_of(kernel)))
 
 

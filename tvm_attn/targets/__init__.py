@@ -1,6 +1,6 @@
-"""Hardware that tvm_attn compiles for: reading `targets/*.toml`, finding the one for this machine.
+"""The hardware that tvm_attn compiles for: reads `targets/*.toml`, and finds the file for this machine.
 
-`targets/README.md` explains the keys; the module of a device class holds their rules.
+`targets/README.md` explains the keys; the module of each device class holds their rules.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read(name: str) -> Target:
     """The target of that name.
 
     Raises:
-        TargetError: no such file, or the file is malformed.
+        TargetError: there is no such file, or it is malformed.
     """
     if name not in names():
         known = ", ".join(sorted({"cpu", "vulkan", *names()}))
@@ -62,7 +62,7 @@ def read(name: str) -> Target:
 
 
 def read_all() -> list[Target]:
-    """All targets, sorted by name. Warns of a file that is malformed and leaves it out."""
+    """All targets, sorted by name. Leaves out malformed files, with a warning."""
     found = []
     for name in names():
         try:
@@ -87,8 +87,8 @@ def _read_file(path: Path) -> Target:
 
 
 def resolve(name: str) -> Target:
-    """The target that `--target` names: "cpu" is this machine's processor, "vulkan" any Vulkan device, anything else a
-    file's name, as "cuda" is.
+    """The target that `--target` names: "cpu" is this machine's processor, "vulkan" any Vulkan device, anything else the
+    name of a file, including "cuda".
 
     Raises:
         TargetError: the target is unknown, or no file fits this machine.
@@ -99,23 +99,23 @@ def resolve(name: str) -> Target:
 
 
 def check_names(names: str) -> list[Target]:
-    """Looks for the targets that `--target` names, separated by commas, as far as that takes no TVM.
+    """Reads the targets that `--target` names, separated by commas, as far as possible without importing TVM.
 
     Returns:
-        All but "cpu".
+        All targets except "cpu".
 
     Raises:
         TargetError: one is unknown or named twice, or its file is malformed.
     """
     wanted = [name.strip() for name in names.split(",")]
-    found = [resolve(name) for name in wanted if name != "cpu"]  # LLVM knows the name of this machine's processor
+    found = [resolve(name) for name in wanted if name != "cpu"]  # "cpu" needs LLVM, which detects the processor
     if len(set(wanted)) != len(wanted):
         raise TargetError("a target is named twice")
     return found
 
 
 def detect_cpu() -> CpuTarget:
-    """The target for this machine's processor: the file made for it, else the widest generic one that fits.
+    """The target for this machine's processor: the file made for it, or else the widest generic one that fits.
 
     Raises:
         TargetError: no file fits.

@@ -1,4 +1,4 @@
-"""What the file of every kind of hardware says."""
+"""What every target file says."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tvm_attn.storage import DTYPES
 
 @dataclass(frozen=True)
 class Peak:
-    """Measured limits of the hardware, all cores together.
+    """Measured limits of the hardware with all cores.
 
     Attributes:
-        float32_gflops: float32 multiply-adds, 10^9 operations a second.
-        memory_gbytes: reading memory, 10^9 bytes a second.
+        float32_gflops: rate of float32 multiply-adds, 10^9 operations per second.
+        memory_gbytes: rate of reading memory, 10^9 bytes per second.
     """
 
     float32_gflops: float
@@ -26,21 +26,21 @@ class Peak:
 
 @dataclass(frozen=True)
 class Target(ABC):
-    """One kind of hardware, as its file says; a subclass for each device class.
+    """One kind of hardware, as its file describes it; each device class has a subclass.
 
     Attributes:
         KERNELS: the folder of `tvm_attn.kernels` with the loops and templates of the device class.
-        RULES: of the file's keys, see `tvm_attn.checks`.
-        TVM_KIND: the `kind` of its TVM target.
+        RULES: rules for the file's keys, see `tvm_attn.checks`.
+        TVM_KIND: the `kind` of the TVM target.
         name: the file's name without `.toml`, e.g. "cpu-znver4".
         device: one of `tvm_attn.backends.BACKENDS`.
         description: one line for readers.
-        tvm: what `tvm.target.Target` takes.
+        tvm: the argument of `tvm.target.Target`.
         tile_rows: rows of a register tile and of a row group.
         tile_columns: columns of a packed weight strip, a power of two.
         dtypes: storage dtypes that can be compiled.
-        peak: measured limits, or None where nobody has measured.
-        architecture: `platform.machine()` of the processor that runs the code, or the host's part of it, e.g. "x86_64".
+        peak: measured limits, or None if they have not been measured.
+        architecture: `platform.machine()` of the processor that runs the code, or its host part, e.g. "x86_64".
         features: instruction sets of that processor that the code may use, as Linux names them.
     """
 
@@ -69,17 +69,17 @@ class Target(ABC):
     @classmethod
     @abstractmethod
     def own(cls, table: dict[str, Any]) -> dict[str, Any]:
-        """The fields that this class adds, and `architecture` and `features`, from a table that obeys its rules."""
+        """The fields that a subclass adds, and `architecture` and `features`, from a table that follows the rules."""
 
     @classmethod
     def misfit(cls, table: dict[str, Any]) -> str | None:
-        """What does not go together in a table whose values are right one by one, in words."""
+        """A description of values that are valid one by one but contradict each other; None if there are none."""
         kind = table["tvm"].get("kind")
         return None if kind == cls.TVM_KIND else f"tvm.kind is {shorten(kind)}; give {cls.TVM_KIND!r}"
 
     @classmethod
     def from_table(cls, name: str, table: dict[str, Any]) -> Target:
-        """The target in a file's table, which obeys the rules."""
+        """The target that a file's table describes; the table follows the rules."""
         peak = table.get("peak")
         return cls(
             name=name,

@@ -17,7 +17,7 @@ class CpuTarget(Target):
 
     Attributes:
         processor: LLVM's name of the processor, or None in a generic file.
-        rank: among generic targets that fit, the highest is taken; 0 where `processor` is given.
+        rank: of the generic targets that fit, the one with the highest rank is used; 0 if `processor` is given.
         lanes: float32 values in a vector register.
         l2_bytes: level-2 cache of a core.
     """
@@ -37,7 +37,7 @@ class CpuTarget(Target):
     l2_bytes: int
 
     def missing(self, features: Collection[str]) -> list[str]:
-        """What this machine's processor lacks, which has these instruction sets."""
+        """What this machine's processor, which has the instruction sets `features`, lacks."""
         if self.architecture != platform.machine():
             return [f"architecture {self.architecture}"]
         return [feature for feature in self.features if feature not in features]

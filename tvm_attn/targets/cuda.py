@@ -14,9 +14,9 @@ class CudaTarget(GpuTarget):
     """NVIDIA GPUs.
 
     Attributes:
-        architectures: those whose machine code a library holds, as nvcc names them, e.g. ("sm_80", "sm_90a"). Code for
-            sm_XY runs on X.Y and later minor versions; code for sm_90a on 9.0 alone.
-        ptx: the virtual architecture whose PTX a library holds for the driver to compile where no machine code fits,
+        architectures: the architectures whose machine code a library holds, as nvcc names them, e.g. ("sm_80",
+            "sm_90a"). Code for sm_XY runs on X.Y and later minor versions; code for sm_90a runs only on 9.0.
+        ptx: the virtual architecture whose PTX a library holds for the driver to compile if no machine code fits,
             e.g. "compute_80"; None for no PTX.
     """
 
@@ -40,7 +40,7 @@ class CudaTarget(GpuTarget):
 
     @property
     def images(self) -> tuple[str, ...]:
-        """What a library holds code for, machine code first."""
+        """The architectures that a library holds code for, machine code first."""
         return (*self.architectures, *((self.ptx,) if self.ptx else ()))
 
 

@@ -1,4 +1,4 @@
-"""What the files of all GPUs say."""
+"""What the target file of every GPU says."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tvm_attn.targets.base import Target
 
 @dataclass(frozen=True)
 class GpuTarget(Target):
-    """A GPU; the host's part of its libraries is compiled for any processor of this machine's architecture.
+    """A GPU. The host part of its libraries is compiled for any processor of this machine's architecture.
 
     Attributes:
-        max_threads: threads of a block (a workgroup).
-        shared_bytes: shared (workgroup) memory of a block.
-        subgroup: threads of a subgroup (a warp) that may exchange registers, or None where nothing is assumed.
-        vector_bytes: the widest load of a thread.
-        matrix: M, N, K of the matrices that a subgroup multiplies, float16 with float32 sums; None where nothing is
+        max_threads: the most threads in a block (a workgroup).
+        shared_bytes: the most shared (workgroup) memory of a block.
+        subgroup: size of a subgroup (a warp), whose threads may exchange registers; None if no size may be assumed.
+        vector_bytes: size of a thread's widest load.
+        matrix: M, N, K of the matrices that a subgroup multiplies, float16 with float32 sums; None if none may be
             assumed.
     """
 

@@ -5,5 +5,5 @@
                               build, check, time in worker processes
 
 A candidate is the symbolic function that the compiler will compile, called with inputs of representative sizes.
-MetaSchedule's database in the work folder remembers every measurement, so that a search goes on where it stopped.
+MetaSchedule's database in the work folder remembers every measurement, so that a search continues where it stopped.
 """

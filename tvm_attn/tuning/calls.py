@@ -1,6 +1,6 @@
-"""The calls that a search measures: representative sizes of each kernel family, and how much work they are.
+"""The calls that a search measures: representative sizes of each kernel family, and how much work each call does.
 
-A schedule serves every length, so a symbolic kernel is called with a short prompt and with a full context.
+One schedule serves every length, so a symbolic kernel is called with a short prompt and with a full context.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from tvm_attn.storage import GROUP, numpy_dtype
 from tvm_attn.targets import Peak
 
 _ROWS = (128, 1023)
-"""Rows of prompts: GPT-2 124M's usual benchmark, and its full context less the token to come."""
+"""Rows of prompts: the usual benchmark of GPT-2 124M, and its full context minus the next token."""
 _GROUPS = 2
-"""Row groups of a short prompt or a large batch. One group alone has kernels of its own."""
+"""Row groups of a short prompt or a large batch. A single group has kernels of its own."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Call:
     """One call of a kernel that a search measures.
 
     Attributes:
-        name: its size, e.g. "128 rows".
-        flops: float32 operations; None where other instructions do the work, whose peak no target states.
+        name: the call's size, e.g. "128 rows".
+        flops: number of float32 operations; None if the work uses other instructions, whose peak no target states.
         bytes: memory traffic if everything were moved once.
-        case: makes the inputs and their float64 reference, in seconds at most.
+        case: creates the inputs and their float64 reference, within seconds.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Call:
     case: Callable[[], Case]
 
     def limit_seconds(self, peak: Peak | None) -> float | None:
-        """The least time that the hardware's limits allow; None where a limit is not known."""
+        """The least time that the hardware's limits allow; None if a limit is not known."""
         if peak is None or self.flops is None:
             return None
         return max(self.flops / (peak.float32_gflops * 1e9), self.bytes / (peak.memory_gbytes * 1e9))
@@ -71,7 +71,7 @@ def calls_of(kernel: Kernel) -> tuple[Call, ...]:
     """The calls to measure.
 
     Raises:
-        TuningError: nobody has said yet which sizes stand for this family.
+        TuningError: no representative sizes are defined for this family.
     """
     if kernel.family not in _CALLS:
         raise TuningError(f"kernel family {kernel.family!r} has no sizes to measure; add them to {__name__}")
@@ -87,12 +87,12 @@ def _tensor_bytes(types: list[tuple[tuple[int, int, int], str]]) -> int:
 
 
 def _group_counts(kernel: Any) -> tuple[int, ...]:
-    """Numbers of row groups to measure: of a batch or a short prompt and of prompts, as many as the kernel takes."""
+    """Numbers of row groups to measure, for batches and prompts; at most as many as the kernel takes."""
     if kernel.groups is not None:
         return (kernel.groups,)
     most = getattr(kernel, "max_groups", None) or math.inf
     if isinstance(kernel, Head):
-        # Logits of a prompt are those of its last row, or of all its rows.
+        # Logits are computed for a prompt's last row, or for all its rows.
         counts = [1, -(-_ROWS[0] // kernel.rows)]
     else:
         counts = [_GROUPS, *(-(-rows // kernel.rows) for rows in _ROWS)]
@@ -100,7 +100,7 @@ def _group_counts(kernel: Any) -> tuple[int, ...]:
 
 
 def _linear_row_bytes(kernel: LinearKernel) -> int:
-    """What a row reads and writes: x, y, the residual, or its place in the cache."""
+    """Bytes that a row reads and writes: x, y, the residual, or its place in the cache."""
     k, width = kernel.in_features, kernel.strips * kernel.columns
     if kernel.epsilon is not None:
         x = 4 * k
@@ -122,7 +122,7 @@ def _linear_calls(kernel: LinearKernel) -> tuple[Call, ...]:
         rows = groups * kernel.rows
         flops: int | None = 2 * rows * kernel.in_features * kernel.strips * kernel.columns
         if kernel.weights not in PLAIN or kernel.activations != "float32":
-            flops = 0 if rows == 1 else None  # one row is bound by memory whatever the instructions
+            flops = 0 if rows == 1 else None  # one row is memory-bound with any instructions
         case = partial(linear.random_case, kernel, groups)
         calls.append(Call(f"{rows} rows", flops, once + rows * _linear_row_bytes(kernel), case))
     return tuple(calls)
@@ -141,7 +141,7 @@ def _prefill_calls(kernel: PrefillAttention) -> tuple[Call, ...]:
     lengths = sorted({min(_ROWS[0], kernel.context), max(kernel.context - 1, 1)})
     width, calls = kernel.heads * kernel.head_dim, []
     for length in lengths:
-        flops = 2 * width * length * (length + 1)  # two products of D for every pair of a query and a key
+        flops = 2 * width * length * (length + 1)  # two dot products of length D for every query and key
         traffic = 2 * length * width * (_bytes(kernel.activations) + _bytes(kernel.dtype))
         case = partial(prefill_attention.random_case, kernel, length)
         calls.append(Call(f"{length} rows", flops if kernel.activations == "float32" else None, traffic, case))
@@ -160,7 +160,7 @@ def _decode_calls(kernel: DecodeAttention) -> tuple[Call, ...]:
 
 
 def _row_calls(row_bytes: Callable[[Any], int], random_case: Callable[[Any, int], Case]) -> Callable[[Any], Any]:
-    """Calls of a kernel that takes one row after another, and reads and writes so many bytes for each."""
+    """Calls of a kernel that takes one row after another, and moves `row_bytes(kernel)` bytes for each."""
 
     def calls(kernel: Any) -> tuple[Call, ...]:
         counts = (_GROUPS, -(-_ROWS[1] // kernel.rows)) if getattr(kernel, "groups", None) is None else (kernel.groups,)

@@ -1,4 +1,4 @@
-"""From measurements to tuned records, and the files that keep them."""
+"""Turns measurements into tuned records, and writes the files that hold them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tvm_attn.tuning.space import Space
 
 
 def mean_seconds(measurement: Measurement) -> float:
-    """Geometric mean of a candidate's times: every size counts the same; infinite for a candidate that failed."""
+    """Geometric mean of a candidate's times, so that every size counts the same; infinite if it failed."""
     return math.inf if measurement.seconds is None else _geometric_mean(measurement.seconds)
 
 
@@ -35,7 +35,7 @@ def _geometric_mean(values: Iterable[float]) -> float:
 
 
 def to_record(space: Space, measurement: Measurement) -> Record:
-    """The record of a candidate that was measured."""
+    """The record of a measured candidate."""
     assert measurement.seconds is not None
     limits = [call.limit_seconds(space.target.peak) for call in calls_of(space.kernel)]
     shares = [limit / time for limit, time in zip(limits, measurement.seconds, strict=True) if limit is not None]
@@ -52,10 +52,10 @@ def to_record(space: Space, measurement: Measurement) -> Record:
 
 
 def records_folder(out: str | Path | None, target: str) -> Path:
-    """Where the records of a target are written: into `out`, or into this checkout.
+    """The folder to which the records of a target are written, in `out` or in this checkout.
 
     Raises:
-        TuningError: neither is there.
+        TuningError: `out` is None, and this is not a checkout.
     """
     if out is not None:
         return Path(out) / target
@@ -66,10 +66,10 @@ def records_folder(out: str | Path | None, target: str) -> Path:
 
 
 def merge(folder: Path, records: Iterable[Record]) -> list[Path]:
-    """Adds records to the files of a target's folder; of two for the same kernel the faster one stays.
+    """Adds records to the files of a target's folder; of two for the same kernel, the faster one is kept.
 
     Returns:
-        The files of the given records' templates.
+        The files that hold the given records.
 
     Raises:
         ScheduleError: a file that is there is malformed.

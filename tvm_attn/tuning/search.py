@@ -1,6 +1,6 @@
-"""Measuring the candidates of one kernel with MetaSchedule, and remembering the times in its database.
+"""Measures the candidates of one kernel with MetaSchedule, and stores the times in its database.
 
-MetaSchedule's own strategies derive the inputs from the function and accept static sizes only. Here the design space is
+MetaSchedule's own strategies derive the inputs from the function and accept only static sizes. Here the design space is
 the list of all candidates, and the strategy walks through it; the inputs come from the kernel (`workers`).
 """
 
@@ -42,11 +42,11 @@ _MAX_BUILDERS = 8
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is known of a candidate.
+    """The measurement of a candidate.
 
     Attributes:
-        indices: its decisions, one index a choice.
-        seconds: time of each of the kernel's calls; None where it did not compile, run, or give the right result.
+        indices: the candidate's decisions, one index per choice.
+        seconds: time of each of the kernel's calls; None if it did not compile, run, or give the right result.
     """
 
     indices: tuple[int, ...]
@@ -54,7 +54,7 @@ class Measurement:
 
 
 def note(known: dict[tuple[int, ...], Measurement], measurement: Measurement) -> None:
-    """Adds a measurement. Of two for a candidate the shorter times count, and none at all where one of them failed."""
+    """Adds a measurement. Of two for a candidate, the shorter times count; if one failed, the candidate failed."""
     before, seconds = known.get(measurement.indices), measurement.seconds
     if before is not None and before.seconds is not None and seconds is not None:
         seconds = tuple(map(min, before.seconds, seconds))
@@ -65,7 +65,7 @@ def note(known: dict[tuple[int, ...], Measurement], measurement: Measurement) ->
 
 @derived_object
 class _Builder(ms.builder.PyBuilder):
-    """Compiles in workers that stay. MetaSchedule's starts new ones for every batch, 2 s of imports each."""
+    """Compiles in workers that keep running. MetaSchedule's starts new ones for each batch, with 2 s of imports."""
 
     def __init__(self, pool: PopenPoolExecutor, folder: Path) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _Builder(ms.builder.PyBuilder):
         futures = []
         for given in build_inputs:
             self._count += 1
-            # A folder of its own: MetaSchedule removes that afterwards.
+            # A folder of its own, because MetaSchedule removes the folder afterwards.
             library = self._folder / str(self._count) / "candidate.so"
             library.parent.mkdir()
             futures.append(self._pool.submit(workers.build, given.mod, given.target, str(library)))
@@ -94,7 +94,7 @@ def _result(future: Any) -> Any:
 
 @derived_object
 class _InOrder(ms.search_strategy.PySearchStrategy):
-    """Gives every schedule of the design space to be measured, once, a batch at a time."""
+    """Hands out every schedule of the design space once, a batch at a time."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class _InOrder(ms.search_strategy.PySearchStrategy):
 
 @derived_object
 class _Notify(ms.measure_callback.PyMeasureCallback):
-    """Tells of every result. It comes after the database, so that what was told of is stored, whatever happens then."""
+    """Reports every result. It runs after the database's callback, so that a reported result is already stored."""
 
     def __init__(self, notify: Callable[[Measurement, str | None], None]) -> None:
         super().__init__()
@@ -147,8 +147,8 @@ class Session:
     """The processes and files of a search on one target.
 
     Args:
-        work: the work folder: MetaSchedule's database and the log are kept in it.
-        threads: threads of a measured call.
+        work: the work folder, which holds MetaSchedule's database and the log.
+        threads: number of threads of a measured call.
 
     Use it as a context manager; leaving it ends the worker processes.
 
@@ -164,7 +164,7 @@ class Session:
 
     def __enter__(self) -> Session:
         self._libraries = tempfile.TemporaryDirectory(prefix="libraries-", dir=self._work)
-        # Errors of the worker itself go nowhere until `start` sends them to the log: Ctrl-C reaches every process.
+        # A worker's errors are discarded until `start` sends them to the log, because Ctrl-C reaches every process.
         initializer = partial(workers.start, str(self._log))
         self._pool = PopenPoolExecutor(self._builders, _HANG_SECONDS, initializer, stderr=subprocess.DEVNULL)
         self._builder = _Builder(self._pool, Path(self._libraries.name))
@@ -175,7 +175,7 @@ class Session:
         self._libraries.cleanup()
 
     def known(self, space: Space) -> dict[tuple[int, ...], Measurement]:
-        """The measurements of a kernel that the database has."""
+        """The measurements of a kernel in the database."""
         workload = self._database.commit_workload(self._workload(space))
         known: dict[tuple[int, ...], Measurement] = {}
         for record in self._database.get_all_tuning_records():
@@ -189,9 +189,9 @@ class Session:
     def measuring(
         self, space: Space, notify: Callable[[Measurement, str | None], None]
     ) -> Iterator[Callable[[list[Candidate]], None]]:
-        """A function that measures candidates of a kernel.
+        """Yields a function that measures candidates of a kernel.
 
-        `notify` gets each result, and what went wrong where it has no times.
+        `notify` gets each result, and an error message if it has no times.
         """
         runner = ms.runner.LocalRunner(
             timeout_sec=_HANG_SECONDS,
@@ -246,7 +246,7 @@ class Session:
     def _workload(self, space: Space) -> tvm.IRModule:
         """The kernel as MetaSchedule's database knows it.
 
-        Its key is the hash of the function, so everything else that times depend on is put into an attribute.
+        Its key is the hash of the function, so everything else that affects the times goes into an attribute.
         """
         key = {
             "template": space.template.name,
@@ -259,7 +259,7 @@ class Session:
             "target": space.target.tvm,
         }
         function = space.function.with_attr("global_symbol", "main")
-        # MetaSchedule's own count, which its log shows, stops at vector shuffles.
+        # For MetaSchedule's log, because its own count stops at vector shuffles.
         function = function.with_attr("estimated_flops", sum(call.flops or 0 for call in calls_of(space.kernel)))
         return tvm.IRModule({"main": function.with_attr("tvm_attn.search", json.dumps(key, sort_keys=True))})
 
@@ -278,7 +278,7 @@ def _open_database(work: Path) -> Any:
 
 @contextmanager
 def _without_tensor_intrinsics() -> Iterator[None]:
-    """Hides the tensor intrinsics, which MetaSchedule would import for 20 s and no template here uses."""
+    """Hides the tensor intrinsics, which take MetaSchedule 20 s to import and which no template here uses."""
     name = "tvm.s_tir.tensor_intrin"
     hide = name not in sys.modules
     if hide:
@@ -292,7 +292,7 @@ def _without_tensor_intrinsics() -> Iterator[None]:
 
 @contextmanager
 def worker_environment(threads: int) -> Iterator[None]:
-    """Environment variables that worker processes inherit: number of threads, and where this package lies."""
+    """Sets environment variables that worker processes inherit: the number of threads, and the path of this package."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     wanted = {"TVM_NUM_THREADS": str(threads), "PYTHONPATH": path}

@@ -1,11 +1,11 @@
-"""The decisions of a template for one kernel, as a space that can be searched, and as traces of MetaSchedule.
+"""The decisions of a template for one kernel, as a search space and as traces of MetaSchedule.
 
 A template builds its own function, from loops that depend on its decisions, so MetaSchedule cannot replay it from a
-plain function of the kernel. A candidate is therefore a schedule that starts from the finished function; its trace has
-one `sample_categorical` a decision, in the order in which the template takes them, and nothing else.
+plain function of the kernel. A candidate is therefore a schedule that starts from the finished function. Its trace has
+one `sample_categorical` per decision, in the order in which the template takes them, and nothing else.
 
-What a template may choose can depend on what it has chosen before, so a space is a tree: a node for each choice, a
-branch for each of its candidates. To follow a path is to apply the template.
+What a template may choose can depend on its earlier choices, so a space is a tree: a node for each choice, a branch for
+each of its candidates. Following a path means applying the template.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tvm_attn.targets import Target
 
 @dataclass(frozen=True)
 class Choice:
-    """One decision of a template, where others were taken before."""
+    """One decision of a template, given the decisions before it."""
 
     name: str
     candidates: tuple[int, ...]
@@ -35,7 +35,7 @@ class Choice:
 
 
 class _Walk:
-    """Takes the branch that `pick` gives, an index into a choice's candidates, and notes what was asked."""
+    """A chooser that takes the branch (an index of a candidate) that `pick` returns, and records each choice."""
 
     def __init__(self, pick: Callable[[tuple[int, ...], Choice], int]) -> None:
         self._pick = pick
@@ -71,11 +71,11 @@ class _Unexplored:
     left: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     def at(self, path: tuple[int, ...], choice: Choice) -> list[int]:
-        """Those of a node."""
+        """The open branches of a node."""
         return self.left.setdefault(path, list(range(len(choice.candidates))))
 
     def close(self, path: tuple[int, ...]) -> None:
-        """Removes a path that was followed, and the branches that end with it."""
+        """Removes a path that was followed, and every branch that has no other path left."""
         while path:
             path, branch = path[:-1], path[-1]
             if branch in self.left[path]:
@@ -85,7 +85,7 @@ class _Unexplored:
 
     @property
     def any(self) -> bool:
-        """Whether a path is left."""
+        """Whether any path is left."""
         return bool(self.left.get(()))
 
 
@@ -94,8 +94,8 @@ class Space:
     """All decisions that a template can take for a kernel.
 
     Attributes:
-        kernel, target, template: whose decisions they are.
-        choices: in the order in which the template asks, its defaults taken.
+        kernel, target, template: the kernel, the target, and the template that takes the decisions.
+        choices: the choices, in the order in which the template asks if its defaults are taken.
         function: the function with the defaults.
     """
 
@@ -119,9 +119,9 @@ class Space:
 
     @property
     def size(self) -> int:
-        """Number of combinations, those included that give the same function.
+        """Number of combinations, including those that give the same function.
 
-        An estimate where what can be chosen depends on what was chosen before.
+        It is an estimate if choices depend on earlier ones.
         """
         size = 1
         for choice in self.choices:
@@ -149,8 +149,8 @@ class Space:
     def candidates(self, limit: int) -> list[Candidate]:
         """At most `limit` candidates whose functions differ, the defaults first.
 
-        Where there are more than that, the others are a random sample: the same one each time, and a larger limit only
-        adds to it. Decisions that do not fit the kernel or the target are left out.
+        If there are more, the others are a random sample. It is the same each time, and a larger limit only adds to it.
+        Decisions that do not fit the kernel or the target are left out.
         """
         default = Candidate(self.choices, self.default, self.function)
         found, seen = [default], {tvm_ffi.structural_hash(default.function)}
@@ -181,7 +181,7 @@ class Space:
 
 
 def to_schedule(candidate: Candidate) -> s_tir.Schedule:
-    """A candidate for MetaSchedule, its decisions on the trace."""
+    """A candidate for MetaSchedule, with its decisions on the trace."""
     module = tvm.IRModule({"main": candidate.function.with_attr("global_symbol", "main")})
     result = s_tir.Schedule(module, enable_check=False)
     for choice, index in zip(candidate.choices, candidate.indices, strict=True):

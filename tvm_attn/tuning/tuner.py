@@ -29,22 +29,22 @@ from tvm_attn.tuning.records import mean_seconds, merge, records_folder, require
 from tvm_attn.tuning.search import Measurement, Session, note, worker_environment
 from tvm_attn.tuning.space import Candidate, Space
 
-# The defaults and the best candidates, which are measured twice.
+# Number of candidates (the defaults and the best ones) that are measured twice.
 _FINALISTS = 4
 TRIALS = 64
-"""Most candidates of a kernel, where the caller does not say."""
+"""Default for the most candidates of a kernel."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is.
+    """How far a search has got.
 
     Attributes:
-        done: candidates that are measured, those of an earlier search included.
-        total: candidates in all; an upper bound until every kernel has had its turn.
-        kernel: the kernel whose turn it is.
+        done: number of candidates that have been measured, including those of an earlier search.
+        total: number of candidates in all; an upper bound until every kernel has been reached.
+        kernel: the kernel that is being searched.
         best_us: the best time of that kernel so far, microseconds, or None.
-        speedup: the template's own time over the best, or None where one of them is not known.
+        speedup: the time of the template's defaults divided by the best time, or None if one of them is not known.
     """
 
     done: int
@@ -59,11 +59,11 @@ class Found:
     """What was found for one kernel.
 
     Attributes:
-        kernel: its short name.
-        record: the best decisions, measured now or in an earlier search that this one went on with.
-        speedup: the time of the template's own decisions over that of the record's; None where they failed.
-        measured: candidates with a time.
-        failed: candidates that did not compile, run, or give the right result.
+        kernel: the kernel's short name.
+        record: the best decisions, measured now or in an earlier search that this one continues.
+        speedup: the time of the template's defaults divided by that of the record; None if the defaults failed.
+        measured: number of candidates with a time.
+        failed: number of candidates that did not compile, run, or give the right result.
     """
 
     kernel: str
@@ -79,10 +79,10 @@ class Tuned:
 
     Attributes:
         target: the target's name.
-        found: the kernels that have choices.
+        found: the results for the kernels that have choices.
         files: the record files.
         work: the work folder, with the measurements and the logs.
-        interrupted: whether Ctrl-C ended it; the same search goes on from there.
+        interrupted: whether Ctrl-C ended the search; the same search continues from there.
     """
 
     target: str
@@ -105,22 +105,22 @@ def tune(
 ) -> Tuned:
     """Searches the schedule templates' decisions for a model on this machine, and writes tuned records.
 
-    A build for the target uses the records that lie in this checkout's `schedules/`.
+    A build for the target uses the records in this checkout's `schedules/`.
 
     Args:
         model: as in `tvm_attn.build`, or a configuration; only its sizes matter.
         target: "cpu" for this machine, or the name of a target that fits it.
         dtype: storage of weights and KV cache.
         quant: quantization of the weights.
-        trials: most candidates of a kernel; where there are more, a random sample is measured.
+        trials: the most candidates of a kernel; if there are more, a random sample is measured.
         kernels: kernel families to search; default all.
-        out: folder that takes the place of `schedules/`.
-        work: folder that remembers measurements, so that a search goes on where it stopped; default
+        out: folder to write to instead of `schedules/`.
+        work: folder that keeps measurements, so that a search continues where it stopped; default
             `~/.cache/tvm-attn/tune/<target>`. Two targets must not share one.
-        progress: told after each candidate.
+        progress: called after each candidate.
 
     Returns:
-        What was found. Ctrl-C ends the search early, with what was found until then written.
+        What was found. Ctrl-C ends the search early; what was found by then is written.
 
     Raises:
         TargetError: the target is unknown or does not fit this machine, or does not have the dtype or quantization.
@@ -148,7 +148,7 @@ def tune(
 def _home() -> Path:
     try:
         return Path.home()
-    except RuntimeError:  # a container with a user that nobody has named
+    except RuntimeError:  # a container whose user has no name
         raise TuningError("this user has no home folder; choose a folder for the measurements (--work)") from None
 
 
@@ -209,9 +209,9 @@ class _State:
         return min(space.size, self._trials) + _FINALISTS
 
     def search(self, space: Space, session: Session) -> None:
-        """Searches one kernel and writes its record, also where it is interrupted."""
+        """Searches one kernel and writes its record, even if it is interrupted."""
         candidates = space.candidates(self._trials)
-        if len(candidates) == 1:  # nothing that the template can choose makes a difference
+        if len(candidates) == 1:  # no choice of the template makes a difference
             self._total -= self._most(space)
             return
         finalists = min(_FINALISTS, len(candidates))
@@ -235,7 +235,7 @@ class _State:
             if left:
                 with session.measuring(space, notify) as measure:
                     measure(left)
-                    # Other processes come and go, and may have slowed the defaults only: the best ones meet once more.
+                    # Another process may have slowed down the defaults only: measure them and the best ones again.
                     measure(sorted(candidates, key=order)[:finalists])
             else:
                 self._done += finalists
@@ -283,7 +283,7 @@ def _locked(work: Path) -> Iterator[None]:
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    """Sends what MetaSchedule logs to a file instead of the terminal."""
+    """Sends MetaSchedule's log to a file instead of the terminal."""
     logger = logging.getLogger("tvm.s_tir.meta_schedule")
     before = logger.level, logger.propagate
     handler = logging.FileHandler(path, encoding="utf-8")
@@ -301,7 +301,7 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """The Ctrl-C that have come, in a list that grows; each also raises KeyboardInterrupt as usual."""
+    """Yields a list to which each Ctrl-C is added; each also raises KeyboardInterrupt as usual."""
     noticed: list[int] = []
 
     def handle(number: int, _frame: object) -> None:

@@ -1,6 +1,6 @@
 """What runs in the worker processes of a search: compiling a candidate, checking it, timing it.
 
-A worker is a process of its own, so that a candidate that crashes or hangs ends itself only.
+A worker is a process of its own, so that a candidate that crashes or hangs stops nothing else.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tvm_attn.kernels import Case, Kernel
 from tvm_attn.runtime.machine import set_threads
 from tvm_attn.tuning.calls import Call, calls_of
 
-# Calls walk through copies of their inputs until they have read more than a cache holds: in a model, weights and KV
-# cache come from memory, because all the other layers were used in between.
+# Calls cycle through copies of their inputs that are larger than a cache in total: in a model, weights and KV cache
+# come from memory, because all the other layers were used in between.
 _COLD_BYTES = 128 << 20
 _MAX_COPIES = 1024
 _MAX_COPIES_BYTES = 1 << 30
@@ -33,7 +33,7 @@ _REPEAT_SECONDS = 0.05
 
 
 class _Prepared:
-    """The tensors of a call's case, several times over."""
+    """Several copies of the tensors of a call's case."""
 
     def __init__(self, call: Call) -> None:
         self.case = case = call.case()
@@ -48,7 +48,7 @@ _prepared: list[_Prepared] = []
 
 
 def start(log: str) -> None:
-    """Begins a worker: what TVM or LLVM print goes to the log, and Ctrl-C is left to the process that started it."""
+    """Starts a worker: output of TVM and LLVM goes to the log, and Ctrl-C is left to the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -65,7 +65,7 @@ def limit_processor_time(seconds: int = PROCESSOR_SECONDS) -> None:
 
 
 def start_runner(log: str, kernel: Kernel) -> None:
-    """Begins a worker that measures candidates of a kernel: makes the inputs."""
+    """Starts a worker that measures candidates of a kernel, and creates the inputs."""
     start(log)
     set_threads(None)
     _prepared.extend(_Prepared(call) for call in calls_of(kernel))
@@ -87,7 +87,7 @@ def measure(library: Any, _device: Any, _config: Any, _arguments: Any) -> list[f
     """Checks a candidate, and returns the time of each call in seconds.
 
     Raises:
-        VerificationError: a result is not what the float64 reference says.
+        VerificationError: a result disagrees with the float64 reference.
     """
     limit_processor_time()
     function = library["main"]
@@ -98,19 +98,19 @@ def measure(library: Any, _device: Any, _config: Any, _arguments: Any) -> list[f
 
 def _check(function: Any, case: Case, arguments: list[Any]) -> None:
     inputs = len(case.inputs)
-    # The candidate before has left its results there.
+    # The previous candidate left its results there.
     for index, array in [*((i, case.inputs[i]) for i in case.in_place), *enumerate(case.outputs, inputs)]:
         arguments[index].copyfrom(array)
     function(*arguments)
     results = [arguments[index] for index in (*case.in_place, *range(inputs, len(arguments)))]
     for result, expected in zip(results, case.expected, strict=True):
         error = np.square(result.numpy().astype(np.float64) - expected).sum()
-        if not error <= case.nmse * np.square(expected).sum():  # not: NaN compares false
+        if not error <= case.nmse * np.square(expected).sum():  # "not", because NaN compares false
             raise VerificationError(f"{case.name}: the result disagrees with the float64 reference")
 
 
 def _seconds(function: Any, copies: list[list[Any]]) -> float:
-    """Time of a call: the best of several means, because whatever else runs can only add to it."""
+    """Time of a call: the best of several means, because other processes can only add to it."""
     start = time.perf_counter()
     for arguments in copies:
         function(*arguments)
