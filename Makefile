@@ -1,11 +1,11 @@
-# `make` lists what there is. Everything is installed into $(VENV); stamp files there make a second run immediate.
+# `make` lists the commands. Everything is installed into $(VENV); stamp files there make a second run immediate.
 
 PYTHON ?= python3
 VENV   ?= .venv
-# The PyTorch to check against. It is installed first and on its own, so that a CPU-only build is kept where one is
-# chosen here (a requirement or a wheel file): a range would take the newest build with its gigabytes of CUDA packages.
+# The PyTorch to check against. It is installed first and on its own, so that a CPU-only build that is
+# chosen here (a requirement or a wheel file) is kept: a range would take the newest build with its gigabytes of CUDA.
 TORCH  ?= torch==2.13.0
-# Processes that run tests, each with up to 2 GB.
+# Number of test processes, each with up to 2 GB of memory.
 JOBS   ?= 2
 
 BIN := $(VENV)/bin
@@ -26,10 +26,10 @@ demo: dist/demo/manifest.json ## build the bundled demo model for this CPU, chec
 
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-test: $(VENV)/.installed-test ## run the tests but the long ones
+test: $(VENV)/.installed-test ## run all tests except the long ones
 	$(PYTEST) -m 'not slow'
 
-test-slow: $(VENV)/.installed-test swiftshader ## run the long tests, and those of Vulkan on a second driver
+test-slow: $(VENV)/.installed-test swiftshader ## run the long tests, and the Vulkan tests on a second driver
 	$(PYTEST) -m slow
 	if [ -e $(SWIFTSHADER) ]; then VK_DRIVER_FILES=$(SWIFTSHADER) $(PYTEST) -m 'not slow' $(VULKAN_TESTS); fi
 
@@ -54,8 +54,8 @@ dist/demo/manifest.json: $(VENV)/.installed-verify $(SOURCES)
 dist/gpt2-random/manifest.json: $(VENV)/.installed-verify $(SOURCES)
 	$(BIN)/tvm-attn build --model gpt2 --random-weights --target cpu
 
-# $(VENV)/.installed-EXTRA: this checkout, editable, with one extra of pyproject.toml. Compiles the Vulkan runtime where
-# the machine has what it takes.
+# $(VENV)/.installed-EXTRA: this checkout, editable, with one extra of pyproject.toml. Compiles the Vulkan runtime if
+# the machine has the tools.
 $(VENV)/.installed-%: pyproject.toml $(VULKAN_SOURCES) $(VENV)/.installed-torch
 	$(PIP) --editable '.[$*]'
 	@touch $@
@@ -71,7 +71,7 @@ $(BIN)/pip: | system
 		{ echo "$(PYTHON) is older than Python 3.10: name a newer one with make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Debian packages: each line names one where what it brings is missing. Root installs them, others are told how.
+# Debian packages: each line adds a package if what it provides is missing. Root installs them, other users are told how.
 system:
 	@missing=; \
 	for cxx in "$$CXX" g++ clang++; do command -v "$$cxx" && break; done >/dev/null || missing="$$missing g++"; \
@@ -80,8 +80,8 @@ system:
 	if [ "$$(id -u)" -ne 0 ]; then echo "missing:$$missing; install with: apt-get install$$missing" >&2; exit 1; fi; \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing
 
-# What the Vulkan runtime is compiled and tested with, a driver only where there is none. Nothing else needs it: where it
-# cannot be had, the tests go on without it.
+# Packages for compiling and testing the Vulkan runtime, with a driver only if there is none. Nothing else needs them: if
+# they cannot be installed, the tests run without them.
 system-vulkan: | system
 	@missing=; \
 	command -v cmake >/dev/null || missing="$$missing cmake"; \
@@ -94,8 +94,8 @@ system-vulkan: | system
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; then exit 0; fi; \
 	echo "missing for Vulkan:$$missing; tests are skipped until: apt-get install$$missing" >&2
 
-# The second Vulkan driver is taken out of Debian's package of Chromium (30 MB); nothing is installed. Where it cannot be had,
-# the tests go on without it.
+# The second Vulkan driver is extracted from Debian's Chromium package (30 MB); nothing is installed. If the package is not
+# available, the tests run without it.
 swiftshader: ## fetch the second Vulkan driver that test-slow runs on
 	@[ ! -e $(SWIFTSHADER) ] || exit 0; \
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && mkdir -p $(dir $(SWIFTSHADER)) && cd "$$scratch" || exit 0; \

@@ -1,10 +1,10 @@
-"""The package's build: compiles the Vulkan runtime with CMake, where there is what it takes.
+"""The package's build: compiles the Vulkan runtime with CMake, if the machine has the tools.
 
-| TVM_ATTN_BUILD_VULKAN | does |
+| TVM_ATTN_BUILD_VULKAN | effect |
 |---|---|
-| unset | builds the runtime; where a tool or Vulkan's headers are missing, goes on without it and says so |
-| 0 | goes on without it |
-| 1 | fails where something is missing |
+| unset | builds the runtime; if a tool or Vulkan's headers are missing, continues without it and says so |
+| 0 | continues without it |
+| 1 | fails if something is missing |
 """
 
 import os
@@ -25,7 +25,7 @@ class VulkanRuntime(BuildHookInterface):  # type: ignore[type-arg]
     """Adds the library to a wheel, or puts it into the source tree for an editable install."""
 
     def dependencies(self) -> list[str]:
-        """TVM, whose headers the runtime includes, in the version that the package needs; nothing without a build."""
+        """TVM, whose headers the runtime includes, in the version that the package needs; nothing if not built."""
         if _switched_off() or _missing():
             return []
         return [line for line in self.metadata.core.dependencies if line.startswith("apache-tvm")]
@@ -41,7 +41,7 @@ class VulkanRuntime(BuildHookInterface):  # type: ignore[type-arg]
             self.app.display_warning(f"built without the Vulkan runtime: missing {missing}")
             return
         if version == "editable":
-            # Keeps its objects for the next time. Renamed: a process that has the old library loaded keeps it.
+            # Keeps object files for the next build. Renaming leaves the old library to processes that have loaded it.
             built = self._compile(Path(self.root, "build/vulkan"))
             target = Path(self.root, LIBRARY)
             with tempfile.TemporaryDirectory(dir=Path(self.root, "build")) as scratch:
@@ -49,12 +49,12 @@ class VulkanRuntime(BuildHookInterface):  # type: ignore[type-arg]
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="tvm_attn-vulkan-")
         build_data["force_include"][str(self._compile(Path(self._scratch.name)))] = LIBRARY
-        # One wheel for every Python: the library knows nothing of Python.
+        # One wheel for every Python: the library does not use Python.
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Removes what a wheel's build left."""
+        """Removes the temporary files of a wheel's build."""
         if hasattr(self, "_scratch"):
             self._scratch.cleanup()
 
@@ -79,7 +79,7 @@ def _switched_off() -> bool:
 
 
 def _missing() -> list[str]:
-    """What a build of the runtime lacks on this machine, by the names of Debian's packages."""
+    """What this machine lacks to build the runtime, as names of Debian packages."""
     missing = []
     if shutil.which("cmake") is None:
         missing.append("cmake")
@@ -94,7 +94,7 @@ def _missing() -> list[str]:
 
 
 def _vulkan_headers() -> Path | None:
-    """The folder that holds vulkan/vulkan_core.h."""
+    """The folder that holds vulkan/vulkan_core.h, or None."""
     sdk = os.environ.get("VULKAN_SDK")
     folders = [
         *os.environ.get("CPATH", "").split(":"),

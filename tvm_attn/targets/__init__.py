@@ -87,8 +87,8 @@ def _read_file(path: Path) -> Target:
 
 
 def resolve(name: str) -> Target:
-    """The target that `--target` names: "cpu" is this machine's processor, "vulkan" any Vulkan device, anything else the
-    name of a file, including "cuda".
+    """The target that `--target` names: "cpu" is this machine's processor, "vulkan" any Vulkan device, anything else
+    the name of a file, including "cuda".
 
     Raises:
         TargetError: the target is unknown, or no file fits this machine.
