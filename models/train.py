@@ -6,7 +6,7 @@ layout. It needs no network and no GPU; about half an hour on two CPU cores is e
 
     python models/train.py --out models/demo --minutes 28
 
-Interrupted runs continue from the checkpoint in --work; a finished one is repeated only with another --seed or --work.
+Interrupted runs continue from the checkpoint in --work; a finished run is repeated only with another --seed or --work.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def is_prose(paragraph: str) -> bool:
 
 
 def clean(text: str) -> str:
-    """Keep the prose paragraphs of one docstring or comment block; may be empty."""
+    """Return the prose paragraphs of one docstring or comment block; may be empty."""
     text = RULE.sub("", text.expandtabs())
     paragraphs = ("\n".join(line.rstrip() for line in p.splitlines()) for p in re.split(r"\n\s*\n", text))
     return "\n\n".join(p.strip("\n") for p in paragraphs if is_prose(p)).strip()
@@ -103,7 +103,7 @@ def collect() -> tuple[list[str], list[str]]:
                 seen.add(passage)
                 passages.append(passage)
         if passages:
-            # The split depends on the path alone: a changed file never moves between the two sides.
+            # The split depends only on the path: a changed file never moves between the two sides.
             held_out = zlib.crc32(name.as_posix().encode()) % 20 == 0
             (validation if held_out else train).append("\n\n".join(passages) + "\n")
     return train, validation
@@ -190,7 +190,7 @@ class GPT2(nn.Module):
 
 @torch.no_grad()
 def evaluate(model: GPT2, stream: Tensor, length: int) -> float:
-    """Mean loss in nats per token over consecutive windows of `length` tokens, less the incomplete last one."""
+    """Mean loss in nats per token over consecutive windows of `length` tokens, without the incomplete last one."""
     model.eval()
     count = (len(stream) - 1) // length
     inputs, targets = stream[: count * length], stream[1 : count * length + 1]
@@ -227,7 +227,7 @@ def train(args: argparse.Namespace, config: Config, stream: Tensor, held_out: Te
         running = state["curve"][-1][1] if state["curve"] else math.log(config.vocab_size)
         done = state["step"] >= args.steps or state["seconds"] >= 60 * args.minutes
         while not done:
-            # Whichever limit is nearer drives the schedule, so the rate reaches its floor in any case.
+            # Whichever limit is nearer drives the schedule, so that the rate always reaches its floor.
             step, seconds = state["step"], time.perf_counter() - start
             fraction = min(1.0, max(step / args.steps, seconds / (60 * args.minutes)))
             cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fraction))
@@ -318,7 +318,7 @@ def excerpt(document: str, length: int = 5_000) -> str:
 
 
 def save(path: Path, content: str | dict) -> None:
-    """Write text or JSON under a temporary name first: a reader never sees half a file."""
+    """Write text or JSON under a temporary name first, so that a reader never sees half a file."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -336,10 +336,10 @@ def export(args: argparse.Namespace, config: Config, tokenizer: Tokenizer, state
     record = {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
     for name, (documents, stream) in texts.items():
         record[f"{name}_files"] = len(documents)
-        record[f"{name}_characters"] = sum(map(len, documents))  # all ASCII: also the bytes
+        record[f"{name}_characters"] = sum(map(len, documents))  # all ASCII, so also the number of bytes
         record[f"{name}_tokens"] = len(stream)
         record[f"{name}_loss"] = evaluate(model, stream, config.n_positions)
-    # The nats of predicting <|endoftext|> count, but it has no bytes in the text.
+    # Includes the nats of predicting <|endoftext|>, although it has no bytes in the text.
     nats = record["validation_loss"] * (record["validation_tokens"] - 1)
     record |= {
         "perplexity": math.exp(record["validation_loss"]),
