@@ -109,5 +109,5 @@ swiftshader: ## fetch the second Vulkan driver that test-slow runs on
 		echo '{"file_format_version": "1.0.0", "ICD": {"library_path": "./libvk_swiftshader.so", "api_version": "1.3.0"}}' \
 			> icd.json && mv icd.json $(SWIFTSHADER); \
 	else \
-		echo "no SwiftShader: Debian's package chromium-common cannot be had; its tests are left out" >&2; \
+		echo "no SwiftShader: Debian's package chromium-common is not available; its tests are left out" >&2; \
 	fi

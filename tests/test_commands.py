@@ -229,7 +229,7 @@ def test_what_cannot_be_built(
 
 @pytest.mark.parametrize("given", ["", "1,,2", "1.5", "x", "1 2", HUGE])
 def test_what_are_no_token_ids(given: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is no list of integers such as 1,2,3" in refused("generate", ["x", "--prompt-ids", given], capsys)
+    assert "is not a list of integers such as 1,2,3" in refused("generate", ["x", "--prompt-ids", given], capsys)
 
 
 def test_an_artifact_is_no_checkpoint(demo_artifact: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,7 +143,7 @@ def test_a_dash_reads_stdin_less_one_newline(model, monkeypatch, data, prompt):
 
 def test_token_ids_that_are_none(model, capsys):
     assert generate.main(["dist/x", "--prompt-ids", "1,two"]) == 2
-    assert "argument --prompt-ids: '1,two' is no list of integers such as 1,2,3" in capsys.readouterr().err
+    assert "argument --prompt-ids: '1,two' is not a list of integers such as 1,2,3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

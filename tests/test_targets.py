@@ -84,7 +84,7 @@ WRONG = [
     *((GPU, "gpu.vector_bytes", value, "gpu.vector_bytes is") for value in ("0", "2", "12", "32")),
     *((GPU, "gpu.subgroup", value, "gpu.subgroup is") for value in ("0", "12", "256", '"warp"')),
     (GPU, "gpu.subgroup", None, "gpu.matrix needs gpu.subgroup"),
-    (GPU, "gpu.subgroup", "16", "tvm.thread_warp_size is 32; give that of gpu.subgroup"),
+    (GPU, "gpu.subgroup", "16", "tvm.thread_warp_size is 32; give the value of gpu.subgroup"),
     *(
         (CUDA, "cuda.architectures", value, "give a list such as")
         for value in ("[]", '"sm_80"', "[80]", '["8.0"]', '["sm_80\\n"]', '["gfx90a"]')

@@ -16,7 +16,7 @@ COMMANDS = {
     "bench": ("tvm_attn.bench", "measure an artifact's speed against this machine's limits"),
     "tune": ("tvm_attn.tune", "search schedules on this machine, write tuned records"),
     "kernels": ("tvm_attn.list_kernels", "list a model's kernels on a target, and the schedule of each"),
-    "devices": ("tvm_attn.devices", "list this machine's devices, and what is missing for which target"),
+    "devices": ("tvm_attn.devices", "list this machine's devices, and what is missing for each target"),
 }
 """Module and description of each command; the module's `main(argv)` runs it. Only that module is imported."""
 

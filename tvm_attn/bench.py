@@ -54,16 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that `measure` takes."""
     parser.add_argument("artifact", metavar="ARTIFACT", type=existing_folder, help="folder that tvm-attn build wrote")
     parser.add_argument(
-        "--prefill", type=integers(), metavar="T,...", help="prompt lengths; default: 1,16,128,512,1023 where they fit"
+        "--prefill", type=integers(), metavar="T,...", help="prompt lengths; default: 1,16,128,512,1023 if they fit"
     )
     parser.add_argument(
-        "--decode", type=integers(), metavar="C,...", help="context lengths; default: 1,128,512,1000 where they fit"
+        "--decode", type=integers(), metavar="C,...", help="context lengths; default: 1,128,512,1000 if they fit"
     )
     parser.add_argument(
         "--batch", type=integers(), default=(1, 8), metavar="B,...", help="sequences of a decode call; default: 1,8"
     )
     parser.add_argument(
-        "--kernels", action="store_true", help="time single kernels at the longest prompt and contexts, too"
+        "--kernels", action="store_true", help="also time single kernels at the longest prompt and contexts"
     )
     parser.add_argument(
         "--device", default="cpu", help="cpu, cuda:0, or vulkan:0, whose limits are not measured; default: %(default)s"

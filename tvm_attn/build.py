@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         required=True,
-        help="cpu (this machine), cuda, vulkan, or targets of targets/*.toml, separated by commas, e.g. cpu,cuda-sm90",
+        help="cpu (this machine), cuda, vulkan, or names from targets/*.toml, separated by commas, e.g. cpu,cuda-sm90",
     )
     parser.add_argument(
         "--dtype",
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quant",
         choices=("none", "int8", "int4"),
         default="none",
-        help="store matrices as integers, 32 of them to a scale; default: %(default)s",
+        help="store matrices as integers with a scale for every 32; default: %(default)s",
     )
     parser.add_argument(
         "--out",
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--random-weights",
         action="store_true",
-        help="random weights of the model's size in place of its own: for measuring speed, the text means nothing",
+        help="use random weights instead of the model's own, to measure speed; the text means nothing",
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")

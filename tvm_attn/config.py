@@ -141,7 +141,7 @@ class GPT2Config:
         auto_map = config.get("auto_map")
         if isinstance(auto_map, Mapping) and any(str(key).startswith("AutoModel") for key in auto_map):
             raise ConfigError(
-                "auto_map names model code of the checkpoint's own, which is not run; only gpt2 itself is"
+                "auto_map names the checkpoint's own model code, which is not run; only gpt2 is supported"
             )
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {key: value for key, value in config.items() if key in known}
@@ -199,7 +199,7 @@ def _check_epsilon(value: Any) -> None:
     if not (_is_int(value) or isinstance(value, float)):
         raise ConfigError(f"layer_norm_epsilon must be a number, not {shorten(value)}")
     if not 0 < value < 1:  # also refuses NaN
-        raise ConfigError(f"layer_norm_epsilon must lie between 0 and 1, not {shorten(value)}")
+        raise ConfigError(f"layer_norm_epsilon must be between 0 and 1, not {shorten(value)}")
 
 
 def _activation(value: Any) -> str:

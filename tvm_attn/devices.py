@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tvm-attn devices",
-        description="List what this machine can run models on, and what is missing for which target.",
+        description="List the devices of this machine, and what is missing for each target.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser

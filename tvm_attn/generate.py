@@ -32,18 +32,26 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="text to continue, taken as it is; '-' reads stdin; several make a batch",
+        help="text to continue, unchanged; '-' reads stdin; several make a batch",
     )
     prompts.add_argument(
-        "--prompt-ids", action="append", type=_token_ids, metavar="1,2,3", help="the same as token ids"
+        "--prompt-ids",
+        action="append",
+        type=_token_ids,
+        metavar="1,2,3",
+        help="a prompt as token ids; several make a batch",
     )
     parser.add_argument(
         "--max-new-tokens", type=integer(None), metavar="N", help=f"default: {GenerationOptions.max_new_tokens}"
     )
     parser.add_argument("--temperature", type=real, metavar="F", help="divides the logits; 0 is greedy")
     parser.add_argument("--top-k", type=integer(None), metavar="K", help="sample from the K most likely tokens")
-    parser.add_argument("--top-p", type=real, metavar="P", help="sample from the likeliest tokens that hold P together")
-    parser.add_argument("--min-p", type=real, metavar="P", help="sample from tokens P times as likely as the likeliest")
+    parser.add_argument(
+        "--top-p", type=real, metavar="P", help="sample from the likeliest tokens whose probabilities add up to P"
+    )
+    parser.add_argument(
+        "--min-p", type=real, metavar="P", help="sample from tokens at least P times as likely as the likeliest"
+    )
     parser.add_argument("--repetition-penalty", type=real, metavar="F", help="above 1 discourages tokens seen before")
     parser.add_argument(
         "--stop",
@@ -63,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--use-generation-config",
         action="store_true",
-        help="sample as the checkpoint's generation_config.json says, where no other option does",
+        help="sample as the checkpoint's generation_config.json says, unless other options differ",
     )
     parser.add_argument("--seed", type=integer(None), metavar="S", help="repeat the same sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
@@ -78,7 +86,7 @@ def _token_ids(text: str) -> list[int]:
     try:
         return [int(token_id) for token_id in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is no list of integers such as 1,2,3") from None
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is not a list of integers such as 1,2,3") from None
 
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}

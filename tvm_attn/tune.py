@@ -25,9 +25,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tvm-attn tune",
         description="Search the decisions of the schedule templates on this machine, and write tuned records. "
-        "Ctrl-C keeps what was found, and the same command goes on from there.",
+        "Ctrl-C keeps what was found, and the same command continues from there.",
     )
-    parser.add_argument("--target", required=True, help="cpu (this machine), or a target of targets/*.toml that fits")
+    parser.add_argument("--target", required=True, help="cpu (this machine), or a target from targets/*.toml that fits")
     parser.add_argument(
         "--model",
         default="gpt2",
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         type=integer(1, 1_000_000),
         default=64,
         metavar="N",
-        help="most candidates of a kernel; default: %(default)s",
+        help="most candidates per kernel; default: %(default)s",
     )
     parser.add_argument(
         "--kernels", type=names, metavar="FAMILY,...", help="search only these kernel families, e.g. linear,head"
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "--work",
         type=output_folder,
         metavar="FOLDER",
-        help="remembers measurements and logs; default: ~/.cache/tvm-attn/tune/TARGET",
+        help="keep measurements and logs there; default: ~/.cache/tvm-attn/tune/TARGET",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
@@ -124,7 +124,7 @@ def _print(tuned: Tuned, seconds: float) -> None:
     for file in tuned.files:
         print(f"wrote {file}")
     if tuned.interrupted:
-        print("interrupted; the same command goes on from here")
+        print("interrupted; the same command continues from here")
     print(f"searched {len(tuned.found)} kernels in {seconds:.1f} s; measurements and logs are in {tuned.work}")
 
 

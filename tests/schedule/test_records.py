@@ -121,7 +121,7 @@ def test_missing_template_is_named() -> None:
     "decisions", [{"group_block": 3}, {"group_block": 0}, {"group_block": "2"}, {"k_unroll": None}, {"k_unroll": 16}]
 )
 def test_decision_that_is_no_candidate(decisions: dict[str, Any]) -> None:
-    with pytest.raises(ScheduleError, match=r"is none of \[1, 2, 4, 8"):
+    with pytest.raises(ScheduleError, match=r"is not one of \[1, 2, 4, 8"):
         schedule(KERNEL, targets.detect_cpu(), decisions)
 
 
@@ -358,7 +358,7 @@ def test_record_that_does_not_fit_stops_the_compiler(book_folder: Path, tmp_path
     kernel = linear_of(program)
     version = template_for(kernel, target).version
     write(book_folder, target.name, replace(RECORD, version=version, shape=shape_of(kernel), decisions={"k_unroll": 3}))
-    with pytest.raises(ScheduleError, match="k_unroll=3 is none of"):
+    with pytest.raises(ScheduleError, match="k_unroll=3 is not one of"):
         compile_program(program, target, tmp_path / "lib.so")
     assert not list(tmp_path.glob("lib*"))
 

@@ -60,7 +60,7 @@ def test_json(fake: FakeTune, capsys: pytest.CaptureFixture[str]) -> None:
 def test_interruption_is_the_status(fake: FakeTune, capsys: pytest.CaptureFixture[str]) -> None:
     fake.interrupted = True
     assert command.main(["--target", "cpu"]) == 130
-    assert "interrupted; the same command goes on from here" in capsys.readouterr().out
+    assert "interrupted; the same command continues from here" in capsys.readouterr().out
 
 
 def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

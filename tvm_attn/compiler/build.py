@@ -183,7 +183,9 @@ def _verify_libraries(
     for target, library in zip(resolved, Artifact(folder).libraries, strict=True):
         if obstacle := library.obstacle() or device_obstacle(target, body["dtype"], body["quantization"]):
             reports[target.name] = None
-            notes.append(f"{library.file} was compiled but not checked: {obstacle}; run tvm-attn verify where it runs")
+            notes.append(
+                f"{library.file} was compiled but not checked: {obstacle}; run tvm-attn verify on its hardware"
+            )
             continue
         artifact = Artifact(folder)
         device = tvm.runtime.device(library.device, 0)

@@ -188,8 +188,8 @@ def find_compiler(architectures: Sequence[str] = ()) -> CudaCompiler:
             return nvcc
         if packaged is None:
             raise CompileError(
-                f"{path} does not know {', '.join(missing)}: install a newer CUDA toolkit, "
-                "or NVRTC (in the checkout: pip install -e '.[cuda]'), or name a target that it knows, as cuda-sm80"
+                f"{path} does not know {', '.join(missing)}: install a newer CUDA toolkit or "
+                "NVRTC (in the checkout: pip install -e '.[cuda]'), or name a target that it knows, such as cuda-sm80"
             )
     if packaged is None:
         raise CompileError(

@@ -147,7 +147,7 @@ def _replace_code(packed: bytes, source: bytes, fatbin: bytes) -> bytes:
     """
     reader = _Reader(packed)
     if reader.number() != len(packed) - 8:
-        raise CompileError("TVM's packed imports have another length than they say: this version packs them otherwise")
+        raise CompileError("TVM's packed imports differ from their stated length: this version packs them differently")
     rows = [reader.number() for _ in range(reader.number())]
     for _ in range(reader.number()):
         reader.number()
@@ -161,11 +161,11 @@ def _replace_code(packed: bytes, source: bytes, fatbin: bytes) -> bytes:
         if kind == b"cuda":
             head, tail = _string(b"cuda"), _string(source)
             if not data.startswith(head) or not data.endswith(tail):
-                raise CompileError("TVM's CUDA module does not carry its source: this version packs it otherwise")
+                raise CompileError("TVM's CUDA module does not carry its source: this version packs it differently")
             data = _string(b"fatbin") + data[len(head) : -len(tail)] + _string(fatbin)
         body += _string(data)
     if reader.position != len(packed):
-        raise CompileError("TVM's packed imports go on behind their last module: this version packs them otherwise")
+        raise CompileError("TVM's packed imports continue after their last module: this version packs them differently")
     return struct.pack("<Q", len(body)) + body
 
 

@@ -79,7 +79,7 @@ def check_out(out: Path) -> Path:
     try:
         place = Path(os.path.realpath(out))
     except ValueError as error:  # a zero byte
-        raise ArtifactError(f"{shorten_path(out)} is no path: {error}; choose another --out") from None
+        raise ArtifactError(f"{shorten_path(out)} is not a path: {error}; choose another --out") from None
     if not os.path.lexists(place):
         return place
     _require_replaceable(place, out)
@@ -88,8 +88,8 @@ def check_out(out: Path) -> Path:
     with suppress(FileNotFoundError):
         if Path.cwd().is_relative_to(place):
             raise ArtifactError(
-                f"{shorten_path(out)} holds the current folder, which a build would replace; go to another, or choose "
-                "another --out"
+                f"{shorten_path(out)} holds the current folder, which a build would replace; change to another, or "
+                "choose another --out"
             )
     if not os.access(place, os.W_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -207,7 +207,7 @@ def _put(new: Path, place: Path, work: Path) -> None:
             old = work / f"old-{number:02}"
             old.mkdir()
             place.rename(old / place.name)
-    raise ArtifactError(f"{shorten_path(place)} is replaced by other builds all the time; choose another --out")
+    raise ArtifactError(f"{shorten_path(place)} keeps being replaced by other builds; choose another --out")
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -32,7 +32,7 @@ class FixedChooser:
         """
         value = self._decisions.get(name, default)
         if value not in candidates:
-            raise ScheduleError(f"decision {name}={value} is none of {list(candidates)}: the record does not fit")
+            raise ScheduleError(f"decision {name}={value} is not one of {list(candidates)}: the record does not fit")
         self.taken[name] = value
         return value
 

@@ -62,5 +62,5 @@ class GpuTarget(Target):
         if "matrix" in gpu and "subgroup" not in gpu:
             return "gpu.matrix needs gpu.subgroup"
         if "subgroup" in gpu and warp != gpu["subgroup"]:
-            return f"tvm.thread_warp_size is {shorten(warp)}; give that of gpu.subgroup"
+            return f"tvm.thread_warp_size is {shorten(warp)}; give the value of gpu.subgroup"
         return super().misfit(table)

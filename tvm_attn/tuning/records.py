@@ -61,7 +61,7 @@ def records_folder(out: str | Path | None, target: str) -> Path:
         return Path(out) / target
     folder = resource_dir("schedules")
     if not (folder.parent / "pyproject.toml").is_file():
-        raise TuningError("an installed package is not changed: say where to write the records (--out FOLDER)")
+        raise TuningError("an installed package is not changed: name a folder for the records (--out FOLDER)")
     return folder / target
 
 

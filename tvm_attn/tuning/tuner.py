@@ -275,7 +275,7 @@ def _locked(work: Path) -> Iterator[None]:
             file = stack.enter_context(open(work / "lock", "w", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TuningError(f"another search works in {work}: wait for it, or choose another folder") from None
+            raise TuningError(f"another search is using {work}: wait for it, or choose another folder") from None
         except OSError as error:
             raise TuningError(f"cannot use {work}: {error.strerror}; choose another folder (--work)") from error
         yield
