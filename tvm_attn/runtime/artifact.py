@@ -3,8 +3,8 @@
 Every file is compared with the size and SHA-256 in the manifest, and the manifest with its own SHA-256. That finds
 damage and mix-ups; it is no signature, and a library is machine code: load artifacts from people you trust.
 
-A build may replace the folder at any time, so an artifact keeps the folder that it was opened from open, and reads all
-of its files from there; `open_artifact` starts again where that one is gone.
+A build may replace the folder at any time, so an artifact keeps its folder open and reads all of its files through it;
+`open_artifact` starts again if the folder has been replaced.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 MANIFEST = "manifest.json"
 PARAMS_INDEX = "params/tensor-cache.json"
 FORMAT = 5
-"""Version of the artifact's format; a reader accepts its own version only. In 5, a model has several end tokens, and no
-library is compiled for them; the checkpoint's sampling options are recorded."""
+"""Version of the artifact's format; a reader accepts only its own. From 5 on, a model may have several end tokens,
+which are not compiled into its libraries, and the checkpoint's sampling options are recorded."""
 
 
 _LIBRARY_BYTES = 1 << 30
-"""Most bytes of a library; those of GPT-2 124M have 1.4 MB for a processor and 20 MB for all CUDA architectures."""
+"""Largest library that is read, in bytes. That of GPT-2 124M has 1.4 MB for a CPU, 20 MB for all CUDA architectures."""
 _MESSAGE = 500  # most characters that an error quotes
 _TRIES = 100
 _T = TypeVar("_T")
@@ -56,7 +56,7 @@ class Library:
     """One compiled library of an artifact, as the manifest describes it.
 
     Attributes:
-        file: its name in the folder.
+        file: the library's file name in the artifact's folder.
         target: name of the target it was compiled for.
         device: device class, e.g. "cpu".
         platform: operating system and architecture, see `platform_name`.
@@ -65,8 +65,8 @@ class Library:
         vocabulary: V', the columns of its logits.
         max_prefill_rows, max_batch: the largest calls it was planned for, in rows.
         parameters: names of the canonical tensors, in the order in which its `transform_params` numbers them.
-        architectures: for CUDA, what it holds machine code for, e.g. ("sm_80", "sm_90a"); else empty.
-        ptx: for CUDA, the virtual architecture that it holds PTX for, e.g. "compute_80"; else None.
+        architectures: for CUDA, the architectures it has machine code for, e.g. ("sm_80", "sm_90a"); else empty.
+        ptx: for CUDA, the virtual architecture it has PTX for, e.g. "compute_80"; else None.
     """
 
     file: str
@@ -83,10 +83,10 @@ class Library:
     ptx: str | None = None
 
     def obstacle(self, capability: Capability | None = None) -> str | None:
-        """Why it cannot run on this machine, in words; None where it can.
+        """Why the library cannot run on this machine, as text; None if it can.
 
         Args:
-            capability: compute capability of the CUDA device; None leaves the question open.
+            capability: compute capability of the CUDA device; None skips that check.
         """
         if self.platform != platform_name():
             return f"it was built for {self.platform}, this is {platform_name()}"
@@ -98,12 +98,12 @@ class Library:
         return None
 
     def rank(self, capability: Capability) -> tuple[int, int] | None:
-        """How well its code suits a CUDA device, see `code_rank`."""
+        """How well the library's code suits a CUDA device, see `code_rank`."""
         return code_rank(self.architectures, self.ptx, capability)
 
 
 def identity(config: GPT2Config, dtype: str, quantization: str, library: Library) -> str:
-    """What a library was compiled for, as JSON: all that its callers rely on.
+    """What a library was compiled for, as JSON: everything that its callers rely on.
 
     Every library returns this text from its function "identity". A manifest that was edited, or names another library,
     would otherwise call functions with tensors of the wrong shapes.
@@ -118,10 +118,11 @@ class Artifact:
     """An artifact's folder. Construction reads and checks the manifest; files are checked when they are read.
 
     Args:
-        folder: what `tvm_attn.build` wrote.
+        folder: a folder written by `tvm_attn.build`.
 
     Raises:
-        ArtifactError: no artifact, an altered or malformed manifest, or one of another format or TVM version.
+        ArtifactError: the folder is no artifact, its manifest is altered or malformed, or its format or TVM version
+            differs.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -204,10 +205,10 @@ class Artifact:
             raise self.error(str(error)) from None
 
     def _content(self, name: str, limit: int, expected: int | None = None) -> np.ndarray:
-        """What a file of the folder holds, as uint8 values.
+        """The content of a file of the folder, as uint8 values.
 
         Raises:
-            ArtifactError: it is missing or unreadable, has more than `limit` bytes, or not the `expected` number.
+            ArtifactError: the file is missing or unreadable, larger than `limit` bytes, or not of the `expected` size.
         """
         try:
             with open(open_regular(name, dir_fd=self._descriptor), "rb", buffering=0) as file:
@@ -216,7 +217,7 @@ class Artifact:
                     raise self.error(f"{name} has {size} bytes instead of {expected}: truncated or altered")
                 if size > limit:
                     raise self.error(f"{name} has {size} bytes, so it is not the file it should be")
-                # NumPy asks for huge pages and leaves them uncleared: 4 ms a shard, where a bytearray takes 19 ms.
+                # NumPy uses huge pages and does not clear them: 4 ms a shard, where a bytearray takes 19 ms.
                 content, done = np.empty(size, np.uint8), 0
                 while done < size and (count := file.readinto(content[done:].data)):
                     done += count
@@ -245,15 +246,16 @@ class Artifact:
                 raise self.error(f"it was built with {name} {self._versions.get(name)}, here {version} is installed")
 
     def library(self, device: str, capability: Capability | None = None) -> Library:
-        """The library to run on a device class: of those that can run here, the one with most features.
+        """The library to run on a device class: of those that can run here, the one that uses the most features.
 
         Args:
             device: the device class.
-            capability: compute capability of a CUDA device: the code that suits it best is taken, and of libraries
-                that have it the one made for the fewest architectures. None takes any device to run all of them.
+            capability: compute capability of a CUDA device. The library whose code suits it best is taken; if several
+                have that code, the one made for the fewest architectures. None stands for a device that can run all of
+                them.
 
         Raises:
-            ArtifactError: there is none for the device class, or none can run here; says why.
+            ArtifactError: there is no library for the device class, or none can run here; the message says why.
         """
         of_device = [library for library in self.libraries if library.device == device]
         if not of_device:
@@ -271,10 +273,10 @@ class Artifact:
         return max(usable, key=lambda library: (library.rank(capability) or (), -len(library.architectures)))
 
     def check_identity(self, library: Library, text: str) -> None:
-        """Compares what a library says of itself, see `identity`, with the manifest.
+        """Compares a library's own description, see `identity`, with the manifest.
 
         Raises:
-            ArtifactError: they differ; names the first difference.
+            ArtifactError: they differ; the message names the first difference.
         """
         expected = identity(self.config, self.dtype, self.quantization, library)
         if text == expected:
@@ -288,14 +290,14 @@ class Artifact:
         raise self.error(f"{library.file} was compiled for {difference}")
 
     def read(self, name: str) -> bytes:
-        """The content of a file of the artifact, checked; errors as in `read_array`."""
+        """The content of a file of the artifact, checked. Errors as in `read_array`."""
         return self.read_array(name).tobytes()
 
     def read_array(self, name: str, limit: int = _LIBRARY_BYTES) -> np.ndarray:
         """The content of a file of the artifact as uint8 values, checked.
 
         Raises:
-            ArtifactError: it is missing, unlisted, larger than `limit` bytes, or not what the manifest says.
+            ArtifactError: the file is missing, unlisted, larger than `limit` bytes, or not what the manifest says.
         """
         if name not in self._files:
             raise self.error(f"{shorten(name)} is not listed in {MANIFEST}")
@@ -306,14 +308,14 @@ class Artifact:
         return content
 
     def read_json(self, name: str) -> Any:
-        """The parsed content of a JSON file of the artifact; errors as in `read_array`, and where it is not JSON."""
+        """The parsed content of a JSON file of the artifact. Errors as in `read_array`, and if it is not JSON."""
         return self._parsed(name, self.read_array(name, CONFIG_BYTES).tobytes())
 
     def tokenizer_json(self) -> str | None:
-        """The tokenizer file's content, or None where the artifact has none.
+        """The content of the tokenizer file, or None if the artifact has none.
 
         Raises:
-            ArtifactError: it is damaged.
+            ArtifactError: the file is damaged.
         """
         if "tokenizer.json" not in self._files:
             return None
@@ -329,7 +331,7 @@ class Artifact:
 
 
 def open_artifact(folder: str | Path, use: Callable[[Artifact], _T]) -> _T:
-    """`use(Artifact(folder))`, again where a build has replaced the folder meanwhile.
+    """`use(Artifact(folder))`, repeated if a build replaces the folder in the meantime.
 
     Raises:
         ArtifactError: as `Artifact` and `use` do.
@@ -352,7 +354,7 @@ def _path(folder: str | Path) -> Path:
 
 
 def _version(folder: Path) -> tuple[int, ...] | None:
-    """Differs between a folder and the one that replaced it; None where there is none."""
+    """A value that differs between a folder and the one that replaced it; None if there is no folder."""
     try:
         status = os.stat(folder)
     except (OSError, ValueError):
@@ -365,10 +367,10 @@ def _reason(error: Exception) -> str:
 
 
 def _entry(table: Any, name: str | int, kind: type) -> Any:
-    """`table[name]`, of exactly that type: JSON's true is no int here.
+    """`table[name]`, which must be of exactly that type: JSON's true is not an int.
 
     Raises:
-        KeyError, TypeError: it is absent, or something else.
+        KeyError, TypeError: the entry is absent, or of another type.
     """
     value = table[name]
     if type(value) is not kind:
@@ -397,7 +399,7 @@ def _strings(values: list[Any]) -> tuple[str, ...]:
 
 
 def _files(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The manifest's table of files, checked: names that lie in the folder, and a size and a SHA-256 of each."""
+    """The manifest's table of files, checked: names inside the folder, each with a size and a SHA-256."""
     for name, entry in table.items():
         if not re.fullmatch(r"(params/)?\w[\w.-]*", name, re.ASCII):
             raise TypeError(f"{shorten(name)} is no file of an artifact")
@@ -408,17 +410,17 @@ def _files(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
 class Parameters:
     """The canonical parameters of an artifact, read shard by shard.
 
-    They are stored in the tensor-cache convention of TVM and MLC-LLM (`tensor-cache.json`, `params_shard_*.bin`). The
-    last shard read is kept, so parameters read in the order of `names` read every file once.
+    They are stored in the tensor-cache format of TVM and MLC-LLM (`tensor-cache.json`, `params_shard_*.bin`). The last
+    shard read is kept, so reading the parameters in the order of `names` reads every file once.
 
     Raises:
-        ArtifactError: the index is malformed; `read` raises it for shards that do not fit.
+        ArtifactError: the index is malformed; `read` raises it for shards that do not match it.
     """
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
         self._types = artifact.types
-        # All of them with the gaps between them: no shard is larger.
+        # The size of all parameters with the gaps between them: no shard is larger.
         self._bytes = sum(64 + numpy_dtype(dtype).itemsize * math.prod(shape) for shape, dtype in self._types.values())
         self._shard: tuple[str, np.ndarray] | None = None
         self._records: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -436,10 +438,10 @@ class Parameters:
         return sorted(self._types, key=lambda name: place.get(name, -1))
 
     def read(self, name: str) -> np.ndarray:
-        """One parameter, in its stored dtype; a view of the shard, valid until it is dropped.
+        """One parameter, in its stored dtype: a view of the shard, valid until the shard is dropped.
 
         Raises:
-            ArtifactError: it is missing, or its record does not fit the shard.
+            ArtifactError: the parameter is missing, or its record does not fit the shard.
         """
         if name not in self._records or name not in self._types:
             raise self._artifact.error(f"the parameter {name} is missing")

@@ -1,7 +1,7 @@
-"""The decoding loop: prompts in, completions out, over anything that can prefill and decode.
+"""The decoding loop: prompts in, completions out, for any engine that can prefill and decode.
 
 Sequences share one batch. Each holds a KV-cache slot from its prefill until it ends; then the slot goes to the next
-prompt that waits, so the batch never carries finished rows (continuous batching, Yu et al. 2022, "Orca").
+waiting prompt, so the batch never carries finished rows (continuous batching, Yu et al. 2022, "Orca").
 """
 
 from collections import deque
@@ -29,17 +29,17 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 
 _LARGEST_SEED = (1 << 1024) - 1
 _MOST_STOPS = 1 << 20
-_MOST_CHARACTERS_A_TOKEN = 1024  # where the tokenizer does not tell
+_MOST_CHARACTERS_A_TOKEN = 1024  # if the tokenizer does not know
 
 
 class Logits(Protocol):
-    """Next-token logits on the device, one row a sequence."""
+    """Next-token logits on the device, one row per sequence."""
 
     def numpy(self) -> npt.NDArray[np.float32]:
         """The logits (B, V), float32, copied to the host."""
 
     def argmax(self) -> Int32Array:
-        """The id of the largest logit of each row, (B,) int32, found on the device; -1 for a row that holds NaN."""
+        """The id of the largest logit of each row, (B,) int32, found on the device; -1 for a row with NaN."""
 
 
 class Engine(Protocol):
@@ -51,25 +51,25 @@ class Engine(Protocol):
 
     @property
     def max_batch(self) -> int:
-        """Number of KV-cache slots, and with it of sequences in one call."""
+        """Number of KV-cache slots, and so the most sequences in one call."""
 
     def prefill(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> Logits:
         """Run prompts, each (T_b,) int32, into positions 0..T_b-1 of their slots; the logits of each last token."""
 
     def decode(self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array) -> Logits:
-        """Run one token a sequence, each argument (B,) int32: token b is written at `positions[b]` of its slot."""
+        """Run one token per sequence, each argument (B,) int32: token b is written at `positions[b]` of its slot."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingOptions):
-    """What to generate: `SamplingOptions` and when to end.
+    """What to generate: `SamplingOptions`, and when to stop.
 
-    max_new_tokens: most tokens to generate, >= 1. The context ends a sequence too: of n_positions P, a prompt of T
+    max_new_tokens: most tokens to generate, >= 1. The context also ends a sequence: with n_positions P, a prompt of T
         tokens leaves P - T + 1, as the last token is never fed back.
-    stop: strings that end a sequence as soon as the generated text holds one; the text is cut before it.
-    stop_token_ids: ids that end a sequence and are no part of its text; None means all of the model's `eos_token_ids`.
-    seed: makes sampling repeatable, >= 0. Each sequence draws from a stream of its own, given by the seed and the
-        prompt's place in the request. None takes fresh entropy.
+    stop: strings that end a sequence as soon as one appears in the generated text; the text is cut before it.
+    stop_token_ids: ids that end a sequence and are not part of its text; None means all of the model's `eos_token_ids`.
+    seed: makes sampling repeatable, >= 0. Each sequence has its own random stream, derived from the seed and the
+        prompt's index in the request. None takes fresh entropy.
 
     Raises GenerationError for a value outside its range.
     """
@@ -96,7 +96,7 @@ class GenerationOptions(SamplingOptions):
 
 
 def _several(name: str, value: Any) -> Collection[Any]:
-    """A collection as it is, and one value as a collection."""
+    """A collection unchanged; a single value as a collection of one."""
     if isinstance(value, str | bytes) or not isinstance(value, Collection) or getattr(value, "ndim", 1) == 0:
         return (value,)
     if isinstance(value, Mapping) or len(value) > _MOST_STOPS:
@@ -112,10 +112,10 @@ def _stop_string(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for one prompt, the prompt not included.
+    """What was generated for one prompt, without the prompt.
 
     text: the decoded tokens, without special tokens, cut before the stop string; "" without a tokenizer.
-    token_ids: the generated ids, with the stop token, or the token that completed the stop string, as the last.
+    token_ids: the generated ids; the last may be the stop token, or the token that completed the stop string.
     finish_reason: "stop" after a stop token or string, "length" at `max_new_tokens` or the end of the context.
     """
 
@@ -128,7 +128,7 @@ class Completion:
 class GenerationStats:
     """Counts and seconds of one request, filled in while it runs; choosing tokens counts as part of each step.
 
-    Every prompt's first token comes from its prefill, so `decode_tokens` is the number of generated tokens less the
+    Every prompt's first token comes from its prefill, so `decode_tokens` is the number of generated tokens minus the
     number of prompts. `first_token_seconds` runs from the start to the first token of the first prefill.
     """
 
@@ -140,20 +140,20 @@ class GenerationStats:
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
-        """Prompt tokens a second; None before the first prefill."""
+        """Prompt tokens per second; None before the first prefill."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Decoded tokens a second, of all sequences together; None before the first decode step."""
+        """Decoded tokens per second, over all sequences; None before the first decode step."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
 
 
 class StopScanner:
     """Finds stop strings in text that arrives in pieces.
 
-    Of several stop strings the one that is complete first cuts the text, so that the cut does not depend on how the
-    text was split into pieces.
+    The stop string that is completed first cuts the text, so the cut does not depend on how the text was split into
+    pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ class StopScanner:
         self.hit = False
 
     def push(self, piece: str) -> str:
-        """Take a piece; return the text that is before every possible stop string. Nothing more comes after a hit."""
+        """Take a piece; return the text before any possible stop string. After a hit nothing more is returned."""
         if self.hit:
             return ""
         text = self._held + piece
@@ -176,17 +176,17 @@ class StopScanner:
         return text[:cut]
 
     def flush(self) -> str:
-        """The text held back, once it is certain that nothing follows."""
+        """The text held back, once nothing more can follow."""
         return "" if self.hit else self._held
 
     def _possible_start(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string could begin with."""
+        """Length of the longest suffix of `text` that a stop string could begin with."""
         lengths = range(min(self._longest - 1, len(text)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 
 
 class _Sequence:
-    """One prompt on its way through the loop: ids so far, slot, and the text that is certain."""
+    """One prompt in the loop: its ids so far, its slot, and the text that is final."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class _Sequence:
         tokenizer: "Tokenizer | None",
         rng: np.random.Generator,
     ) -> None:
-        self.ids = np.empty(limit, np.int32)  # prompt and generated ids, `length` of them valid
+        self.ids = np.empty(limit, np.int32)  # prompt and generated ids, of which `length` are valid
         self.ids[: len(prompt)] = prompt
         self.length = self.prompt_length = len(prompt)
         self.options = options
@@ -210,7 +210,7 @@ class _Sequence:
         self._scanner = StopScanner(tuple(options.stop))
 
     def push(self, token_id: int) -> None:
-        """Append a generated token: one piece of text (perhaps "") and, where it ends the sequence, the reason."""
+        """Append a generated token; returns a piece of text (perhaps "") and, if the sequence ends, the reason."""
         self.ids[self.length] = token_id
         self.length += 1
         is_stop_token = token_id in self._stop_token_ids
@@ -236,15 +236,15 @@ def _call_at_once(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class DecodingLoop:
-    """Generates with one engine, whose slots it hands out.
+    """Generates with one engine and hands out its slots.
 
-    For any number of threads. Several streams may be open at once, and `generate` be called among them, as long as
-    slots are left.
+    Any number of threads may use it. Several streams may be open at once, and `generate` may be called among them, as
+    long as slots are left.
 
     Args:
         engine: the model.
         tokenizer: its tokenizer, if it has one.
-        run: calls a function with arguments at a time when nobody else uses the engine: each step is such a call.
+        run: calls a function with arguments while nobody else uses the engine; every step is such a call.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ class DecodingLoop:
         self._run = run
         self.slots = SlotPool(engine.max_batch)
 
-    # Every str is a Sequence[str] too; the first signature that fits is the one that holds.
+    # Every str is a Sequence[str] too; the first signature that matches is used.
     @overload
     def generate(  # type: ignore[overload-overlap]
         self, prompts: str | Sequence[int], options: GenerationOptions | None = ..., stats: GenerationStats | None = ...
@@ -266,7 +266,7 @@ class DecodingLoop:
         self, prompts: Sequence[Prompt], options: GenerationOptions | None = ..., stats: GenerationStats | None = ...
     ) -> list[Completion]: ...
 
-    @overload  # an array is one prompt or several by its number of dimensions, which its type does not tell
+    @overload  # an array is one prompt or several depending on its number of dimensions, which its type does not show
     def generate(
         self,
         prompts: IdArray | Prompts,
@@ -282,11 +282,11 @@ class DecodingLoop:
     ) -> Completion | list[Completion]:
         """Complete one prompt, or a list of them as one batch; more prompts than slots wait for a slot.
 
-        What a prompt may be is in `tvm_attn.runtime.prompts`. The empty text stands for the model's `bos_token_id`,
-        else the first of its `eos_token_ids`. Completions come in the order of the prompts. `stats` is filled in.
+        `tvm_attn.runtime.prompts` lists what a prompt may be. Empty text stands for the model's `bos_token_id`, else
+        the first of its `eos_token_ids`. Completions come in the order of the prompts. `stats` is filled in.
 
-        Raises TokenizerError for text where there is no tokenizer, and GenerationError for a prompt that is empty,
-        longer than the context or holds ids outside the vocabulary, and for logits that are not numbers.
+        Raises TokenizerError for text without a tokenizer, and GenerationError for a prompt that is empty, longer than
+        the context or has ids outside the vocabulary, and for logits that are not numbers.
         """
         options = options or GenerationOptions()
         read = prompts if isinstance(prompts, Prompts) else read_prompts(prompts)
@@ -299,11 +299,11 @@ class DecodingLoop:
     def stream(
         self, prompt: Prompt | Prompts, options: GenerationOptions | None = None, stats: GenerationStats | None = None
     ) -> Generator[str, None, Completion]:
-        """Complete one prompt and yield its text piece by piece, none of them empty or splitting a character.
+        """Complete one prompt and yield its text piece by piece; no piece is empty or splits a character.
 
-        The generator returns the Completion, whose text the pieces add up to. It takes a slot when it is first
-        advanced and frees it when it ends or is closed. Text that may turn out to be a stop string is held back.
-        Prompts and errors as in `generate`; raised by this call, except for a lack of slots.
+        The generator returns the Completion, whose text is all pieces joined. It takes a slot when it is first advanced
+        and frees it when it ends or is closed. Text that may turn out to be a stop string is held back. Prompts and
+        errors as in `generate`; this call raises them, except for a lack of slots.
         """
         if self.tokenizer is None:
             raise TokenizerError("the artifact has no tokenizer to stream text with; use stream_ids")
@@ -313,7 +313,7 @@ class DecodingLoop:
     def stream_ids(
         self, prompt: Prompt | Prompts, options: GenerationOptions | None = None, stats: GenerationStats | None = None
     ) -> Generator[int, None, Completion]:
-        """As `stream`, but yields each generated token id at once; needs no tokenizer where the prompt is ids."""
+        """As `stream`, but yields each generated token id at once; needs no tokenizer if the prompt is ids."""
         sequence = self._sequence(prompt, options)
         return self._stream_ids(sequence, stats or GenerationStats())
 
@@ -333,7 +333,7 @@ class DecodingLoop:
     def _steps(
         self, sequences: Sequence[_Sequence], stats: GenerationStats, *, is_stream: bool
     ) -> Generator[None, None, None]:
-        """Bring all sequences to their end; yields after each call of the engine, in which a sequence gains a token."""
+        """Run all sequences to their end; yields after each engine call, in which each sequence gains a token."""
         waiting = deque(sequences)
         active: list[_Sequence] = []
         begin = perf_counter()
@@ -371,7 +371,7 @@ class DecodingLoop:
         self._push_next(self.engine.decode(token_ids, slots, positions), sequences)
 
     def _push_next(self, logits: Logits, sequences: Sequence[_Sequence]) -> None:
-        """Choose each sequence's next token from its row of the logits. One request's options are all the same."""
+        """Choose each sequence's next token from its row of the logits. A request's sequences share its options."""
         if sequences[0].options.is_plain_argmax:
             token_ids = logits.argmax().tolist()
         else:
@@ -405,7 +405,7 @@ class DecodingLoop:
         return sequences
 
     def _prompt_ids(self, prompt: str | IdArray | list[int], name: str) -> Int32Array:
-        """The prompt as (T,) int32, checked against vocabulary and context; `name` is for the messages."""
+        """The prompt as (T,) int32, checked against vocabulary and context; `name` is used in messages."""
         if isinstance(prompt, str):
             prompt = self._encode(prompt, name)
         return checked_ids(name, prompt, self.engine.config)

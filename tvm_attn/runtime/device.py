@@ -1,4 +1,4 @@
-"""The device that a model runs on: reading its name, and choosing one."""
+"""The device that a model runs on: parsing its name, and choosing one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tvm_attn.runtime.devices import device_class
 
 
 def parse_device(name: str) -> tuple[str, int] | None:
-    """Kind and index of a device's name, e.g. ("vulkan", 0) of "vulkan:0" or "vulkan"; None for "auto".
+    """Kind and index of a device name, e.g. ("vulkan", 0) for "vulkan:0" or "vulkan"; None for "auto".
 
     Raises:
-        DeviceError: it is none of auto, cpu, cuda[:INDEX], vulkan[:INDEX].
+        DeviceError: the name is none of auto, cpu, cuda[:INDEX], vulkan[:INDEX].
     """
     if isinstance(name, str) and name == "auto":
         return None
@@ -28,16 +28,16 @@ def parse_device(name: str) -> tuple[str, int] | None:
 def choose_device(artifact: Artifact, name: str) -> tuple[Library, str, int]:
     """The library to run, and the kind and index of the device to run it on.
 
-    "auto" is the first GPU that the artifact has a library for, else the processor; a software renderer is taken only
-    where there is no library for the processor.
+    "auto" is the first GPU that the artifact has a library for, else the CPU; a software renderer is taken only if
+    there is no library for the CPU.
 
     Raises:
         ArtifactError: the artifact has no library that can run here.
-        DeviceError: the device is unknown, or absent.
+        DeviceError: the device is unknown or absent.
     """
     kind, index = parse_device(name) or _automatic(artifact)
     chosen = device_class(kind)
-    artifact.library(kind)  # what the artifact lacks comes before what the machine lacks
+    artifact.library(kind)  # say what the artifact lacks before what the machine lacks
     if reason := chosen.obstacle(index):
         raise DeviceError(f"device {kind}:{index}: {reason}; tvm-attn devices lists what this machine has")
     return artifact.library(kind, chosen.capability(index)), kind, index
@@ -52,7 +52,7 @@ def _automatic(artifact: Artifact) -> tuple[str, int]:
 
 
 def _is_usable(artifact: Artifact, kind: str) -> bool:
-    """Whether the first device of a kind is there and the artifact has a library that it can run."""
+    """Whether the first device of a kind exists and the artifact has a library that it can run."""
     libraries = [library for library in artifact.libraries if library.device == kind]
     if not libraries or device_class(kind).obstacle() is not None:
         return False

@@ -32,17 +32,17 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes
 def rows_view(tensor: Any, rows: int, columns: int) -> Any:
     """The first columns of the first rows of a TVM tensor (..., C), as a TVM tensor (rows, columns) without a copy.
 
-    Its rows are C apart. TVM makes compact views only, so this makes one of whole rows and shortens them.
+    Its rows are C elements apart. TVM makes only compact views, so this makes one of whole rows and shortens them.
     """
     view = tensor._create_view((rows, int(tensor.shape[-1])))
     capsule = view._to_dlpack()
-    # The capsule's shape is the view's own memory.
+    # The capsule's shape is the view's own memory, so changing it changes the view.
     _DLTensor.from_address(_pointer(capsule, b"dltensor")).shape[1] = columns
     return view
 
 
 def host_array(values: Any) -> np.ndarray:
-    """Values as a NumPy array; tensors of PyTorch and others may lie on any device, and are copied where not here."""
+    """Values as a NumPy array; tensors of PyTorch and other libraries are copied from whatever device they are on."""
     if not isinstance(values, np.ndarray) and hasattr(values, "__dlpack_device__"):
         if values.__dlpack_device__()[0] != _CPU:
             values = values.cpu() if hasattr(values, "cpu") else _from_device(values)

@@ -1,7 +1,7 @@
 """The compiled model on a device: parameters, KV cache, and the calls of its functions.
 
-Rows are handed to the functions in groups, as `tvm_attn.model.gpt2` says; this is the only place that builds them.
-Imports TVM's runtime only; its compiler need not be there.
+Functions take rows in groups, as described in `tvm_attn.model.gpt2`; only this module builds them. It imports TVM's
+runtime only and does not need the compiler.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ R = TypeVar("R")
 def _in_turn(
     method: Callable[Concatenate[CompiledEngine, P], R],
 ) -> Callable[Concatenate[CompiledEngine, P], R]:
-    """A method that `CompiledEngine.run` calls."""
+    """Makes a method run through `CompiledEngine.run`."""
 
     @functools.wraps(method)
     def call(engine: CompiledEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -51,19 +51,19 @@ def _in_turn(
 class CompiledEngine:
     """A compiled model, its parameters packed on the device, and a KV cache of `max_batch` slots.
 
-    May be used by several threads: calls take turns, with those of all engines on the device.
+    Several threads may use it: calls take turns, also with those of other engines on the device.
 
     Args:
-        artifact: where the parameters come from.
+        artifact: the artifact that holds the parameters.
         library: the library of the artifact to run.
         device: TVM's device.
         max_batch: number of KV-cache slots.
-        graph: whether `decode` runs the steps of the library, as CUDA graphs, where it has them.
-        stream: of a CUDA device, as an integer; see `tvm_attn.runtime.stream`.
-        threads: CPU threads, as in `tvm_attn.runtime.machine.thread_count`.
+        graph: whether `decode` runs the library's steps, as CUDA graphs, if it has them.
+        stream: a CUDA stream, as an integer; see `tvm_attn.runtime.stream`.
+        threads: number of CPU threads, as in `tvm_attn.runtime.machine.thread_count`.
 
     Attributes:
-        library: as given.
+        library: the library that runs.
 
     Raises:
         ArtifactError: a file is damaged, or the library is not what the manifest says.
@@ -98,13 +98,13 @@ class CompiledEngine:
         self.run(self._load, artifact, stream)
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Calls a function, in which no other thread uses the engine or another on the same device.
+        """Calls a function while no other thread uses this engine or another one on the same device.
 
-        Calls are made by the device's own thread, in the order in which they were asked for; see
-        `tvm_attn.runtime.worker`. Those of a CUDA device go to this thread's stream all the same.
+        The device's own thread makes the calls, in the order in which they were asked for; see
+        `tvm_attn.runtime.worker`. On a CUDA device they still go to the stream that is current in this thread.
 
         Raises:
-            DeviceError: the engine is a GPU's, and this process was forked from the one that loaded it.
+            DeviceError: the engine runs on a GPU, and this process was forked from the one that loaded it.
         """
         if self._process != os.getpid() and self.library.device != "cpu":
             message = f"{self.library.device} was in use when this process was forked, and drivers do not survive that"
@@ -125,11 +125,11 @@ class CompiledEngine:
 
     @property
     def graph(self) -> bool:
-        """Whether `decode` runs steps."""
+        """Whether `decode` runs the library's steps."""
         return self._steps is not None
 
     def on(self, machine: VirtualMachine) -> CompiledEngine:
-        """An engine with the same parameters and cache that calls another build of the same functions."""
+        """An engine with the same parameters and cache, whose functions come from another build."""
         engine = copy.copy(self)
         engine._bind(machine)
         return engine
@@ -154,7 +154,7 @@ class CompiledEngine:
             needs.require(free, f"{self.library.device}:{self._device.index}")
 
     def _pack(self, artifact: Artifact) -> tvm.runtime.Object:
-        """The parameters in the library's layout; they are read and packed one at a time."""
+        """The parameters in the library's layout, read and packed one at a time."""
         parameters, names = artifact.parameters, self.library.parameters
         failure: list[ArtifactError] = []
 
@@ -174,9 +174,9 @@ class CompiledEngine:
             parameters.close()
 
     def _new_cache(self, dtype: str) -> Sequence[tvm.runtime.Tensor]:
-        """One tensor a layer, as the TVM array that a call takes them as.
+        """One tensor per layer, in the TVM array that calls take.
 
-        Not filled: what lies beyond a sequence's length is never used.
+        The tensors are not filled: nothing reads beyond a sequence's length.
         """
         config = self.config
         shape = (self.max_batch, 2, config.n_head, config.n_positions, config.head_dim)
@@ -195,13 +195,13 @@ class CompiledEngine:
         """Runs prompts into their slots.
 
         Args:
-            prompts: int32 arrays (T_b,), 1 <= T_b <= n_positions, lengths may differ.
-            slots: the slot of each, all different; it is filled at positions 0 .. T_b - 1.
+            prompts: int32 arrays (T_b,), 1 <= T_b <= n_positions; lengths may differ.
+            slots: the slot of each prompt, all different; it is filled at positions 0 .. T_b - 1.
 
         Returns:
             Logits of each prompt's last token.
         """
-        if prompts and all(len(prompt) == 1 for prompt in prompts):  # less padding than as prompts
+        if prompts and all(len(prompt) == 1 for prompt in prompts):  # decode needs less padding
             token_ids, positions = np.concatenate(prompts).astype(np.int32), np.zeros(len(prompts), np.int32)
             return self.decode(token_ids, np.asarray(slots, np.int32), positions)
         parts = []
@@ -219,7 +219,7 @@ class CompiledEngine:
 
     @_in_turn
     def logits(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> list[npt.NDArray[np.float32]]:
-        """As `prefill`, but returns the logits of every token: one (T_b, V) float32 array a prompt."""
+        """As `prefill`, but returns the logits of every token: one (T_b, V) float32 array per prompt."""
         results: list[npt.NDArray[np.float32]] = []
         for (first, last), tensor, _ in self._all_logits(prompts, slots):
             flat = self._stream.read(tensor)[:, : self.config.vocab_size]
@@ -229,13 +229,13 @@ class CompiledEngine:
 
     @_in_turn
     def device_logits(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> DeviceLogits:
-        """As `logits`, but leaves them on the device: one row a token, the prompts one after the other."""
+        """As `logits`, but leaves them on the device: one row per token, the prompts one after the other."""
         return self._device_logits([(tensor, rows) for _, tensor, rows in self._all_logits(prompts, slots)])
 
     def _all_logits(
         self, prompts: Sequence[Int32Array], slots: Sequence[int]
     ) -> Iterator[tuple[tuple[int, int], tvm.runtime.Tensor, int]]:
-        """Runs prompts: for each call their range, the logits (g, R, V') of all tokens, and the number of these."""
+        """Runs prompts; gives for each call their range, the logits (g, R, V') of all tokens, and the token count."""
         for first, last in self._calls(prompts):
             rows = self._prompt_rows(prompts[first:last], slots[first:last])
             self._drop_unused(rows[0].shape)
@@ -244,7 +244,7 @@ class CompiledEngine:
 
     @_in_turn
     def decode(self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array) -> DeviceLogits:
-        """Runs one token a sequence.
+        """Runs one token per sequence.
 
         Args:
             token_ids, slots, positions: int32 (B,); token b is written at `positions[b]` of its slot and attends to all
@@ -267,9 +267,9 @@ class CompiledEngine:
         return self._device_logits([(self._call(name, *tensors), count)])
 
     def _drop_unused(self, shape: tuple[int, ...]) -> None:
-        """Empties TVM's pool where the logits of all tokens change their size.
+        """Empties TVM's pool when the logits of all tokens change their size.
 
-        They are the one large tensor that is not planned for the longest prompt, and a pool with one for each length
+        They are the only large tensor that is not planned for the longest prompt; a pool that kept one for each length
         would fill a GPU.
         """
         if self._logits_shape not in (None, shape) and not device_class(self.library.device).in_host_memory:
@@ -281,7 +281,7 @@ class CompiledEngine:
 
     @_in_turn
     def argmax(self, logits: tvm.runtime.Tensor) -> Int32Array:
-        """argmax over the vocabulary of logits (g, R, V'), as (g * R,) int32."""
+        """argmax of logits (g, R, V') over the vocabulary, as (g * R,) int32."""
         name = "argmax_one" if tuple(logits.shape[:2]) == (1, 1) else "argmax"
         return self._stream.read(self._stream.run(self._vm[name], logits))
 
@@ -319,7 +319,7 @@ class CompiledEngine:
 
 
 def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Tensor:
-    """A tensor with the array's content; TVM's own copy of bfloat16 arrays goes through two more buffers."""
+    """A tensor with the array's content; TVM's own copy of bfloat16 arrays needs two more buffers."""
     tensor = tvm.runtime.empty(array.shape, str(array.dtype), device)
     if array.dtype.kind in "fiu":
         tensor.copyfrom(array)
@@ -331,7 +331,7 @@ def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Ten
 def _virtual_machine(
     artifact: Artifact, library: Library, device: tvm.runtime.Device, stream: int | None
 ) -> VirtualMachine:
-    # TVM's pool is one for all models of a device and knows no streams: it would give memory that one stream still
+    # TVM has one pool for all models of a device and it ignores streams: it would give memory that one stream still
     # reads to a model on another. Freeing without a pool waits for the device.
     allocator = None if stream is None else "naive"
     content = artifact.read_array(library.file)

@@ -1,9 +1,9 @@
-"""Decoding one token a sequence as one CUDA graph: the steps of a library, and the tensors that they work on.
+"""Decoding one token per sequence as a CUDA graph: the steps of a library, and the tensors that they work on.
 
-`step(token_ids, positions, slots, kv, params) -> logits` decodes, replaces token_ids by the ids of the largest logits
-and counts positions up, all on the device. TVM runs and captures the first call as a CUDA graph, one for each number of
-row groups; from then on `step_again(sizes)` launches it, on the tensors of the first call. The host keeps a mirror of
-them. Where greedy decoding goes on with the same sequences, nothing is uploaded, and what is read is one id a row.
+`step(token_ids, positions, slots, kv, params) -> logits` decodes, replaces token_ids with the ids of the largest logits
+and increments the positions, all on the device. TVM runs the first call and captures it as a CUDA graph, one for each
+number of row groups; from then on `step_again(sizes)` launches it on the tensors of the first call. The host keeps a
+mirror of them. If greedy decoding continues with the same sequences, nothing is uploaded, and one id per row is read.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tvm_attn.runtime.stream import Stream
 
 
 class Steps:
-    """The steps of a machine.
+    """The steps of a virtual machine.
 
     Args:
-        machine: whose functions they are. What it has captured is its own, so each has its `Steps`.
-        inputs: where the tensors live.
-        stream: of the model.
+        machine: the virtual machine. Captured graphs belong to it, so each machine has its own `Steps`.
+        inputs: the tensors on the device.
+        stream: the model's stream.
         vocabulary: V, the columns of the logits that count.
-        slots: S, of the KV cache.
+        slots: S, the number of KV-cache slots.
     """
 
     def __init__(self, machine: VirtualMachine, inputs: Inputs, stream: Stream, vocabulary: int, slots: int) -> None:
@@ -37,7 +37,7 @@ class Steps:
         self.stream, self.vocabulary = stream, vocabulary
         self._states: dict[tuple[str, tuple[int, int]], _State] = {}
         self.number = 0
-        """Counts the steps."""
+        """Number of steps so far."""
 
     def run(
         self,
@@ -48,13 +48,13 @@ class Steps:
         slots: Int32Array,
         rest: tuple[Any, ...],
     ) -> StepLogits:
-        """Runs one token a sequence.
+        """Runs one token per sequence.
 
         Args:
-            name: of the step.
-            shape: g and R, the row groups that it takes the next three as; rows past B are padding.
+            name: name of the step function.
+            shape: g and R, the row groups in which it takes the next three arguments; rows past B are padding.
             token_ids, positions, slots: int32 (B,).
-            rest: its other arguments, the same objects in all calls.
+            rest: the other arguments, the same objects in every call.
         """
         state = self._states.get((name, shape))
         if state is None:
@@ -63,7 +63,7 @@ class Steps:
         self.number += 1
         if state.launch is None:
             logits = self.stream.run(self._machine[name], *state.arguments(), *rest)
-            # The sizes that the call depended on; only `step` itself takes any number of groups.
+            # The sizes that the call depended on; only `step` takes any number of groups.
             sizes = tvm_ffi.Shape((shape[0], self._slots) if name == "step" else (self._slots,))
             again = self._machine[f"{name}_again"]
             state.launch = lambda: again(sizes)
@@ -78,20 +78,20 @@ class _State:
 
     def __init__(self, name: str, shape: tuple[int, int], inputs: Inputs) -> None:
         self._shape = shape
-        self._count = 0  # rows that are no padding
+        self._count = 0  # rows that are not padding
         self._written: Int32Array | None = None  # positions before the step
         self.token_ids, self.positions, self.slots = (
             inputs.get(f"{name}.{kind}", shape) for kind in ("token_ids", "positions", "slots")
         )
         self.launch: Callable[[], tvm.runtime.Tensor] | None = None
-        """Launches the graph, once there is one."""
+        """Launches the graph, once it has been captured."""
 
     def arguments(self) -> list[tvm.runtime.Tensor]:
-        """In the order of the step's parameters."""
+        """The tensors in the order of the step's parameters."""
         return [self.token_ids.tensor, self.positions.tensor, self.slots.tensor]
 
     def write(self, token_ids: Int32Array, positions: Int32Array, slots: Int32Array) -> None:
-        """Uploads what the device does not hold: of padding rows, the positions alone matter."""
+        """Uploads what the device does not hold yet; of padding rows, only the positions matter."""
         if not self.token_ids.holds(token_ids):
             self.token_ids.write(in_groups(token_ids, self._shape, 0))
         if self._count != len(positions) or not self.positions.holds(positions):
@@ -100,20 +100,20 @@ class _State:
         if not self.slots.holds(slots):
             self.slots.write(in_groups(slots, self._shape, 0))
         self._written = self.positions.mirror
-        # Unknown until the step has run, also where it fails.
+        # Unknown until the step has run, and if it fails.
         self.token_ids.mirror = self.positions.mirror = None
 
     def advance(self, positions: Int32Array) -> None:
-        """Notes what a step has done to the positions."""
+        """Records what a step has done to the positions."""
         assert self._written is not None
         self._written[: len(positions)] += 1
         self.positions.mirror = self._written
 
 
 class StepLogits(DeviceLogits):
-    """Logits of a step. Valid until the next step of the same engine, of whatever batch, as steps share their memory.
+    """Logits of a step. Valid until the next step of the same engine, with any batch size, as steps share their memory.
 
-    Later, `numpy` and `__dlpack__` raise GenerationError, and so does `argmax` unless it was called before. What
+    After that, `numpy` and `__dlpack__` raise GenerationError, and so does `argmax` unless it was called before. What
     another library has taken through DLPack changes with the next step.
     """
 
@@ -128,7 +128,7 @@ class StepLogits(DeviceLogits):
         self._ids: Int32Array | None = None
 
     def argmax(self) -> Int32Array:
-        """As in `DeviceLogits`; the step has computed it."""
+        """As in `DeviceLogits`; the step has already computed it."""
         if self._ids is None:
             self._ids = super().argmax()
         return self._ids

@@ -12,10 +12,10 @@ Int32Array = npt.NDArray[np.int32]
 
 
 class MirroredTensor:
-    """An int32 tensor on the device, written only where the host does not know that it holds the values already.
+    """An int32 tensor on the device, written only if the host does not know that it already holds the values.
 
     Args:
-        shape: of the tensor.
+        shape: the tensor's shape.
         device: TVM's device.
         before_write: called before the tensor is written: no function in flight may still be reading it.
     """
@@ -24,15 +24,15 @@ class MirroredTensor:
         self.tensor = tvm.runtime.empty(shape, "int32", device)
         self._before_write = before_write
         self.mirror: Int32Array | None = None
-        """What the tensor holds, one value after the other, or None where the host does not know."""
+        """The values of the tensor, flattened, or None if the host does not know them."""
 
     def holds(self, values: Int32Array) -> bool:
-        """Whether it is known to begin with these int32 values."""
-        # Of arrays as short as these, bytes are compared ten times faster than elements.
+        """Whether the tensor is known to begin with these int32 values."""
+        # For arrays as short as these, comparing bytes is ten times faster than comparing elements.
         return self.mirror is not None and self.mirror[: values.size].tobytes() == values.tobytes()
 
     def write(self, values: Int32Array) -> tvm.runtime.Tensor:
-        """Makes the tensor hold int32 values of its shape, a new array; returns it."""
+        """Makes the tensor hold int32 values of its shape, which must be a new array; returns the tensor."""
         if not self.holds(values):
             self.mirror = None
             self._before_write()
@@ -42,7 +42,7 @@ class MirroredTensor:
 
 
 class Inputs:
-    """The input tensors of an engine, one for each name and shape: allocating one a call would stop the device."""
+    """The input tensors of an engine, one for each name and shape: allocating one per call would stall the device."""
 
     def __init__(self, device: tvm.runtime.Device, before_write: Callable[[], None]) -> None:
         self._device, self._before_write = device, before_write
@@ -56,7 +56,7 @@ class Inputs:
         return tensor
 
     def write(self, name: str, values: Int32Array) -> tvm.runtime.Tensor:
-        """The tensor of that name with int32 values, a new array, and their shape."""
+        """The tensor of that name and the values' shape, holding these int32 values, which must be a new array."""
         return self.get(name, values.shape).write(values)
 
 

@@ -1,9 +1,9 @@
 """Loading a compiled library from content that was checked.
 
-The dynamic linker gives the library that it already has where it knows the path or the file, so one that was built
-again into the same folder would never be loaded; and it reads the file some time after the content was compared with
-the manifest. Therefore the content goes into a file in memory, under a path that this process has not used before.
-Libraries stay loaded until the process ends, as TVM wants it; the same content is loaded once.
+The dynamic linker returns the library it already has if it knows the path or the file, so a library rebuilt into the
+same folder would never be loaded; and it reads the file some time after the content was compared with the manifest. So
+the content goes into a file in memory, under a path that this process has not used before. Libraries stay loaded until
+the process ends, as TVM requires; the same content is loaded once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tvm
 import tvm_ffi
 
 # <linux/memfd.h>. The second pair is for systems that allow no other files in memory (vm.memfd_noexec=2); the flag
-# forbids to execute the file as a program, not to map it as a library.
+# forbids executing the file as a program, not mapping it as a library.
 _CLOEXEC, _NOEXEC_SEAL = 1, 8
 
 _lock = threading.Lock()
@@ -28,15 +28,15 @@ _attempts = 0
 
 
 def load_library(content: npt.NDArray[np.uint8], name: str) -> tvm.runtime.Module:
-    """The TVM module in a shared library's content.
+    """Loads the TVM module from the content of a shared library.
 
     Args:
         content: uint8 values.
-        name: what messages, debuggers and profilers call it.
+        name: the name that messages, debuggers and profilers show.
 
     Raises:
-        OSError: the system gives no file in memory.
-        RuntimeError: it is no library, or not one of TVM's.
+        OSError: the system does not provide a file in memory.
+        RuntimeError: the content is not a library, or not one of TVM's.
     """
     global _attempts
     key = hashlib.sha256(content.data).digest()
@@ -46,7 +46,7 @@ def load_library(content: npt.NDArray[np.uint8], name: str) -> tvm.runtime.Modul
             with open(_file_in_memory(name), "wb") as file:
                 file.write(content.data)
                 file.flush()
-                # Descriptors have been used before. The linker compares paths as text.
+                # Descriptor numbers are reused, so the path is made unique: the linker compares paths as text.
                 path = f"/proc/self/fd/{'./' * _attempts}{file.fileno()}"
                 try:
                     _modules[key] = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")(path, "so")
@@ -56,7 +56,7 @@ def load_library(content: npt.NDArray[np.uint8], name: str) -> tvm.runtime.Modul
 
 
 def _file_in_memory(name: str) -> int:
-    # Not `os.memfd_create`: Python lacks it where it was compiled for an older C library than the one that is there.
+    # Not `os.memfd_create`: Python lacks it if it was compiled for an older C library than the installed one.
     create = ctypes.CDLL(None, use_errno=True).memfd_create
     for flags in (_CLOEXEC, _CLOEXEC | _NOEXEC_SEAL):
         descriptor: int = create(os.fsencode(name)[:200], flags)

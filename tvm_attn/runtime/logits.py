@@ -21,14 +21,14 @@ class DeviceLogits:
     """Logits of some rows, (B, V) float32.
 
     PyTorch and others take them without a copy: `torch.from_dlpack(logits)` is a (B, V) tensor on the device, whose
-    rows are V' apart. It keeps the memory for as long as it lives; work that reads it on another stream than the one
-    it was imported on must be over before it is dropped, as with every tensor of PyTorch.
+    rows are V' elements apart. It keeps the memory alive. Work that reads it on a stream other than the one it was
+    imported on must be done before it is dropped, as with every PyTorch tensor.
 
     Args:
-        stream: of the model.
+        stream: the model's stream.
         vocabulary: V.
-        argmax: computes the ids (g * R,) of a part.
-        parts: the logits.
+        argmax: computes the ids (g * R,) of one part.
+        parts: the logits, one part per call of the model.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class DeviceLogits:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def argmax(self) -> Int32Array:
-        """The id of the largest logit of each row, (B,) int32; -1 for a row that holds NaN."""
+        """The id of the largest logit of each row, (B,) int32; -1 for a row with NaN."""
         ids = [self._argmax(tensor)[:count] for tensor, count in self._parts()]
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
@@ -68,7 +68,7 @@ class DeviceLogits:
     def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
         """See https://data-apis.org/array-api/latest/API_specification/generated/array_api.array.__dlpack__.html.
 
-        The consumer's stream may read them at once: where it is not the model's, this waits for the model's.
+        The consumer's stream may read them at once: if it is not the model's stream, this waits for the model's.
 
         Raises:
             BufferError: the prompts took more than one call of the model.

@@ -1,4 +1,4 @@
-"""What this machine is: its instruction sets, and the cores that this process may use. Standard library only."""
+"""This machine: its instruction sets, and the cores that this process may use. Standard library only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cpu_features() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
-    # x86 says "flags", Arm says "Features"; every core repeats the line.
+    # x86 has "flags", Arm has "Features"; every core repeats the line.
     for line in lines:
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
@@ -36,7 +36,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self")) -> int:
-    """The cores that this process may use: its affinity mask, cut to its container's CPU quota (rounded up).
+    """The number of cores this process may use: its affinity mask, limited by its container's CPU quota, rounded up.
 
     Follows Linux's documentation of control groups: `cpu.max` (version 2) of the process's own group and of every group
     above it, or `cpu.cfs_quota_us` and `cpu.cfs_period_us` (version 1).
@@ -47,7 +47,7 @@ def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), process: Path = Pat
 
 def _quotas(root: Path, process: Path) -> list[int]:
     try:
-        # A group's name is bytes, as every file's is.
+        # A group's name is bytes, like any file name.
         groups = os.fsdecode((process / "cgroup").read_bytes()).splitlines()
     except OSError:
         return []
@@ -78,10 +78,10 @@ def _read_quota(folder: Path) -> list[int]:
 
 
 def thread_count(threads: int | None) -> int:
-    """The number of threads that TVM's pool gets, at most one a core.
+    """The number of threads for TVM's pool, at most one per core.
 
-    TVM's own default is half of the hardware threads. `None` means TVM_NUM_THREADS where that is set, else all cores
-    that the process may use.
+    TVM's own default is half of the hardware threads. `None` means TVM_NUM_THREADS if it is set, else all cores that
+    the process may use.
 
     Raises:
         DeviceError: `threads`, or TVM_NUM_THREADS, is not an integer from 1 to 65536.
@@ -101,10 +101,10 @@ def _cores() -> list[int]:
 
 
 def set_threads(threads: int | None) -> int:
-    """Sets the number of threads of TVM's pool, which is this thread's, to `thread_count(threads)`, and returns it."""
+    """Sets the size of TVM's pool, which belongs to this thread, to `thread_count(threads)`, and returns it."""
     import tvm_ffi
 
     count = thread_count(threads)
-    # Affinity mode -3: the threads share the cores listed. The list also lifts TVM's own limit, half of the cores.
+    # Affinity mode -3: the threads share the listed cores. The list also lifts TVM's own limit, half of the cores.
     tvm_ffi.get_global_func("runtime.config_threadpool")(-3, count, [str(core) for core in _cores()])
     return count

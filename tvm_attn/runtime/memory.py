@@ -1,6 +1,6 @@
 """What a model needs of a GPU's memory, compared with what is free before anything is allocated.
 
-Running out later would end a process in the middle of a request, or in TVM's pool, which first frees and tries again.
+Running out later would end the process in the middle of a request, or make TVM's pool free memory and try again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class MemoryNeeds:
 
     Attributes:
         parameters: all packed parameters.
-        packing: the largest parameter in its stored form, which lies beside them while it is packed.
+        packing: the largest parameter in its stored form, which is needed in addition while it is packed.
         cache_slot: one slot of the KV cache, all layers.
-        activations: what the largest calls of the functions keep, logits included.
+        activations: what the largest calls of the functions keep, including logits.
         max_batch: number of slots.
     """
 
@@ -36,19 +36,19 @@ class MemoryNeeds:
 
     @property
     def fixed(self) -> int:
-        """All but the KV cache. Packing is over when the first activations are allocated."""
+        """Everything except the KV cache. Packing is over when the first activations are allocated."""
         return self.parameters + max(self.packing, self.activations) + RESERVE
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Everything."""
         return self.fixed + self.max_batch * self.cache_slot
 
     def require(self, free: int, device: str) -> None:
         """Compares the needs with the bytes that are free on a device.
 
         Raises:
-            DeviceError: they are more; tells what takes how much and what to do.
+            DeviceError: more is needed than is free; the message lists the parts and says what to do.
         """
         if self.total <= free:
             return
@@ -73,8 +73,8 @@ def memory_needs(artifact: Artifact, library: Library, max_batch: int) -> Memory
     """What an artifact's library needs with `max_batch` slots.
 
     Activations are those of prompts as long as the library was planned for, and of `max_batch` tokens of decode and its
-    steps: the planner keeps at most two tensors of the hidden width and three of the model's width at a time, counted
-    as float32, and decode attention the results of 16 parts of the keys, with their maxima and sums.
+    steps. At a time the planner keeps at most two tensors of the hidden width and three of the model's width, counted
+    as float32; decode attention keeps the results of 16 parts of the keys, with their maxima and sums.
     """
     config = artifact.config
     stored = {name: (shape, numpy_dtype(dtype).itemsize) for name, (shape, dtype) in artifact.types.items()}

@@ -1,4 +1,4 @@
-"""The model as people use it: logits, generate, stream."""
+"""The public interface of a loaded model: logits, generate, stream."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from tvm_attn.runtime.tvm_import import import_tvm
 
 
 class Model:
-    """A loaded artifact; `tvm_attn.load` makes it.
+    """A loaded artifact, created by `tvm_attn.load`.
 
-    Any number of threads may use it: they take turns, a step each, and each gets what it would get alone. After a fork
-    the child has a copy; on a GPU it must be loaded in the child.
+    Any number of threads may use it: they take turns, a step each, and each gets what it would get on its own. After a
+    fork the child has a copy; a model on a GPU must be loaded in the child instead.
 
     Attributes:
         config: the model's hyperparameters.
-        tokenizer: the tokenizer, or None where the artifact has none; token ids work all the same.
-        generation_config: options of `GenerationOptions` that the checkpoint's generation_config.json asks for, to pass
-            on where they are wanted: `model.generate(prompt, **model.generation_config)`.
-        device: where it runs, e.g. "cpu" or "cuda:0".
-        engine: the compiled functions; its calls leave logits on the device, where others take them through DLPack.
+        tokenizer: the tokenizer, or None if the artifact has none; token ids work either way.
+        generation_config: options of `GenerationOptions` from the checkpoint's generation_config.json. They are not
+            used unless you pass them on: `model.generate(prompt, **model.generation_config)`.
+        device: the device that it runs on, e.g. "cpu" or "cuda:0".
+        engine: the compiled functions. Its calls leave logits on the device, where other libraries can take them
+            through DLPack.
     """
 
     def __init__(
@@ -73,9 +74,9 @@ class Model:
 
         Args:
             ids: integers (B, T) in 0 .. vocab_size - 1, 1 <= T <= n_positions: an array, nested lists, a tensor of
-                PyTorch or another library with DLPack, on any device, or what a tokenizer returned. Padding that its
-                attention_mask tells of is no part of a prompt.
-            fields: input_ids and attention_mask, in the place of `ids`.
+                PyTorch or another library with DLPack, on any device, or a tokenizer's result. Padding that its
+                attention_mask marks is not part of a prompt.
+            fields: input_ids and attention_mask, instead of `ids`.
 
         Returns:
             float32 (B, T, vocab_size); 0 for padding.
@@ -107,7 +108,7 @@ class Model:
         for index, logits in enumerate(self.engine.logits(rows, slots[: len(rows)])):
             result[index][places[index]] = logits
 
-    # Every str is a Sequence[str] too; the first signature that fits is the one that holds.
+    # Every str is a Sequence[str] too; the first signature that matches is used.
     @overload
     def generate(
         self, prompts: str | Sequence[int], *, stats: GenerationStats | None = ..., **options: Any
@@ -129,12 +130,12 @@ class Model:
         """Completes one prompt, or a list of them as one ragged batch.
 
         Args:
-            prompts: text, token ids, what a tokenizer returned, or a list of such; see `tvm_attn.runtime.prompts`.
+            prompts: text, token ids, a tokenizer's result, or a list of these; see `tvm_attn.runtime.prompts`.
             stats: filled with counts and times.
             options: the fields of `GenerationOptions`: max_new_tokens, temperature, top_k, top_p, min_p,
-                repetition_penalty, stop, stop_token_ids, seed; None is the default. Greedy where no sampling option is
-                given. Also input_ids and attention_mask in the place of `prompts`, so that what a tokenizer of
-                transformers returned can be passed as `**inputs`.
+                repetition_penalty, stop, stop_token_ids, seed; None is the default. Greedy if no sampling option is
+                given. Also input_ids and attention_mask instead of `prompts`, so that the result of a transformers
+                tokenizer can be passed as `**inputs`.
 
         Returns:
             One `Completion`, or a list in the order of the prompts.
@@ -159,13 +160,13 @@ class Model:
     def stream_ids(
         self, prompt: Prompt | None = None, *, stats: GenerationStats | None = None, **options: Any
     ) -> Generator[int, None, Completion]:
-        """As `stream`, but yields token ids; needs no tokenizer where the prompt is ids."""
+        """As `stream`, but yields token ids; needs no tokenizer if the prompt is ids."""
         read = _take_prompts(prompt, options)
         return self._loop.stream_ids(read, _options(options), stats)
 
 
 def _take_prompts(prompts: Any, options: dict[str, Any]) -> Prompts:
-    """The prompts, and those that are among the keyword arguments, which are taken out of `options`."""
+    """The prompts, including those among the keyword arguments, which are removed from `options`."""
     return read_prompts(prompts, {name: options.pop(name) for name in FIELDS if name in options})
 
 
@@ -189,14 +190,15 @@ def load(
     """Loads an artifact.
 
     Args:
-        folder: what `tvm_attn.build` wrote.
-        device: "cpu", "cuda:0" or "vulkan:0", where the artifact has a library for it; "auto" is a GPU where there is
-            one, else the processor.
-        threads: CPU threads, at most one a core; None takes TVM_NUM_THREADS, else all cores that this process may use.
+        folder: a folder written by `tvm_attn.build`.
+        device: "cpu", "cuda:0" or "vulkan:0", if the artifact has a library for it; "auto" is a GPU if there is one,
+            else the CPU.
+        threads: CPU threads, at most one per core; None takes TVM_NUM_THREADS, else all cores that this process may
+            use.
         max_batch: KV-cache slots, the most sequences that are decoded together. A GPU's memory is taken at once, the
-            processor's as it is used.
-        graph: whether each decoded token is one launch of a CUDA graph, where the library has been compiled for it;
-            without, its kernels are launched one by one, with the same result.
+            CPU's as it is used.
+        graph: whether each decoded token is one launch of a CUDA graph, if the library has been compiled for it;
+            otherwise its kernels are launched one by one, with the same result.
         stream: the CUDA stream that the work goes to, as an integer such as `torch.cuda.Stream().cuda_stream`, which
             must outlive the model; None is the default stream. See `tvm_attn.runtime.stream`.
 
@@ -205,7 +207,7 @@ def load(
         DeviceError: the device is unknown or absent, its memory is short, or an argument is out of range.
         TokenizerError: the artifact's tokenizer is malformed.
     """
-    # What is wrong in itself is refused before anything is read.
+    # Bad arguments are refused before anything is read.
     parse_device(device)
     thread_count(threads)
     return open_artifact(
@@ -225,7 +227,7 @@ def load_opened(
     graph: bool = True,
     stream: int | None = None,
 ) -> Model:
-    """As `load`, of an artifact that is open."""
+    """As `load`, for an artifact that is already open."""
     import_tvm()
     artifact.check_versions()
     return Model(artifact, device, max_batch, graph=graph, stream=stream, threads=threads)

@@ -1,14 +1,14 @@
 """What users pass as prompts: text, token ids, and what tokenizers return.
 
-| given | is |
+| given | meaning |
 |---|---|
 | `str`, `tokenizers.Encoding` | one prompt |
 | integers: a list, a range, an array or a tensor (T,) | one prompt |
 | an array or a tensor (B, T), a list of prompts | B prompts |
-| a mapping with "input_ids" and perhaps "attention_mask", such as transformers' `BatchEncoding` | as its ids |
+| a mapping with "input_ids" and perhaps "attention_mask", such as transformers' `BatchEncoding` | the same as its ids |
 
-Tokens whose mask is 0 are padding, on the left or the right, and no part of the prompt. Arrays and tensors are known by
-their attributes: no library is imported to recognise its own.
+Tokens whose mask is 0 are padding, on the left or the right, and not part of the prompt. Arrays and tensors are
+recognised by their attributes, so that no library has to be imported for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IdArray: TypeAlias = npt.NDArray[np.integer[Any]]
 Prompt: TypeAlias = str | Sequence[int] | IdArray | Mapping[str, Any]
 
 FIELDS = ("input_ids", "attention_mask", "token_type_ids")
-"""Fields of a mapping that say something about the prompt, and keywords of `Model.generate` and its like."""
+"""Fields of a mapping that say something about the prompt; also keywords of `Model.generate` and similar methods."""
 
 _IGNORED = ("special_tokens_mask", "offset_mapping", "length")
 _HINT = "pass text, a list of token ids, an array or tensor of integers, or what a tokenizer returns"
@@ -40,12 +40,12 @@ _HINT = "pass text, a list of token ids, an array or tensor of integers, or what
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts as they were given, none of them checked against a model.
+    """Prompts as given, not yet checked against a model.
 
     Attributes:
-        items: the text or the ids (T,) of each, an integer array or a list of int.
-        is_single: whether it was one prompt and no list.
-        masks: (T,) bool of each that has one, true where a token counts.
+        items: the text or the ids (T,) of each prompt; ids are an integer array or a list of int.
+        is_single: whether a single prompt was given, not a list.
+        masks: (T,) bool for each prompt that has a mask, true for tokens that count.
     """
 
     items: list[str | IdArray | list[int]]
@@ -61,10 +61,10 @@ class Prompts:
         return item[slice(places[0], places[-1] + 1) if len(places) else slice(0)]
 
     def matrix(self, config: GPT2Config) -> tuple[list[npt.NDArray[np.int32]], npt.NDArray[np.bool_]]:
-        """The ids of B prompts of one length T, each without its padding, and what is padding, (B, T) bool.
+        """The ids of B prompts of one length T, each without its padding, and which of them are padding, (B, T) bool.
 
         Raises:
-            GenerationError: they are text, none, of different lengths, or do not fit the model.
+            GenerationError: there are no prompts, or they are text, of different lengths, or do not fit the model.
         """
         if any(isinstance(item, str) for item in self.items):
             raise GenerationError("logits are of token ids (B, T); tokenize the text first")
@@ -85,7 +85,7 @@ def read_prompts(given: Any, fields: Mapping[str, Any] | None = None) -> Prompts
     """Reads prompts, or the `fields` of a mapping that were passed as keywords.
 
     Raises:
-        GenerationError: it is none of the above; tells what it is.
+        GenerationError: the value is none of the above; the message says what it is.
     """
     fields = {name: value for name, value in (fields or {}).items() if value is not None}
     if fields and given is not None:
@@ -113,7 +113,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _is_encoding(value: Any) -> bool:
-    """Whether it is a `tokenizers.Encoding`."""
+    """Whether the value is a `tokenizers.Encoding`."""
     return hasattr(value, "ids") and hasattr(value, "attention_mask") and hasattr(value, "offsets")
 
 
@@ -122,7 +122,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    """Whether it stands for a token id, also where that is a bool and will be refused."""
+    """Whether the value stands for a token id, including a bool, which is refused later."""
     return hasattr(type(value), "__index__") and getattr(value, "ndim", 0) == 0
 
 
@@ -131,7 +131,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_prompt(value: Any) -> bool:
-    """Whether it is one prompt rather than several; the empty list is none."""
+    """Whether the value is one prompt rather than several; the empty list is not one."""
     if isinstance(value, str) or _is_encoding(value):
         return True
     if _is_array(value):
@@ -140,7 +140,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def _rows(name: str, given: Any) -> Sequence[Any]:
-    """What is given as several prompts, as a sequence of them."""
+    """Several prompts, as a sequence of them."""
     if _is_array(given):
         return list(_id_array(name, given, 2))
     if not _is_list(given):
@@ -155,7 +155,7 @@ def _is_bytes(value: Any) -> bool:
 
 
 def _item(name: str, given: Any) -> tuple[str | IdArray | list[int], npt.NDArray[np.bool_] | None]:
-    """Text or ids of one prompt, and its mask."""
+    """The text or ids of one prompt, and its mask."""
     if isinstance(given, str):
         return given, None
     if _is_mapping(given):
@@ -207,7 +207,7 @@ def _id_array(name: str, given: Any, ndim: int) -> IdArray:
 
 
 def _from_mapping(name: str, given: Mapping[str, Any]) -> Prompts:
-    """The prompts of what a tokenizer returned."""
+    """The prompts in a tokenizer's result."""
     if "input_ids" not in given:
         found = ", ".join(shorten(key) for _, key in zip(range(5), given, strict=False)) or "nothing"
         raise GenerationError(f'{name} is a mapping that holds {found}, and no "input_ids"; {_HINT}')
@@ -253,7 +253,7 @@ def _mask_rows(given: Any) -> Sequence[Any]:
 
 
 def _mask(name: str, given: Any, length: int) -> npt.NDArray[np.bool_]:
-    """An attention mask (T,) of 0 and 1, whose ones lie together."""
+    """An attention mask (T,) of 0 and 1, whose ones must be contiguous."""
     array = read_array(f"{name}'s attention_mask", given)
     if array.shape != (length,):
         raise GenerationError(f"{name} has {length} tokens and an attention_mask of shape {array.shape}")
@@ -266,7 +266,7 @@ def _mask(name: str, given: Any, length: int) -> npt.NDArray[np.bool_]:
 
 
 def _described(value: Any) -> str:
-    """What a value is, for a message."""
+    """What kind of value it is, for a message."""
     if isinstance(value, str | int | float | None):
         return shorten(value)
     return f"a {type(value).__name__}"
@@ -276,7 +276,7 @@ def checked_ids(name: str, ids: IdArray | list[int], config: GPT2Config) -> npt.
     """One prompt's ids as (T,) int32.
 
     Raises:
-        GenerationError: there are none, more than the model's context, or some outside its vocabulary.
+        GenerationError: there are no ids, more than the model's context holds, or some outside its vocabulary.
     """
     if len(ids) == 0:
         raise GenerationError(f"{name} has no tokens; pass at least one")

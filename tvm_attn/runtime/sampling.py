@@ -1,10 +1,10 @@
 """Choosing the next token from one row of logits.
 
-The filters and their order are those of Hugging Face transformers' `generate`: repetition penalty, temperature,
-top-k, top-p, min-p, draw. Only the work is ordered differently: the candidates are cut down before anything is
-exponentiated or sorted, which the filters allow because temperature keeps the order of the logits.
+The filters and their order are those of Hugging Face transformers' `generate`: repetition penalty, temperature, top-k,
+top-p, min-p, draw. Only the work is ordered differently: the candidates are cut down before anything is exponentiated
+or sorted. The filters allow that because temperature keeps the order of the logits.
 
-Arithmetic is float64 from the temperature on; the repetition penalty stays in the logits' float32, so that greedy
+Arithmetic is float64 from the temperature on; the repetition penalty is applied in the logits' float32, so that greedy
 decoding breaks near-ties as transformers does.
 """
 
@@ -27,18 +27,18 @@ _SORTED_AT_ONCE = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen. None is the default of every field, and leaves a filter out.
+    """How the next token is chosen. Every field defaults to None, which leaves its filter out.
 
-    Numbers may be of any library, such as NumPy's; the fields are Python's.
+    Numbers of other libraries, such as NumPy's, are accepted and stored as Python's.
 
     temperature: divides the logits, >= 0; 0 is greedy decoding. None means greedy, or 1.0 as soon as one of `top_k`,
         `top_p` and `min_p` is given.
-    top_k: keep the k most likely tokens, >= 1, and whatever ties with the k-th of them (Fan et al. 2018).
-    top_p: keep the fewest most likely tokens whose probabilities reach p, in (0, 1] (Holtzman et al. 2020). Where the
-        cut falls among equally likely tokens, the higher ids stay (transformers leaves that to an unstable sort).
+    top_k: keep the k most likely tokens, >= 1, and any that tie with the k-th of them (Fan et al. 2018).
+    top_p: keep the fewest most likely tokens whose probabilities reach p, in (0, 1] (Holtzman et al. 2020). If the cut
+        falls among equally likely tokens, the higher ids stay (transformers leaves that to an unstable sort).
     min_p: keep tokens at least min_p times as likely as the likeliest, in [0, 1] (Nguyen et al. 2024).
-    repetition_penalty: logits of tokens in the prompt or already generated are divided by it where positive and
-        multiplied where negative, > 0; 1.0 does nothing (Keskar et al. 2019).
+    repetition_penalty: divides positive logits of tokens in the prompt or already generated, and multiplies negative
+        ones, > 0; 1.0 does nothing (Keskar et al. 2019).
 
     Raises GenerationError for a value outside its range.
     """
@@ -79,15 +79,15 @@ class SamplingOptions:
 
     @property
     def is_plain_argmax(self) -> bool:
-        """Whether the choice is the largest logit, which a device can find without handing over the logits."""
+        """Whether the choice is the largest logit, which a device can find without copying the logits to the host."""
         return self.effective_temperature == 0.0 and self.repetition_penalty == 1.0
 
 
 def sequence_rng(seed: int | None, index: int) -> np.random.Generator:
     """The random generator of sequence `index` of a request.
 
-    It depends on nothing but `(seed, index)`: neither on the other sequences nor on the order in which a batch
-    advances. `seed` None takes fresh entropy from the operating system.
+    It depends only on `(seed, index)`: not on the other sequences, nor on the order in which a batch advances. `seed`
+    None takes fresh entropy from the operating system.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
 
@@ -95,10 +95,10 @@ def sequence_rng(seed: int | None, index: int) -> np.random.Generator:
 def distribution(
     logits: FloatArray, previous_ids: Sequence[int] | IdArray, options: SamplingOptions
 ) -> npt.NDArray[np.float64]:
-    """The probabilities (V,) with which `sample` draws, float64 and summing to 1; one-hot where decoding is greedy.
+    """The probabilities (V,) with which `sample` draws, float64 and summing to 1; one-hot if decoding is greedy.
 
-    logits: (V,) float32. previous_ids: ids of prompt and generated tokens, read for the repetition penalty only.
-    Raises GenerationError for logits that hold NaN or +inf, or nothing but -inf.
+    logits: (V,) float32. previous_ids: ids of prompt and generated tokens, read only for the repetition penalty.
+    Raises GenerationError for logits that contain NaN or +inf, or only -inf.
     """
     probabilities = np.zeros(len(logits))
     scores = _penalized(logits, previous_ids, options.repetition_penalty)
@@ -119,7 +119,7 @@ def sample(
 ) -> int:
     """Draw one token id from `distribution(logits, previous_ids, options)` by inverting its cumulative sum.
 
-    Takes one number from `rng`, and none where decoding is greedy. Arguments and errors as in `distribution`.
+    Takes one number from `rng`, or none if decoding is greedy. Arguments and errors as in `distribution`.
     """
     scores = _penalized(logits, previous_ids, options.repetition_penalty)
     peak = _finite_peak(scores)
@@ -127,12 +127,12 @@ def sample(
         return int(scores.argmax())
     ids, weights = _candidates(scores, peak, options)
     cumulative = weights.cumsum()
-    # random() < 1, so the point lies below the total and the first sum above it belongs to a weight that is not 0.
+    # random() < 1, so the point is below the total and the first sum above it belongs to a weight that is not 0.
     return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
 
 
 def _penalized(logits: FloatArray, previous_ids: Sequence[int] | IdArray, penalty: float) -> FloatArray:
-    """The logits (V,) under the repetition penalty, once for each id however often it occurred."""
+    """The logits (V,) after the repetition penalty, applied once to each id however often it occurred."""
     if penalty == 1.0 or len(previous_ids) == 0:
         return logits
     ids = np.asarray(previous_ids)
@@ -147,11 +147,11 @@ NOT_NUMBERS = (
     "so they are not numbers: the artifact's dtype does not hold this model; verify the artifact, or build it with "
     "--dtype bfloat16 or float32"
 )
-"""What a message says of logits that hold NaN or infinity."""
+"""What a message says about logits with NaN or infinity."""
 
 
 def _finite_peak(scores: FloatArray) -> float:
-    """The largest score. NaN anywhere makes it NaN."""
+    """The largest score, or NaN if any score is NaN."""
     peak = float(scores.max())
     if not np.isfinite(peak):
         raise GenerationError(f"the largest of the next-token logits is {peak}, {NOT_NUMBERS}")
@@ -183,13 +183,13 @@ def _candidates(
 def _nucleus(scores: FloatArray, weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
     """Ascending indices of the fewest largest scores whose weights hold `top_p` of the total; at least one.
 
-    The order is that of the scores, as different scores may round to one weight; of equal ones the later is first.
+    Indices are ordered by score, as different scores may round to one weight; of equal scores the later index is first.
     """
     total = weights.sum()
     target = top_p * total
-    # Scores whose weights could not make up the other 1 - top_p if all were like them are outside for certain.
+    # Scores are certainly outside if their weights could not make up the other 1 - top_p even if all were like them.
     rest = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
-    # Halve the range that the last of the nucleus lies in, until it is short enough to be sorted.
+    # Halve the range that holds the last score of the nucleus, until it is short enough to sort.
     before = 0.0  # weight of the scores above the range
     while len(rest) > _SORTED_AT_ONCE:
         in_range = scores[rest]
@@ -203,7 +203,7 @@ def _nucleus(scores: FloatArray, weights: npt.NDArray[np.float64], top_p: float)
         else:
             rest = rest[is_upper]
     descending = rest[np.argsort(scores[rest], kind="stable")[::-1]]
-    # A token stays while those before it hold less than the target.
+    # A token stays while those before it weigh less than the target.
     count = int(np.searchsorted(before + weights[descending].cumsum(), target, side="left"))
     last = descending[min(count, len(descending) - 1)]
     kept = np.flatnonzero(scores >= scores[last])

@@ -18,9 +18,9 @@ class Lease:
 
     Attributes:
         slots: their numbers, ascending.
-        thread: that took them.
-        is_stream: whether they are given back when somebody chooses to go on, rather than by themselves.
-        is_lost: whether a fork left the thread behind that took them.
+        thread: the thread that took them.
+        is_stream: whether they are returned only when somebody advances or closes a stream, not by themselves.
+        is_lost: whether the thread that took them was left behind by a fork.
     """
 
     def __init__(self, is_stream: bool) -> None:
@@ -42,13 +42,13 @@ class Lease:
 class SlotPool:
     """The slots of an engine.
 
-    Nobody waits for a stream: the thread that is to go on with it may be the one that waits.
+    Nobody waits for a stream: the thread that would have to advance it may be the one that waits.
     """
 
     def __init__(self, count: int) -> None:
         self._leases: list[Lease | None] = [None] * count
         self._waiting: list[Lease] = []
-        # Reentrant, and lists are changed in place: a garbage collection in between may close a stream.
+        # Reentrant, and lists are changed in place: garbage collection may close a stream in between.
         self._lock = RLock()
         _pools.add(self)
 
@@ -59,12 +59,12 @@ class SlotPool:
 
     @contextmanager
     def lease(self, wanted: int, *, is_stream: bool = False) -> Iterator[Lease]:
-        """Up to `wanted` slots, given back at the end.
+        """Up to `wanted` slots, returned at the end.
 
-        Waits while calls of other threads have all that streams leave over; first come, first served.
+        Waits while calls of other threads hold all slots that streams leave; first come, first served.
 
         Raises:
-            GenerationError: streams have all slots.
+            GenerationError: streams hold all slots.
         """
         lease = Lease(is_stream)
         try:
@@ -75,7 +75,7 @@ class SlotPool:
             self._give_back(lease)
 
     def _take(self, lease: Lease, wanted: int) -> bool:
-        """Takes slots where some are free and nobody was first; else queues up, and returns False."""
+        """Takes slots if some are free and nobody else was first; otherwise joins the queue and returns False."""
         refuse_at_the_end()
         with self._lock:
             is_first = not self._waiting or self._waiting[0] is lease
@@ -106,7 +106,7 @@ class SlotPool:
             self._waiting[0].wake()
 
     def after_fork_in_child(self) -> None:
-        """Frees what threads have that the child has not."""
+        """Frees the slots of threads that do not exist in the child."""
         self._lock, self._waiting = RLock(), []
         for slot, lease in enumerate(self._leases):
             if lease is not None and lease.thread != get_ident():

@@ -3,11 +3,11 @@
 | a model loaded with | its work goes to | and is waited for |
 |---|---|---|
 | `stream=None` | tvm_ffi's current stream, else the default stream | when results are read |
-| `stream=handle` | that, e.g. `torch.cuda.Stream().cuda_stream` | when results are read and inputs are written |
+| `stream=handle` | that stream, e.g. `torch.cuda.Stream().cuda_stream` | when results are read and inputs are written |
 
-TVM copies between host and device on the default stream, which waits for no stream of PyTorch's pool and is not waited
-for by one: so a stream of its own is waited for before each copy. Loading ends with a wait, so that parameters packed
-on one stream can be read on another.
+TVM copies between host and device on the default stream, which is not synchronized with the streams of PyTorch's pool:
+so a model's own stream is waited for before each copy. Loading ends with a wait, so that parameters packed on one
+stream can be read on another.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Stream:
         return tvm_ffi.get_raw_stream(self.device) if self.given is None else self.given
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function of a library, whose kernels go to the stream."""
+        """Calls a function of a library; its kernels go to the stream."""
         self._class.select(self.device.index)
         if self.given is None:
             return function(*arguments)
@@ -48,7 +48,7 @@ class Stream:
             return function(*arguments)
 
     def carry(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, to be called by another thread, with the stream that is current in this one."""
+        """Wraps a function for another thread to call, with the stream that is current in this one."""
         if not self._class.has_streams or self.given is not None:
             return function
         handle = self.handle()
@@ -60,12 +60,12 @@ class Stream:
         return call
 
     def wait(self) -> None:
-        """Waits for all work on the stream, unless a copy does so."""
+        """Waits for all work on the stream, unless a copy does that anyway."""
         if self._class.has_streams and (handle := self.handle()):
             self.device.sync(handle)
 
     def read(self, tensor: tvm.runtime.Tensor) -> npt.NDArray[Any]:
-        """A tensor (g, R, ...) on the host as (g * R, ...), once it is computed; on the CPU a view, without a copy."""
+        """A tensor (g, R, ...) on the host as (g * R, ...), once it is computed; on the CPU a view without a copy."""
         if self._class.in_host_memory:
             array = np.from_dlpack(tensor)
         else:
@@ -74,7 +74,7 @@ class Stream:
         return array.reshape(-1, *array.shape[2:])
 
     def hand_over(self, consumer: int | None) -> None:
-        """Waits where a consumer's stream, as `__dlpack__` numbers it, is not ordered after this one."""
+        """Waits if the consumer's stream, as `__dlpack__` numbers it, is not ordered after this one."""
         if not self._class.has_streams or consumer == -1:  # -1: the consumer takes care of it
             return
         own = self.handle()

@@ -1,7 +1,7 @@
 """Text to token ids and back, whole or as a stream, from a checkpoint's `tokenizer.json`.
 
-Special tokens such as `<|endoftext|>` are left out of text and kept in ids, as transformers'
-`decode(..., skip_special_tokens=True)` does: an answer should not end in markup.
+Special tokens such as `<|endoftext|>` are left out of text and kept in ids, as in transformers'
+`decode(..., skip_special_tokens=True)`: an answer should not end in markup.
 """
 
 import codecs
@@ -35,8 +35,8 @@ _BYTE_TOKEN = re.compile("<0x..>")
 def _tokenizer_errors(what: str) -> Iterator[None]:
     """Turn whatever the tokenizers library raises into a TokenizerError that starts with `what`.
 
-    The library reports a broken `tokenizer.json` as plain Exception, or, where its Rust code panics, as a
-    BaseException whose type cannot be imported.
+    The library reports a broken `tokenizer.json` as a plain Exception or, if its Rust code panics, as a BaseException
+    whose type cannot be imported.
     """
     try:
         yield
@@ -49,13 +49,13 @@ def _tokenizer_errors(what: str) -> Iterator[None]:
 class Tokenizer:
     """A checkpoint's tokenizer.
 
-    Truncation and padding that the file may ask for are switched off: a prompt is used as it is, or refused.
+    Truncation and padding that the file may ask for are switched off: a prompt is used unchanged, or refused.
 
     Args:
         text: the contents of a `tokenizer.json`.
-        source: names them in messages.
-        model_vocab_size: ids from here on are refused by `encode`: the tokenizer may have tokens, such as a padding
-            token added later, that the model has no embedding for. None takes all.
+        source: names the file in messages.
+        model_vocab_size: `encode` refuses ids from here on: the tokenizer may have tokens that the model has no
+            embedding for, such as a padding token added later. None accepts all ids.
 
     Raises:
         TokenizerError: `text` is malformed.
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Read a `tokenizer.json`. Raises TokenizerError where it cannot be read or is malformed."""
+        """Read a `tokenizer.json`. Raises TokenizerError if it cannot be read or is malformed."""
         return cls(read_text(path, TOKENIZER_BYTES, TokenizerError), str(path))
 
     @property
@@ -85,9 +85,9 @@ class Tokenizer:
 
     @cached_property
     def longest_token(self) -> int | None:
-        """Most characters of text that one token can come from; None where that is not known.
+        """Most characters of text that one token can come from; None if that is not known.
 
-        It is known of byte-level BPE: elsewhere a normalizer or an unknown token may swallow any number of them.
+        It is known for byte-level BPE: elsewhere a normalizer or an unknown token may swallow any number of them.
         """
         library = self._tokenizer
         is_plain = library.normalizer is None and isinstance(library.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel)
@@ -96,13 +96,13 @@ class Tokenizer:
         return None if strips or not is_plain else max(map(len, library.get_vocab()), default=1)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt: `text` behind the tokens that the tokenizer puts in front, such as `<s>` or `[CLS]`.
+        """Token ids of a prompt: the tokens that the tokenizer puts first, such as `<s>` or `[CLS]`, then `text`.
 
-        Tokens that it puts behind a text (`</s>`, `[SEP]`) are left out: they would end what is to be continued.
-        GPT-2's tokenizer adds none. Special tokens written out in `text` become their ids.
+        Tokens that it adds after a text (`</s>`, `[SEP]`) are left out: they would end what is to be continued. GPT-2's
+        tokenizer adds none. Special tokens written out in `text` become their ids.
 
-        Raises TokenizerError where `text` is no Unicode text (a lone surrogate), or holds something that the
-        vocabulary has no token for or the model no embedding.
+        Raises TokenizerError if `text` is not Unicode text (a lone surrogate), or contains something for which the
+        vocabulary has no token or the model no embedding.
         """
         try:
             text.encode("utf-8")
@@ -121,7 +121,7 @@ class Tokenizer:
         return ids
 
     def _encode(self, text: str) -> list[int]:
-        """Ids of `text` and of what is put in front of it; [] for a text without tokens."""
+        """Ids of `text` and of the tokens that are put first; [] for a text without tokens."""
         with _tokenizer_errors("the tokenizer cannot encode the text"):
             encoding = self._tokenizer.encode(text)
         ids, is_wrapping = encoding.ids, encoding.special_tokens_mask
@@ -131,7 +131,7 @@ class Tokenizer:
 
     @cached_property
     def _opening(self) -> list[int]:
-        """The ids that are put in front of every text."""
+        """The ids that are put before every text."""
         with _tokenizer_errors("the tokenizer cannot encode an empty text"):
             wrapped = self._tokenizer.encode("").ids
         if not wrapped or self._anchor is None:
@@ -142,7 +142,7 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, without special tokens and without ids that the tokenizer does not know.
 
-        Bytes that are not UTF-8 come out as U+FFFD. Raises TokenizerError for a negative id.
+        Bytes that are not UTF-8 become U+FFFD. Raises TokenizerError for a negative id.
         """
         with _tokenizer_errors("the tokenizer cannot decode the token ids"):
             return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -157,16 +157,16 @@ class Tokenizer:
 
     @cached_property
     def _anchor(self) -> int | None:
-        """Some token that has text of its own, to decode others behind; None where there is none."""
+        """Some token with text of its own, after which others are decoded; None if there is none."""
         ids = sorted(self._tokenizer.get_vocab().values())
         return next((i for i in ids if self.has_text(i) and not self.is_byte(i) and self.decode([i])), None)
 
     def is_byte(self, token_id: int) -> bool:
-        """Whether the token is one byte in the notation of byte fallback, e.g. <0xF0>."""
+        """Whether the token is one byte in byte-fallback notation, e.g. <0xF0>."""
         return _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token_id) or "") is not None
 
     def has_text(self, token_id: int) -> bool:
-        """Whether `decode` looks at the id at all: it is known and not special."""
+        """Whether `decode` uses the id at all: it is known and not special."""
         return token_id not in self._special_ids and self._tokenizer.id_to_token(token_id) is not None
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -183,14 +183,15 @@ class Tokenizer:
         try:
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         except KeyError:
-            # An added token is stored as plain text; the library takes it so as soon as one character is no stand-in.
+            # An added token is stored as plain text; the library treats it so as soon as one character is not a
+            # stand-in.
             return token.encode("utf-8")
 
 
 class StreamDecoder(Protocol):
     """Decodes a stream of token ids piece by piece.
 
-    The pieces that `push` and the final `flush` return never split a character, are never taken back, and together
+    The pieces returned by `push` and the final `flush` never split a character, are never taken back, and joined they
     equal `Tokenizer.decode` of all the ids.
     """
 
@@ -198,15 +199,15 @@ class StreamDecoder(Protocol):
         """Take one id; return the text that is now certain, "" while a character is incomplete."""
 
     def flush(self) -> str:
-        """End the stream and return what was held back; bytes that no character came of are U+FFFD."""
+        """End the stream and return what was held back; bytes that did not become a character are U+FFFD."""
 
 
 class ByteStreamDecoder:
-    """For byte-level BPE, GPT-2's own: tokens are bytes, so an incremental UTF-8 decoder is exact, O(1) a token."""
+    """For byte-level BPE, as in GPT-2: tokens are bytes, so an incremental UTF-8 decoder is exact, O(1) per token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # Replaces each maximal invalid part by one U+FFFD, as the Unicode standard recommends and `decode` does.
+        # Replaces each maximal invalid part with one U+FFFD, as the Unicode standard recommends and `decode` does.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
@@ -217,11 +218,11 @@ class ByteStreamDecoder:
 
 
 class RunStreamDecoder:
-    """For decoders that take one token after the other, as SentencePiece's and WordPiece's do.
+    """For decoders that handle one token after the other, such as SentencePiece's and WordPiece's.
 
     A token's text depends on whether it is the first (which loses its leading space) and, with byte fallback, on the
-    run of byte tokens that it stands in: one byte that fits no character makes the whole run U+FFFD. So a run is held
-    back until it ends. What follows the first text is decoded behind a token whose own text is known, and cut off.
+    run of byte tokens around it: one byte that fits no character turns the whole run into U+FFFD. So a run is held back
+    until it ends. What follows the first text is decoded after a token whose text is known, and that text is cut off.
     """
 
     def __init__(self, tokenizer: Tokenizer, anchor: int) -> None:
@@ -250,7 +251,7 @@ class RunStreamDecoder:
 
 
 class HeldStreamDecoder:
-    """For decoders that may change any text until the last token is there: nothing comes before `flush`."""
+    """For decoders that may change any text until the last token: nothing is returned before `flush`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -266,7 +267,7 @@ class HeldStreamDecoder:
 
 
 def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
-    """The steps of a `decoder` entry of tokenizer.json, in order; none where it is null."""
+    """The steps of a `decoder` entry of tokenizer.json, in order; none if it is null."""
     if not decoder:
         return []
     if decoder["type"] == "Sequence":
@@ -275,11 +276,11 @@ def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
 
 
 def _is_tokenwise(steps: list[dict[str, Any]]) -> bool:
-    """Whether the text of a token depends only on its being the first and on the run of byte tokens around it."""
+    """Whether a token's text depends only on whether it is the first and on the run of byte tokens around it."""
     kinds = [step["type"] for step in steps]
     fuse = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)
     before = {"Replace", "WordPiece", "ByteFallback", "Strip", "Metaspace"}
-    # Behind Fuse all text is one: only what looks at single characters, or at the very start, is still local.
+    # After Fuse all text is one: only steps that look at single characters, or at the very start, are still local.
     return before.issuperset(kinds[:fuse]) and all(
         step["type"] == "Fuse"
         or (step["type"] == "Strip" and step["stop"] == 0)

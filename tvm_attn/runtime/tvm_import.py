@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 
 def import_tvm() -> None:
-    """Imports TVM; in runtime-only mode (TVM_USE_RUNTIME_LIB=1) without the PyTorch that tvm_ffi would load.
+    """Imports TVM; in runtime-only mode (TVM_USE_RUNTIME_LIB=1) without PyTorch, which tvm_ffi would load.
 
-    tvm_ffi imports PyTorch wherever it is installed, for conversions that running a model does not need; that takes
-    1 s and 150 MB.
+    tvm_ffi imports PyTorch if it is installed, for conversions that running a model does not need; that takes 1 s and
+    150 MB.
     """
     runtime_only = os.environ.get("TVM_USE_RUNTIME_LIB") == "1"
     hide = runtime_only and not {"torch", "tvm_ffi"} & set(sys.modules)
@@ -27,9 +27,9 @@ def import_tvm() -> None:
 
 @contextmanager
 def runtime_only() -> Iterator[None]:
-    """Inside, TVM is imported in runtime-only mode, unless the environment says otherwise.
+    """A context in which TVM is imported in runtime-only mode, unless the environment says otherwise.
 
-    The variable is gone afterwards: processes started later may want the compiler.
+    The variable is removed afterwards: processes started later may want the compiler.
     """
     name = "TVM_USE_RUNTIME_LIB"
     was_set = name in os.environ

@@ -1,14 +1,14 @@
 """The thread that calls TVM for a device.
 
-TVM's functions are for one thread at a time, and its pool of CPU threads belongs to the thread that calls them. So each
-device has one thread that makes all calls:
+TVM's functions must be called by one thread at a time, and its pool of CPU threads belongs to the calling thread. So
+each device has one thread that makes all calls:
 
 - Calls from several Python threads run one after the other, in the order in which they were made.
 - There is one pool, whatever the number of Python threads, and its size is what the model was loaded with.
-- A signal's exception, such as KeyboardInterrupt, ends the wait of the caller and not the call.
-- A fork waits until no call runs. The child starts a thread of its own, and with it a pool, when it needs them.
-- The end of the interpreter waits for the call that runs, and none starts after it. Python would end a thread that
-  comes back from TVM by then, and C++ answers that with abort(). As the thread never ends, the process need not wait
+- A signal's exception, such as KeyboardInterrupt, ends the caller's wait but not the call.
+- A fork waits until no call runs. The child starts its own thread, and with it a pool, when it needs them.
+- At the end of the interpreter, the running call is waited for, and none starts after it. By then Python would end a
+  thread that returns from TVM, and C++ answers that with abort(). As this thread never ends, the process need not wait
   for the pool's threads either.
 """
 
@@ -30,9 +30,9 @@ R = TypeVar("R")
 
 
 class Worker:
-    """One device's thread, which starts with the first call; `worker` gives it.
+    """One device's thread, which starts with the first call; `worker` returns it.
 
-    Only operations that no signal can split are used: the queue's, and `with` of a lock.
+    It uses only operations that no signal can split: those of the queue, and `with` on a lock.
     """
 
     def __init__(self, device: str) -> None:
@@ -41,14 +41,14 @@ class Worker:
 
     def _reset(self) -> None:
         self._calls: SimpleQueue[_Call] = SimpleQueue()
-        self._ident: int | None = None  # of the thread
-        self._threads: int | None = None  # of TVM's pool
+        self._ident: int | None = None  # of the device's thread
+        self._threads: int | None = None  # size of TVM's pool
         self._is_started = False
         self._starting, self._running, self._parked = allocate_lock(), allocate_lock(), _taken_lock()
         self._holds: dict[int, LockType] = {}
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Calls a function in the thread, after the calls before; from within such a call, at once.
+        """Calls a function in the thread, after earlier calls; within such a call, immediately.
 
         Raises:
             DeviceError: the interpreter is ending.
@@ -63,7 +63,7 @@ class Worker:
         return result
 
     def set_threads(self, threads: int) -> None:
-        """Sets the number of threads of the pool; to be called in the thread."""
+        """Sets the size of the pool; must be called in the thread."""
         if self._threads != threads:
             self._threads = None
             set_threads(threads)
@@ -77,16 +77,16 @@ class Worker:
                     self._is_started = True
 
     def _loop(self) -> None:
-        # A signal between the two lines above may lead to a second thread: it waits here.
+        # A signal between the last two lines of `_start` may cause a second thread: it waits here.
         with self._running:
             self._ident = get_ident()
             while True:
                 call = self._calls.get()
                 if _ending is not None:
                     self._parked.release()
-                    _taken_lock().acquire()  # for ever
+                    _taken_lock().acquire()  # forever
                 call.run()
-                del call  # and with it arguments and results
+                del call  # with its arguments and results
 
     def before_fork(self) -> None:
         """Waits until no call runs, and lets none start."""
@@ -102,24 +102,24 @@ class Worker:
             held.acquire()
 
     def after_fork_in_parent(self) -> None:
-        """Goes on."""
+        """Lets calls run again."""
         resume = self._holds.pop(get_ident(), None)
         if resume is not None:
             resume.release()
 
     def after_fork_in_child(self) -> None:
-        """Forgets the thread, which the child has not."""
+        """Forgets the thread, which does not exist in the child."""
         self._reset()
 
     def park(self) -> None:
-        """Waits until the call that runs is over; no other starts, as `_ending` is set."""
+        """Waits until the running call is over; no other starts, as `_ending` is set."""
         if self._is_started and self._ident != get_ident():
             self._calls.put(_Call(lambda: None))
             self._parked.acquire()
 
 
 class _Call:
-    """A function to be called by the thread, and what came of it."""
+    """A function for the thread to call, and its outcome."""
 
     __slots__ = ("_done", "_error", "_function", "_result")
 
@@ -156,7 +156,7 @@ def _taken_lock() -> LockType:
 
 _workers: dict[str, Worker] = {}
 _ending: int | None = None
-"""The thread that ends the interpreter, once it does."""
+"""The thread that is ending the interpreter, if any."""
 
 
 def worker(device: str) -> Worker:
@@ -165,7 +165,7 @@ def worker(device: str) -> Worker:
 
 
 def refuse_at_the_end() -> None:
-    """Raises DeviceError in the thread that ends the interpreter: no call is made any more."""
+    """Raises DeviceError in the thread that ends the interpreter: no more calls are made."""
     if get_ident() == _ending:
         raise DeviceError("Python is ending and runs no more models; finish before")
 

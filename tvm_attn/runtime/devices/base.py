@@ -1,6 +1,6 @@
-"""What every device class answers at run time: which devices there are, what keeps them from use, what they lack.
+"""What every device class answers at run time: which devices there are, why one cannot be used, what it lacks.
 
-Methods import TVM when they are called: how it is imported is for `tvm_attn.runtime.tvm_import` to say.
+Methods import TVM when they are called: `tvm_attn.runtime.tvm_import` decides how it is imported.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ class Found:
     """A device of this machine, usable or not.
 
     Attributes:
-        device: its name in this project, e.g. "cpu" or "vulkan:0"; for one that cannot be used its class, "vulkan".
-        name: the product's name.
+        device: the device's name in this project, e.g. "cpu" or "vulkan:0"; only the class, e.g. "vulkan", if it cannot
+            be used.
+        name: product name.
         driver: driver and version, or None.
-        features: what its code may use, sorted.
-        limits: numbers by name; sizes are bytes.
-        missing: what keeps it from being used; empty for a usable one.
+        features: features that code for the device may use, sorted.
+        limits: numbers by name; sizes are in bytes.
+        missing: reasons why the device cannot be used; empty if it can.
     """
 
     device: str
@@ -36,7 +37,7 @@ class Found:
 
     @property
     def kind(self) -> str:
-        """Its class, one of `tvm_attn.backends.BACKENDS`."""
+        """The device's class, one of `tvm_attn.backends.BACKENDS`."""
         return self.device.partition(":")[0]
 
 
@@ -44,10 +45,10 @@ class DeviceClass(ABC):
     """A class of devices at run time. The defaults are those of a GPU with one queue of work.
 
     Attributes:
-        kind: its name, one of `tvm_attn.backends.BACKENDS`.
-        dlpack: DLPack's number of it (`DLDeviceType`).
-        in_host_memory: whether tensors can be read where they are, without a copy.
-        has_streams: whether work goes to streams that the caller may choose.
+        kind: the class's name, one of `tvm_attn.backends.BACKENDS`.
+        dlpack: DLPack's number for the class (`DLDeviceType`).
+        in_host_memory: whether the host can read tensors without a copy.
+        has_streams: whether work runs on streams that the caller may choose.
     """
 
     kind: ClassVar[str]
@@ -60,36 +61,36 @@ class DeviceClass(ABC):
         """The devices of this machine, usable ones first. Starts no work on them.
 
         Raises:
-            DeviceError: none is usable; says why.
+            DeviceError: no device is usable; the message says why.
         """
 
     @abstractmethod
     def obstacle(self, index: int = 0) -> str | None:
-        """Why the device of that index cannot be used, in words; None where it can."""
+        """Why the device with that index cannot be used, as text; None if it can."""
 
     @abstractmethod
     def lacks(self, target: Any, device: Found, dtype: str, quant: str) -> Iterator[str]:
-        """What a device lacks that a library needs, in words; nothing where the library runs.
+        """What a library needs and a device lacks, as text; nothing if the library runs.
 
         Args:
-            target: what the library is compiled for, a target of this class.
+            target: the target that the library is compiled for, of this class.
             device: a usable device of this class.
             dtype, quant: the library's storage dtype and quantization.
         """
 
     def is_software(self, index: int = 0) -> bool:
-        """Whether a device that exists is a program on the processor, such as Mesa's llvmpipe."""
+        """Whether an existing device is a program on the CPU, such as Mesa's llvmpipe."""
         return False
 
     def capability(self, index: int = 0) -> tuple[int, int] | None:
-        """What chooses between libraries, of a device that exists: see `Artifact.library`; None for no difference."""
+        """What decides between libraries for an existing device, see `Artifact.library`; None if nothing does."""
         return None
 
     def select(self, index: int) -> None:  # noqa: B027  (nothing to do is the default)
-        """Makes a device the current one of this thread, where there is such a thing."""
+        """Makes a device the current one of this thread, if the class has a current device."""
 
     def free_memory(self, device: Any) -> int | None:
-        """Bytes that are free on a TVM device; None where it does not tell."""
+        """Free bytes on a TVM device; None if it does not say."""
         self.select(device.index)
         free = device.available_global_memory
         return None if free is None else int(free)
@@ -98,12 +99,12 @@ class DeviceClass(ABC):
         """Checks a loaded library, a tvm_ffi.Module, against the device.
 
         Raises:
-            DeviceError: the device lacks what a kernel needs; `name` is the library's in the message.
+            DeviceError: the device lacks what a kernel needs; `name` names the library in the message.
         """
 
 
 def exists_in_tvm(kind: str, index: int) -> str | None:
-    """Why TVM has no such device, in words; None where it has."""
+    """Why TVM has no such device, as text; None if it has."""
     import tvm
     import tvm_ffi
 
@@ -113,7 +114,7 @@ def exists_in_tvm(kind: str, index: int) -> str | None:
 
 
 def lacks_of_block(target: GpuTarget, threads: int, shared_bytes: int) -> Iterator[str]:
-    """What a GPU lacks of a target's block (a workgroup), in words."""
+    """What a GPU lacks for a target's block (a workgroup), as text."""
     if threads < target.max_threads:
         yield f"blocks of {target.max_threads} threads (has {threads})"
     if shared_bytes < target.shared_bytes:

@@ -1,4 +1,4 @@
-"""This machine's processor."""
+"""This machine's CPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tvm_attn.runtime.machine import cpu_features, usable_cores
 
 
 class Processor(DeviceClass):
-    """The processor, of which there is one: `cpu` and `cpu:0`."""
+    """The CPU. There is one: `cpu`, or `cpu:0`."""
 
     kind, dlpack = "cpu", 1
     in_host_memory = True
 
     def find(self) -> list[Found]:
-        """See `DeviceClass`; its features are those that some target asks for."""
+        """See `DeviceClass`; lists the features that any target asks for."""
         from tvm_attn import targets
 
         name = platform.processor() or platform.machine()
@@ -25,7 +25,7 @@ class Processor(DeviceClass):
             from tvm.target.codegen import llvm_get_system_cpu
 
             name = f"{platform.machine()} ({llvm_get_system_cpu()})"
-        except (ImportError, AttributeError):  # TVM's runtime alone
+        except (ImportError, AttributeError):  # only TVM's runtime is loaded
             pass
         asked = {feature for target in targets.read_all() for feature in target.features}
         return [Found("cpu", name, None, tuple(sorted(cpu_features() & asked)), {"cores": usable_cores()})]
@@ -39,7 +39,7 @@ class Processor(DeviceClass):
         yield from target.missing(device.features)
 
     def free_memory(self, device: Any) -> int | None:
-        """None: memory is taken as it is used."""
+        """None: memory is taken only as it is used."""
         return None
 
 

@@ -1,8 +1,8 @@
 """NVIDIA GPUs: loading TVM's CUDA runtime, why a device cannot be used, and which code a device can run.
 
-TVM with its compiler tries to load `libtvm_runtime_cuda.so` when it is imported, finds the libraries that this needs on
-the loader's path only, and is silent where it fails; TVM's runtime alone (`TVM_USE_RUNTIME_LIB=1`) does not try. So
-`load_runtime` does it, when a CUDA device is asked for.
+TVM with its compiler tries to load `libtvm_runtime_cuda.so` when it is imported, finds the libraries that this needs
+only on the loader's path, and fails silently; TVM's runtime without the compiler (`TVM_USE_RUNTIME_LIB=1`) does not
+try. So `load_runtime` does it, when a CUDA device is asked for.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tvm_attn.runtime.devices.base import DeviceClass, Found, lacks_of_block
 
 DRIVER = "libcuda.so.1"
 CUDART = "libcudart.so.13"
-"""What TVM's CUDA runtime is linked with."""
+"""The CUDA runtime that TVM's CUDA runtime is linked with."""
 MINIMUM_VERSION = 13000
-"""The version that `cuDriverGetVersion` must give for it: 1000 * major + 10 * minor."""
+"""The driver version that TVM's CUDA runtime needs, as `cuDriverGetVersion` counts: 1000 * major + 10 * minor."""
 MINIMUM_DRIVER = 580
 """The first series of NVIDIA's driver with that version."""
 
@@ -34,7 +34,7 @@ Capability = tuple[int, int]
 
 
 class Driver:
-    """The few functions of NVIDIA's driver that say why there is no device; documented in its Driver API reference.
+    """The few functions of NVIDIA's driver that say why there is no device; see its Driver API reference.
 
     Raises:
         DeviceError: there is no driver.
@@ -47,12 +47,12 @@ class Driver:
             raise DeviceError(f"no NVIDIA driver ({DRIVER} is missing): install it") from error
 
     def version(self) -> int:
-        """The CUDA version that the driver is for, as `MINIMUM_VERSION`; 0 where it does not tell."""
+        """The CUDA version of the driver, counted as in `MINIMUM_VERSION`; 0 if it does not say."""
         version = ctypes.c_int()
         return 0 if self._library.cuDriverGetVersion(ctypes.byref(version)) else version.value
 
     def count(self) -> int:
-        """The number of devices, of those that CUDA_VISIBLE_DEVICES leaves.
+        """The number of devices that CUDA_VISIBLE_DEVICES leaves visible.
 
         Raises:
             DeviceError: the driver does not start.
@@ -66,7 +66,7 @@ class Driver:
         return count.value
 
     def shared_memory(self, index: int) -> int | None:
-        """Bytes of shared memory that a block may ask for; None where the driver does not tell."""
+        """Bytes of shared memory that a block may ask for; None if the driver does not say."""
         value, device = ctypes.c_int(), ctypes.c_int()
         error = (
             self._library.cuInit(0)
@@ -121,7 +121,7 @@ def _too_old(version: int) -> str | None:
 
 
 def _load_cudart(folder: Path) -> None:
-    """Loads libcudart, so that the loader finds it by its name afterwards; `folder` is that of TVM's libraries."""
+    """Loads libcudart, so that the loader then finds it by name; `folder` is that of TVM's libraries."""
     for path in [CUDART, *map(str, _cudart_files(folder))]:
         try:
             _open(path)
@@ -132,7 +132,7 @@ def _load_cudart(folder: Path) -> None:
 
 
 def _cudart_files(folder: Path) -> Iterator[Path]:
-    """Where libcudart may lie beside the loader's path: `folder`, packages from PyPI, PyTorch, the CUDA toolkit."""
+    """Where libcudart may be, other than on the loader's path: `folder`, PyPI packages, PyTorch, the CUDA toolkit."""
     packages = [Path(entry) for entry in sys.path if entry]
     folders = [folder, *(root / "nvidia" / name / "lib" for root in packages for name in ("cu13", "cuda_runtime"))]
     folders += [root / "torch" / "lib" for root in packages]
@@ -143,7 +143,7 @@ def _cudart_files(folder: Path) -> Iterator[Path]:
 
 
 def obstacle(index: int) -> str | None:
-    """Why `cuda:index` cannot be used, in words; None where it can."""
+    """Why `cuda:index` cannot be used, as text; None if it can."""
     try:
         load_runtime()
         if _exists(index):
@@ -172,7 +172,7 @@ def _hidden() -> str:
 
 
 def driver_version() -> str | None:
-    """The CUDA version that the driver is for, in words; None where it does not tell."""
+    """The CUDA version of the driver, as text; None if it does not say."""
     try:
         version = Driver().version()
     except DeviceError:
@@ -181,7 +181,7 @@ def driver_version() -> str | None:
 
 
 def shared_memory(index: int) -> int | None:
-    """Bytes of shared memory that a block may ask for; TVM tells only what it gets without asking."""
+    """Bytes of shared memory that a block may ask for; TVM only knows what a block gets without asking."""
     try:
         return Driver().shared_memory(index)
     except DeviceError:
@@ -196,13 +196,13 @@ def capability(index: int) -> Capability:
 
 
 def parse_capability(version: str) -> Capability:
-    """(9, 0) of "9.0"."""
+    """(9, 0) from "9.0"."""
     major, minor = version.split(".")
     return int(major), int(minor)
 
 
 def select(index: int) -> None:
-    """Makes `cuda:index` the current device of this thread: a CUDA graph is captured and launched there."""
+    """Makes `cuda:index` the current device of this thread: CUDA graphs are captured and launched there."""
     _set_device()(2, index)  # kDLCUDA
 
 
@@ -214,11 +214,11 @@ def _set_device() -> Any:
 
 
 def code_rank(architectures: Sequence[str], ptx: str | None, capability: Capability) -> tuple[int, int] | None:
-    """How well code for several architectures suits a device: the larger the better, None where it cannot run.
+    """How well code for several architectures suits a device: larger is better, None if it cannot run.
 
-    Machine code for sm_XY runs on X.Y and on later minor versions, sm_XYf on the same family, sm_XYa on X.Y alone; the
-    driver compiles PTX for compute_XY on X.Y and everything later. See "GPU Compilation" in NVIDIA's documentation of
-    nvcc.
+    Machine code for sm_XY runs on X.Y and later minor versions, for sm_XYf on the same family, for sm_XYa only on X.Y;
+    the driver compiles PTX for compute_XY on X.Y and everything later. See "GPU Compilation" in NVIDIA's documentation
+    of nvcc.
     """
     ranks = [rank for name in architectures if (rank := _machine_code_rank(name, capability)) is not None]
     if ptx is not None and (rank := _ptx_rank(ptx, capability)) is not None:
@@ -242,7 +242,7 @@ def _ptx_rank(name: str, capability: Capability) -> tuple[int, int] | None:
 
 
 def _version(name: str) -> tuple[Capability, str]:
-    """Of "sm_90a": (9, 0) and "a"."""
+    """(9, 0) and "a" from "sm_90a"."""
     found = re.fullmatch(r"(?:sm|compute)_(\d+)(\d)([af]?)", name, re.ASCII)
     if found is None:
         raise ValueError(f"{name!r:.40} is no CUDA architecture")
@@ -250,7 +250,7 @@ def _version(name: str) -> tuple[Capability, str]:
 
 
 class Cuda(DeviceClass):
-    """NVIDIA GPUs, of those that CUDA_VISIBLE_DEVICES leaves."""
+    """NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
 
     kind, dlpack = "cuda", 2
     has_streams = True

@@ -1,4 +1,4 @@
-"""Vulkan devices. `tvm_attn.vulkan` is the runtime that TVM lacks."""
+"""Vulkan devices, through `tvm_attn.vulkan`, the runtime that the TVM wheel lacks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Vulkan(DeviceClass):
 
 
 def features_needed(target: GpuTarget, dtype: str, quant: str) -> set[str]:
-    """The features that a library of a Vulkan target needs, as its kernels will record them when they are compiled."""
+    """The features that a library for a Vulkan target needs: what its kernels will record when compiled."""
     needs = set()
     if dtype == "float16" or quant != "none":  # a quantized matrix has float16 scales
         needs |= {"float16", "storage16"}
