@@ -277,7 +277,7 @@ class Measurement:
         return results
 
     def _seconds(self, function: Any, *tensors: Any) -> float:
-        """Median device time of a call, from its timestamps."""
+        """Median device time of a call, from the device's timestamps."""
         once = function.time_evaluator("main", self.device, number=1, repeat=2)(*tensors).min
         number = max(1, min(200, int(self.sizes.seconds / 5 / max(once, 1e-6))))
         return float(function.time_evaluator("main", self.device, number=number, repeat=5)(*tensors).median)

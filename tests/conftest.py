@@ -1,4 +1,4 @@
-"""Settings and fixtures that every test shares. The environment is set before anything imports TVM or transformers."""
+"""Settings and fixtures that all tests share. The environment is set before anything imports TVM or transformers."""
 
 import functools
 import json
@@ -21,10 +21,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from tvm_attn.runtime.machine import usable_cores  # after the settings above, which libraries read at import
 
-# TVM alone would use half of the hardware threads; it reads this once, when its thread pool starts.
+# TVM would otherwise use half of the hardware threads; it reads this once, when its thread pool starts.
 os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
 
-# Vulkan's validation layer, synchronization included, watches every test where it is installed. The runtime reads this
+# Vulkan's validation layer, including synchronization, watches every test if it is installed. The runtime reads this
 # when the first device is used; processes that tests start inherit it.
 _LAYERS = (Path("/usr/share/vulkan/explicit_layer.d"), Path("/etc/vulkan/explicit_layer.d"))
 if any(file for folder in _LAYERS for file in folder.glob("*khronos_validation*")):
@@ -60,8 +60,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @contextmanager
 def _skip_what_the_device_lacks() -> Iterator[None]:
-    """Skips a test of a kernel that needs more than vulkan:0 has, as the runtime says. Which kernels need nothing is
-    tested in `tests/vulkan/test_needs.py`.
+    """Skips a test of a kernel that needs more than vulkan:0 has, according to the runtime.
+    `tests/vulkan/test_needs.py` tests which kernels need nothing.
     """
     try:
         yield
@@ -72,7 +72,7 @@ def _skip_what_the_device_lacks() -> Iterator[None]:
 
 
 def _validation() -> tuple[int, list[str]]:
-    """How many messages Vulkan's validation layer has had for this process, and the first of them."""
+    """How many messages Vulkan's validation layer has issued in this process, and the first of them."""
     if "tvm_ffi" not in sys.modules:
         return 0, []
     function = sys.modules["tvm_ffi"].get_global_func("tvm_attn.vulkan.validation", allow_missing=True)
@@ -82,7 +82,7 @@ def _validation() -> tuple[int, list[str]]:
 
 @pytest.fixture(autouse=True)
 def vulkan_validation_stays_silent() -> Iterator[None]:
-    """Fails a test during which the validation layer said something."""
+    """Fails a test during which the validation layer issued a message."""
     before, _ = _validation()
     yield
     after, messages = _validation()
@@ -94,12 +94,12 @@ _said_in_workers: list[str] = []
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Of pytest-xdist: takes what a worker's last hook below leaves."""
+    """A hook of pytest-xdist: collects what the hook below leaves in a worker."""
     _said_in_workers.extend(getattr(node, "workeroutput", {}).get("vulkan_validation", []))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fails a run in which the validation layer said something, be it between the tests."""
+    """Fails a run in which the validation layer issued a message, even between tests."""
     _, messages = _validation()
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["vulkan_validation"] = messages
@@ -108,14 +108,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-# A validator among the environment's packages is newer than most distributions': those lack cooperative matrices.
+# The environment's own validator is newer than most distributions' validators, which lack cooperative matrices.
 _PACKAGED = f"{sysconfig.get_path('platlib')}/cmeel.prefix/bin"
 _SPIRV_VAL = shutil.which("spirv-val", path=_PACKAGED) or shutil.which("spirv-val")
 
 
 @pytest.fixture(scope="session")
 def check_spirv(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], None]:
-    """check_spirv(code) fails where spirv-val finds fault with a module for Vulkan 1.3. Skips where it is missing."""
+    """check_spirv(code) fails if spirv-val rejects a module for Vulkan 1.3. Skips if spirv-val is missing."""
     if _SPIRV_VAL is None:
         pytest.skip("no spirv-val: install spirv-tools")
     path = tmp_path_factory.mktemp("spirv") / "kernel.spv"
@@ -137,7 +137,7 @@ def check_spirv(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], N
 
 @pytest.fixture(scope="session", autouse=True)
 def every_spirv_module_is_valid(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Wraps the code generator: no test runs a Vulkan kernel that the validator refuses."""
+    """Wraps the code generator: no test runs a Vulkan kernel that the validator rejects."""
     if _SPIRV_VAL is None:
         yield
         return
@@ -166,7 +166,7 @@ def demo_model_dir() -> Path:
 
 @pytest.fixture(scope="module")
 def one_torch_thread() -> Iterator[None]:
-    """For small models, which only wait for further threads, and TVM's threads with them."""
+    """For small models, where more threads only wait, and TVM's threads with them."""
     import torch
 
     threads = torch.get_num_threads()
@@ -177,7 +177,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def demo_artifact(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model compiled for this machine, float32. Nobody writes into it: a test that alters one copies it."""
+    """The demo model compiled for this machine, float32. Nobody writes to it: a test that changes it makes a copy."""
     from tvm_attn.compiler.build import build
 
     folder = tmp_path_factory.mktemp("demo") / "artifact"

@@ -47,7 +47,7 @@ def test_view_of_rows(rows: int, columns: int) -> None:
     assert view.shape == (rows, columns)
     assert view.data_ptr() == tensor.data_ptr()
     np.testing.assert_array_equal(view.numpy(), tensor.numpy().reshape(24, 16)[:rows, :columns])
-    # The tensor itself is as it was.
+    # The tensor itself is unchanged.
     assert tuple(tensor.shape) == (3, 8, 16)
 
 
@@ -97,7 +97,7 @@ def test_logits_of_several_calls_are_several_tensors(model: Model) -> None:
 
 
 class OnDevice:
-    """A tensor of another device, as DLPack and PyTorch show it."""
+    """A tensor on another device, as DLPack and PyTorch present it."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._values, self.ndim = values, values.ndim
@@ -113,7 +113,7 @@ class OnDevice:
 
 
 class Exchange:
-    """A tensor with DLPack and nothing else."""
+    """A tensor that offers DLPack and nothing else."""
 
     def __init__(self, values: np.ndarray, device: int) -> None:
         self._values, self._device = values, device
@@ -159,7 +159,7 @@ def test_arrays_are_not_copied() -> None:
 
 
 class Device:
-    """A CUDA device that notes which stream was waited for."""
+    """A CUDA device that records which stream was waited for."""
 
     def __init__(self, kind: int = 2) -> None:
         self._device, self._kind = tvm.runtime.device("cuda", 1), kind
@@ -205,7 +205,7 @@ def stream(handle: int, kind: int = 2) -> Iterator[tuple[Stream, list[int]]]:
 
 
 def test_copies_wait_for_a_stream_of_its_own() -> None:
-    """TVM copies on the default stream, which is ordered after itself alone."""
+    """TVM copies on the default stream, which is ordered only with respect to itself."""
     for handle, waits in ((0x7F00, [0x7F00]), (0, [])):
         with stream(handle) as (own, waited):
             own.wait()

@@ -51,14 +51,15 @@ def with_code(artifact: Artifact, codes: Sequence[Code]) -> Artifact:
         ([PTX80, PTX90], (9, 0), "cuda-ptx90"),
         ([PTX80, PTX90], (8, 9), "cuda-ptx80"),
         ([PTX80, PTX90], (12, 1), "cuda-ptx90"),
-        # Code for one architecture alone.
+        # Code for one architecture only.
         ([SM90, PTX80], (9, 0), "cuda-sm90"),
         ([SM90, PTX80], (10, 0), "cuda-ptx80"),
         ([PTX90A, PTX80], (10, 0), "cuda-ptx80"),
         ([PTX90A, PTX80], (9, 0), "cuda-ptx90a"),
         ([FAMILY, PTX80], (10, 3), "cuda-sm100f"),
         ([FAMILY, PTX80], (12, 0), "cuda-ptx80"),
-        # A library made for the device, before one with the same machine code and more; but not one that suits less.
+        # A library made for the device comes before one with the same machine code and more, but not if it suits less
+        # well.
         ([ALL, SM90], (9, 0), "cuda-sm90"),
         ([SM90, ALL], (9, 0), "cuda-sm90"),
         ([ALL, SM90], (8, 0), "cuda"),
@@ -110,7 +111,7 @@ def test_device_that_is_absent_comes_before_its_capability(artifact: Artifact, m
 def test_device_whose_capability_decides(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], automatic: tuple[str, str]
 ) -> None:
-    """Asked for, a device that no library fits is an error; "auto" then takes the processor."""
+    """If the device is asked for and no library fits, that is an error; "auto" then takes the CPU."""
     with_code(artifact, [SM90])
     monkeypatch.setattr(cuda, "obstacle", lambda index: None)
     monkeypatch.setattr(cuda, "capability", lambda index: capability)

@@ -1,4 +1,4 @@
-"""What a model is said to need of a device's memory: against what it allocates, and the error where it is too much."""
+"""How much device memory a model is said to need, against what it allocates, and the error if that is too much."""
 
 import re
 from dataclasses import replace
@@ -50,7 +50,7 @@ def test_a_published_model(demo_artifact: Path, quantization: str) -> None:
 
 @pytest.mark.parametrize("tensor_cores", [False, True])
 def test_activations_hold_what_the_planner_places(tensor_cores: bool) -> None:
-    """The storages of the memory planner and the logits, of every function."""
+    """The memory planner's storages and the logits, of every function."""
     import tvm
     from tvm import relax
 
@@ -71,7 +71,7 @@ def test_activations_hold_what_the_planner_places(tensor_cores: bool) -> None:
         assert sizes and "alloc_storage(R.shape([s" not in module[name].script()
         placed[name] = sum(map(int, sizes)) + 4 * 1024 * (rows if name == "logits" else batch)
     needs = MemoryNeeds(0, 0, 1, _activations(config, rows, batch, vocabulary=1024), batch)
-    # What one function has placed goes to the pool, where the next finds it.
+    # What one function has allocated goes to the pool, where the next one finds it.
     assert max(placed.values()) <= needs.activations <= 3 * max(placed.values())
     assert needs.activations >= placed["logits"] + placed["decode"]
 
@@ -165,6 +165,6 @@ def test_free_memory_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free(7, 5) == 5  # Vulkan
     assert free(7, None) is None
     assert selected == []
-    # TVM asks CUDA for the memory of the current device, whatever the index.
+    # TVM asks CUDA for the current device's memory, whatever the index.
     assert free(2, 5) == 5
     assert selected == [3]

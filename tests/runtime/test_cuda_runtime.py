@@ -1,4 +1,4 @@
-"""Loading TVM's CUDA runtime: what is looked for where, and what the user is told, without a GPU."""
+"""Loading TVM's CUDA runtime: what is searched where, and what the user is told, without a GPU."""
 
 import ctypes
 import ctypes.util
@@ -19,7 +19,7 @@ NO_DEVICE, STUB = 100, 34
 
 
 class FakeDriver:
-    """libcuda.so.1 with the functions that are called; `error` is what all but the version return."""
+    """libcuda.so.1 with the functions that are called; all but the version return `error`."""
 
     def __init__(self, version: int = 13000, count: int = 1, error: int = 0) -> None:
         self.version, self.count, self.error = version, count, error
@@ -50,7 +50,7 @@ class FakeDriver:
 
 
 class Machine:
-    """What there is to load; opening TVM's CUDA runtime makes it loaded."""
+    """The libraries that can be loaded; opening TVM's CUDA runtime marks it as loaded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.libraries: dict[str, Any] = {cuda.DRIVER: FakeDriver(), cuda.CUDART: object()}
@@ -167,7 +167,7 @@ def test_index_of_no_device(
 
 
 def test_where_libcudart_is_looked_for(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Beside the loader's path: with TVM, in PyPI's package, with PyTorch, in a toolkit."""
+    """In addition to the loader's path: with TVM, in PyPI's package, with PyTorch, in a toolkit."""
     folders = ["tvm/lib", "site/nvidia/cu13/lib", "site/torch/lib", "toolkit/lib64"]
     files = [tmp_path / folder / cuda.CUDART for folder in folders]
     for file in files:
@@ -177,7 +177,7 @@ def test_where_libcudart_is_looked_for(machine: Machine, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", ["", str(tmp_path / "site")])
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     assert [file for file in cuda._cudart_files(tmp_path / "tvm/lib") if tmp_path in file.parents] == files
-    # The first that can be loaded is taken.
+    # The first one that can be loaded is taken.
     del machine.libraries[cuda.CUDART]
     machine.libraries[str(files[2])] = object()
     assert device_class("cuda").obstacle() is None
@@ -193,7 +193,7 @@ def test_shared_memory_and_version_of_the_driver(machine: Machine) -> None:
     assert cuda.driver_version() is None
 
 
-# --- TVM's own library, over a driver without devices ---
+# --- TVM's own library, with a driver that has no devices ---
 
 # Every function of the driver that TVM's CUDA runtime refers to.
 STUB_SOURCE = """

@@ -1,7 +1,7 @@
-"""Decoding by steps: what the host uploads, and that the tokens are those of decoding without.
+"""Decoding by steps: what the host uploads, and that the tokens are the same as without steps.
 
-A processor's library has no steps, so these are made of its decode functions, as the contract of
-`tvm_attn.model.gpt2` says, and with what a CUDA graph adds: arguments and logits at fixed addresses.
+A CPU library has no steps, so these are built from its decode functions, following the contract in
+`tvm_attn.model.gpt2`, with what a CUDA graph adds: arguments and logits at fixed addresses.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class Machine:
 
 
 class Uploads(Inputs):
-    """The inputs of an engine, with the names of those that were written since the last look."""
+    """The inputs of an engine, with the names of those written since the last check."""
 
     def __init__(self, engine: CompiledEngine) -> None:
         super().__init__(engine._device, lambda: None)
@@ -89,7 +89,7 @@ class Uploads(Inputs):
 @pytest.fixture(scope="module")
 def plain(demo_artifact: Path) -> CompiledEngine:
     engine = tvm_attn.load(demo_artifact, max_batch=SLOTS, graph=True).engine
-    assert not engine.graph  # a processor's library
+    assert not engine.graph  # a CPU library
     return engine
 
 
@@ -128,7 +128,7 @@ def prompts(*lengths: int) -> list[np.ndarray]:
 def test_tokens_are_those_of_decode(
     plain: CompiledEngine, options: GenerationOptions, groups: bool, count: int
 ) -> None:
-    """More prompts than slots, too: sequences end, and others take their place in the batch."""
+    """Also with more prompts than slots: sequences end, and others take their place in the batch."""
     asked = prompts(*(1 + 7 * i % 31 for i in range(count)))
     engine, machine, _ = stepping(plain, groups)
     expected = DecodingLoop(plain).generate(asked, options)
@@ -186,7 +186,7 @@ def test_changes_are_uploaded_alone(plain: CompiledEngine) -> None:
     assert uploads.take() == ["step_group.slots"]
     ids = engine.decode(ids, int32(4, 2, 6), int32(3, 0, 3)).argmax()
     assert uploads.take() == ["step_group.positions"]
-    # One sequence less: its row becomes padding, whose position alone matters.
+    # One sequence fewer: its row becomes padding, of which only the position matters.
     ids = engine.decode(ids[:2], int32(4, 2), int32(4, 1)).argmax()
     assert uploads.take() == ["step_group.positions"]
     engine.decode(ids, int32(4, 2), int32(5, 2))
@@ -260,7 +260,7 @@ def test_logits_hold_until_the_next_step(plain: CompiledEngine) -> None:
     expected = plain.decode(int32(3, 1), int32(4, 2), int32(0, 0))
     np.testing.assert_array_equal(first.numpy(), expected.numpy())
     np.testing.assert_array_equal(first.argmax(), expected.argmax())
-    engine.prefill(prompts(5), [0])  # no step
+    engine.prefill(prompts(5), [0])  # not a step
     assert first.numpy().shape == (2, VOCABULARY)
     ids = first.argmax()
     second = engine.decode(int32(3), int32(4), int32(0))  # of another shape

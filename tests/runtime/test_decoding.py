@@ -22,11 +22,11 @@ from tvm_attn.runtime.tokenizer import Tokenizer
 
 VOCAB, CONTEXT = 257, 40
 EOS = 256
-HUGE = 10**5000  # more digits than Python writes
+HUGE = 10**5000  # more digits than Python prints
 
 
 class HostLogits:
-    """Logits that remember what was asked of them."""
+    """Logits that record what was asked of them."""
 
     def __init__(self, rows: np.ndarray, asked: list[str]) -> None:
         self.rows = rows.astype(np.float32)
@@ -43,7 +43,7 @@ class HostLogits:
 
 
 class FakeEngine:
-    """The bookkeeping of an engine: checks every call against the cache's rules and writes it down."""
+    """The bookkeeping of an engine: checks every call against the cache's rules and records it."""
 
     def __init__(self, config: GPT2Config, max_batch: int) -> None:
         self.config = config
@@ -76,7 +76,7 @@ class FakeEngine:
 
 
 class TorchEngine(FakeEngine):
-    """A GPT-2 in PyTorch that computes every sequence anew at every step."""
+    """A GPT-2 in PyTorch that recomputes every sequence at every step."""
 
     def __init__(self, model: GPT2LMHeadModel, max_batch: int = 4, **changes: Any) -> None:
         super().__init__(GPT2Config.from_dict(model.config.to_dict() | changes), max_batch)
@@ -88,7 +88,7 @@ class TorchEngine(FakeEngine):
 
 
 class ScriptedEngine(FakeEngine):
-    """Answers a prompt that starts with id i by the tokens of script i, then by EOS for ever."""
+    """Answers a prompt that starts with id i with the tokens of script i, then with EOS forever."""
 
     def __init__(self, scripts: list[list[int]], max_batch: int = 4, **config: Any) -> None:
         super().__init__(
@@ -109,7 +109,7 @@ class ScriptedEngine(FakeEngine):
 def model() -> Iterator[GPT2LMHeadModel]:
     torch.manual_seed(5)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model only waits for further threads
+    torch.set_num_threads(1)  # with so small a model, more threads only wait
     config = HuggingFaceConfig(
         vocab_size=VOCAB, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
@@ -120,7 +120,7 @@ def model() -> Iterator[GPT2LMHeadModel]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Byte-level without merges: one token a byte, so that every stop string and most characters span tokens."""
+    """Byte-level without merges: one token per byte, so that every stop string and most characters span tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     library = LibraryTokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -334,7 +334,7 @@ def test_stop_strings_do_not_depend_on_the_pieces(text, stops, cuts):
     edges = sorted({0, len(text), *[cut for cut in cuts if cut <= len(text)]})
     out = [scanner.push(text[a:b]) for a, b in pairwise(edges)]
     found = "".join(out) + scanner.flush()
-    # By definition: the shortest beginning of the text that ends in a stop string, less the longest such string.
+    # By definition: the shortest beginning of the text that ends in a stop string, minus the longest such string.
     for end in range(len(text) + 1):
         if complete := [stop for stop in stops if text[:end].endswith(stop)]:
             assert scanner.hit and found == text[: end - max(map(len, complete))]
@@ -439,7 +439,7 @@ def test_text_prompts_are_encoded(tokenizer):
 
 
 def test_stop_strings_over_byte_fallback():
-    """A run of byte tokens has no text before it ends; what was generated after a stop string in it is cut off."""
+    """A run of byte tokens has no text before it ends; whatever follows a stop string in it is cut off."""
     tokens = ["<unk>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", "a", "b"]
     library = LibraryTokenizer(
         models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)

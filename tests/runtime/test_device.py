@@ -1,4 +1,4 @@
-"""Names of devices, and the choice between them."""
+"""Names of devices, and the choice between devices."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The engine and its KV cache on the demo model: whatever the batches and slots, what full recomputation gives."""
+"""The engine and its KV cache on the demo model: any batches and slots give what full recomputation gives."""
 
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ def engine(demo_artifact: Path) -> CompiledEngine:
 
 
 def forget(engine: CompiledEngine) -> None:
-    """Fills the cache with NaN, which reaches every result that it should not have touched."""
+    """Fills the cache with NaN, which would reach every result that depends on it."""
     for tensor in engine._kv:
         tensor.copyfrom(np.full(tensor.shape, np.nan, np.float32))
 
@@ -77,7 +77,7 @@ def test_ragged_prefill(
 def test_more_prompts_than_fit_one_call(demo_artifact: Path, engine: CompiledEngine, reference: Reference) -> None:
     lengths = [200, 56, 1, 256, 129, 128]
     limit = Artifact(demo_artifact).library("cpu").max_prefill_rows
-    # The second fills up the first call to the last row; the others need three calls more.
+    # The second fills up the first call to the last row; the others need three more calls.
     assert lengths[0] + lengths[1] == limit < sum(lengths) // 2
     prompts = [random_ids(length, i) for i, length in enumerate(lengths)]
     slots = [3, 0, 5, 1, 4, 2]
@@ -119,14 +119,14 @@ def test_batches_of_every_size(demo_artifact: Path, reference: Reference, batch:
 @few
 @given(data=st.data())
 def test_any_order_of_calls(engine: CompiledEngine, reference: Reference, data: st.DataObject) -> None:
-    """Prompts into free and into used slots, tokens appended to some of the sequences: always the recomputed logits."""
+    """Prompts into free and used slots, tokens appended to some of the sequences: always the recomputed logits."""
     sequences: dict[int, np.ndarray] = {}
     for step in range(data.draw(st.integers(1, 6))):
         growing = [slot for slot, ids in sequences.items() if len(ids) < CONTEXT]
         kinds = ["prefill", "decode"] if growing else ["prefill"]
         if data.draw(st.sampled_from(kinds)) == "prefill":
             slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=3, unique=True))
-            # Close to the end of the context, too.
+            # Also close to the end of the context.
             lengths = [data.draw(st.one_of(st.integers(1, 20), st.integers(CONTEXT - 3, CONTEXT))) for _ in slots]
             prompts = [random_ids(length, step) for length in lengths]
             sequences.update(zip(slots, prompts, strict=True))
@@ -142,7 +142,7 @@ def test_any_order_of_calls(engine: CompiledEngine, reference: Reference, data: 
 
 
 def test_used_slots_are_as_good_as_fresh_ones(engine: CompiledEngine) -> None:
-    """Bit by bit: what a longer sequence left behind, or NaN, is never looked at."""
+    """Bit by bit: what a longer sequence left in a slot, or NaN, is never read."""
     prompts = [random_ids(length, length) for length in (5, 1, 70)]
 
     def run(slots: list[int]) -> list[np.ndarray]:
@@ -170,7 +170,7 @@ def test_sequences_do_not_disturb_each_other(engine: CompiledEngine, reference: 
 
 
 def test_a_position_can_be_written_again(engine: CompiledEngine, reference: Reference) -> None:
-    """As when a token is taken back: what counts is the last write."""
+    """As when a token is taken back: the last write counts."""
     ids = random_ids(20, 0)
     engine.prefill([ids], [1])
     changed = np.append(ids[:15], np.int32(3))

@@ -1,4 +1,4 @@
-"""Libraries are loaded by their content: what was checked is what runs, whatever lies at the path by then."""
+"""Libraries are loaded by content: what was checked is what runs, whatever is at the path by then."""
 
 import gc
 import json
@@ -52,7 +52,7 @@ def expected(config: GPT2Config, seed: int) -> np.ndarray:
 def test_an_artifact_that_was_built_again_is_the_one_that_is_loaded(
     how: str, checkpoints: list[tuple[GPT2Config, int, Path]], artifacts: list[Path], tmp_path: Path
 ) -> None:
-    """Several times in one process, at one path; models that were loaded before stay what they are."""
+    """Several times in one process, at one path; models that were loaded earlier do not change."""
     folder, models = tmp_path / "artifact", []
     for turn in range(4):
         source = artifacts[turn % 2]

@@ -1,4 +1,4 @@
-"""The cores that a process may use, over made-up control groups, and the threads that TVM runs."""
+"""The cores that a process may use, with made-up control groups, and the threads that TVM runs."""
 
 import json
 import os
@@ -49,16 +49,16 @@ V1 = "11:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n1:name=systemd:/docker/x\n"
         ({"machine/pod/cpu.max": "90000 30000\n"}, 3),
         ({"machine/pod/cpu.max": "max 100000\n"}, CORES),
         ({"machine/pod/cpu.max": "99999900000 100000\n"}, CORES),
-        # Every group above limits as well, and "max" in one does not lift another's limit.
+        # Every group above also limits, and "max" in one does not lift another's limit.
         ({"machine/pod/cpu.max": "400000 100000\n", "machine/cpu.max": "200000 100000\n"}, 2),
         ({"machine/pod/cpu.max": "max 100000\n", "machine/cpu.max": "200000 100000\n"}, 2),
         ({"machine/pod/cpu.max": "200000 100000\n", "machine/cpu.max": "max 100000\n"}, 2),
         ({"machine/cpu.max": "800000 100000\n", "cpu.max": "500000 100000\n"}, 5),
-        # In a container the path is the host's, and the container's own group lies at the root.
+        # In a container the path is the host's, and the container's own group is at the root.
         ({"cpu.max": "300000 100000\n"}, 3),
-        # Neither another group's limit nor one below counts.
+        # Neither another group's limit nor one further down counts.
         ({"other/cpu.max": "100000 100000\n", "machine/pod/inner/cpu.max": "100000 100000\n"}, CORES),
-        # Version 1's folder says nothing to a process in version 2's hierarchy.
+        # Version 1's folder means nothing to a process in version 2's hierarchy.
         ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, CORES),
     ],
 )
@@ -152,7 +152,7 @@ def test_malformed_environment_variable(given: str, monkeypatch: pytest.MonkeyPa
         thread_count(None)
 
 
-# Prints how many threads computed something while the model ran.
+# Prints how many threads did work while the model ran.
 BUSY_THREADS = """
 import json, os, sys
 import tvm_attn

@@ -118,7 +118,7 @@ def test_text_of_other_types(model: Model) -> None:
     assert generate(model, np.str_(SHORT)) == generate(model, Text(SHORT)) == expected
     assert generate(model, (SHORT, IDS)) == [expected, generate(model, IDS)]
     assert generate(model, []) == []
-    # A tensor with one element converts to an integer, and is a prompt all the same.
+    # A tensor with one element converts to an integer, but it is still a prompt.
     assert generate(model, [torch.tensor([5]), torch.tensor([6])]) == [generate(model, [5]), generate(model, [6])]
 
 

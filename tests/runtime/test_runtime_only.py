@@ -1,4 +1,4 @@
-"""Running an artifact takes TVM's runtime alone: neither PyTorch nor TVM's compiler is loaded, nothing is printed."""
+"""Running an artifact needs only TVM's runtime: PyTorch and TVM's compiler are not loaded, and nothing is printed."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import tvm_attn
 
 PROMPT, TOKENS = "Return the", 12
 
-# What a process has loaded, as its last line of output.
+# What a process has loaded, printed as its last line of output.
 LOADED = """
 import json, sys
 with open("/proc/self/maps") as maps:
@@ -37,7 +37,7 @@ def run(code: str, artifact: Path, **environment: str) -> subprocess.CompletedPr
 
 
 def loaded(line: str) -> tuple[set[str], str, Any]:
-    """Top-level modules, libraries in one text, and the result."""
+    """Top-level modules, libraries as one text, and the result."""
     state = json.loads(line)
     return {name.partition(".")[0] for name in state["modules"]}, " ".join(state["libraries"]), state["result"]
 

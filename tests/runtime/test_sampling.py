@@ -39,7 +39,8 @@ def reference(logits: np.ndarray, previous_ids: list[int], options: SamplingOpti
         warpers.append(TopPLogitsWarper(options.top_p))
     if options.min_p is not None:
         warpers.append(MinPLogitsWarper(options.min_p))
-    # torch leaves open how it orders equal values, so that the edge of a nucleus among ties would be open too.
+    # torch does not define how it orders equal values, which would leave the edge of a nucleus among ties undefined
+    # too.
     with mock.patch("torch.sort", functools.partial(torch.sort, stable=True)):
         return warpers(input_ids, scores.double()).softmax(-1)[0].numpy()
 
@@ -52,7 +53,7 @@ def assert_matches_reference(logits: np.ndarray, previous_ids: list[int], option
 
 
 def nudged(options: SamplingOptions, factor: float) -> SamplingOptions:
-    """The same options with the thresholds moved by a hair."""
+    """The same options with the thresholds moved very slightly."""
 
     def move(value: float | None) -> float | None:
         return None if value is None else min(1.0, value * factor)
@@ -88,7 +89,7 @@ sampling_options = st.builds(
 @given(logits=rows, options=sampling_options, data=st.data())
 def test_distribution_matches_transformers(logits, options, data):
     previous_ids = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=8))
-    # On the very edge of a threshold rounding decides, differently in each implementation.
+    # Exactly at a threshold, rounding decides, and differs between implementations.
     below, above = (reference(logits, previous_ids, nudged(options, f)) > 0 for f in (1 - 1e-9, 1 + 1e-9))
     assume((below == above).all())
     assert_matches_reference(logits, previous_ids, options)
@@ -172,7 +173,7 @@ def test_default_temperature(given_options, temperature):
 
 
 def test_greedy_takes_the_largest_logit_and_no_random_number():
-    logits = np.float32([1, 4, 4, -2])  # of equal ones the first, as torch.argmax
+    logits = np.float32([1, 4, 4, -2])  # the first of equal ones, as torch.argmax
     rng = sequence_rng(0, 0)
     assert sample(logits, [1], SamplingOptions(), rng) == 1
     assert distribution(logits, [1], SamplingOptions()).tolist() == [0, 1, 0, 0]
@@ -216,7 +217,7 @@ def test_sampled_frequencies_follow_the_distribution(options):
     assert counts[~possible].sum() == 0
     statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
     freedom = possible.sum() - 1
-    # The 99.9 % quantile of chi-square (Wilson and Hilferty 1931). The seed is fixed, so this is no matter of luck.
+    # The 99.9 % quantile of chi-square (Wilson and Hilferty 1931). The seed is fixed, so luck plays no part.
     quantile = freedom * (1 - 2 / (9 * freedom) + 3.0902 * math.sqrt(2 / (9 * freedom))) ** 3
     assert statistic < quantile
 
@@ -307,7 +308,7 @@ def test_numpy_scalars_are_numbers():
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int64, np.uint64, np.array, torch.tensor])
 def test_integers_of_other_libraries_are_integers(kind):
-    """-np.uint8(5) is 251, and so it kept all but a few."""
+    """-np.uint8(5) is 251, so it kept all but a few."""
     options = SamplingOptions(top_k=kind(5))
     assert options == SamplingOptions(top_k=5) and type(options.top_k) is int
     logits = np.random.default_rng(0).standard_normal(2048).astype(np.float32)

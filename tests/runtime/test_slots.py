@@ -1,4 +1,4 @@
-"""Slots that several threads want: whoever waits gets some, and nobody waits for a stream."""
+"""Slots that several threads want: every waiting thread gets some, and nobody waits for a stream."""
 
 import gc
 import threading
@@ -83,7 +83,7 @@ def test_nobody_waits_for_a_stream(is_stream: bool) -> None:
 
 
 def test_a_thread_does_not_wait_for_itself() -> None:
-    """As a signal's handler would that generates while its thread does."""
+    """As a signal handler would that generates while its thread does."""
     pool = SlotPool(1)
     with pool.lease(1), pytest.raises(GenerationError, match="every KV-cache slot"), pool.lease(1):
         pass

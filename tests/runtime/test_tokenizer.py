@@ -1,4 +1,4 @@
-"""The tokenizer and its streaming against whole decoding, by the tokenizers library and by transformers."""
+"""The tokenizer and its streaming, against decoding all at once by the tokenizers library and by transformers."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_round_trip_of_text(tokenizer, byte_level, text):
     token_ids = tokenizer.encode(text)
     assert token_ids == byte_level.encode(text).ids
     assert "".join(pieces_of(tokenizer, token_ids)) == tokenizer.decode(token_ids)
-    if "é" not in text:  # this added token is one that the library itself does not decode to what it encoded
+    if "é" not in text:  # the library itself does not decode this added token to what it encoded
         assert tokenizer.decode(token_ids) == text.replace(END_OF_TEXT, "")
 
 
@@ -90,7 +90,8 @@ def test_a_character_comes_out_whole_and_at_once(byte_level):
     tokenizer = Tokenizer(library.to_str())
     token_ids = tokenizer.encode("aé🙂b")
     assert pieces_of(tokenizer, token_ids) == ["a", "", "é", "", "", "", "🙂", "b", ""]
-    # A byte that no character can follow from is given up as soon as that is certain; an open end only at the end.
+    # A byte that cannot start or continue a character is given up as soon as that is certain; an open end only at the
+    # end.
     lead, start_of_four = token_ids[1], token_ids[3:5]
     assert pieces_of(tokenizer, [lead, token_ids[0], *start_of_four]) == ["", "�a", "", "", "�"]
 
@@ -140,7 +141,7 @@ def without_decoder() -> LibraryTokenizer:
 
 
 def byte_fallback() -> LibraryTokenizer:
-    """As in Llama: bytes that have no token come as <0xNN>, and a run of them is one piece of text."""
+    """As in Llama: bytes without a token become <0xNN>, and a run of them is one piece of text."""
     tokens = ["<unk>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", "▁the", "a", "b"]
     library = LibraryTokenizer(
         models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
@@ -202,7 +203,7 @@ def other_kind(request) -> tuple[LibraryTokenizer, Tokenizer]:
 def test_any_ids_stream_to_what_they_decode_to(other_kind, data):
     library, tokenizer = other_kind
     count = tokenizer.vocab_size
-    few = data.draw(st.lists(st.integers(0, count + 3), min_size=1, max_size=6))  # so that ids come again
+    few = data.draw(st.lists(st.integers(0, count + 3), min_size=1, max_size=6))  # so that ids repeat
     token_ids = data.draw(st.lists(st.sampled_from(few) | st.integers(max(0, count - 12), count + 3), max_size=24))
     pieces = pieces_of(tokenizer, token_ids)
     assert "".join(pieces) == tokenizer.decode(token_ids) == library.decode(token_ids, skip_special_tokens=True)
@@ -238,7 +239,7 @@ def test_a_run_of_byte_tokens_comes_when_it_is_certain():
     emoji = [library.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
     letter = library.token_to_id("a")
     assert pieces_of(tokenizer, [letter, *emoji, letter]) == ["a", "", "", "", "", "😀a", ""]
-    # Half an emoji behind a whole one: the library gives up all bytes of the run, in `decode` and here alike.
+    # Half an emoji after a whole one: the library gives up all bytes of the run, in `decode` and here alike.
     token_ids = [letter, *emoji, *emoji[:2]]
     assert "".join(pieces_of(tokenizer, token_ids)) == library.decode(token_ids) == "a" + 6 * "�"
 
@@ -270,7 +271,7 @@ def test_a_prompt_keeps_what_is_put_in_front_and_not_what_would_end_it(template,
         library.post_processor = TEMPLATES[template]
     tokenizer = Tokenizer(library.to_str())
     assert tokenizer.encode("a b") == [*opening, 3, 4]
-    assert tokenizer.encode("a b </s>") == [*opening, 3, 4, 2]  # written by the user: meant
+    assert tokenizer.encode("a b </s>") == [*opening, 3, 4, 2]  # written by the user, so meant
     assert tokenizer.encode("") == tokenizer.encode("  ") == opening
 
 

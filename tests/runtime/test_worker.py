@@ -1,4 +1,4 @@
-"""The thread that calls TVM: what several threads, forks, signals and the end of the interpreter meet."""
+"""The thread that calls TVM, with several threads, forks, signals and the end of the interpreter."""
 
 import os
 import signal
@@ -109,7 +109,7 @@ def test_threads_get_what_one_gets(demo_artifact: Path, model: Model, count: int
                     case 0:
                         right = chosen.generate(PROMPTS[index], **SAMPLED) == texts[index]
                     case 1:
-                        # At most as many as there are slots: nobody waits for a stream.
+                        # No more than there are slots: nobody waits for a stream.
                         with limit[chosen.engine.max_batch]:
                             right = "".join(chosen.stream(ids[index], **SAMPLED)) == texts[index].text
                     case 2:
@@ -136,7 +136,7 @@ def test_a_stream_goes_on_in_another_thread(model: Model) -> None:
     expected = model.generate(PROMPTS[0], **SAMPLED)
     stream = model.stream(PROMPTS[0], **SAMPLED)
     pieces = [next(stream)]
-    # A call in the thread that holds an open stream, and one in another.
+    # One call in the thread that holds an open stream, and one in another.
     assert model.generate(PROMPTS[0], **SAMPLED) == expected
     thread = threading.Thread(target=lambda: pieces.extend(stream))
     thread.start()
@@ -200,7 +200,7 @@ model = tvm_attn.load(sys.argv[1], "cpu", max_batch=4)
 
 
 def run(artifact: Path, program: str, *options: str) -> None:
-    """Runs a program, which must end with status 0 and say nothing."""
+    """Runs a program, which must end with status 0 and print nothing."""
     command = [sys.executable, "-W", "error", *options, "-c", PRELUDE + program, str(artifact)]
     environment = os.environ | {"TVM_USE_RUNTIME_LIB": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -298,7 +298,7 @@ same()
 
 @pytest.mark.parametrize("program", FORKS.values(), ids=FORKS)
 def test_a_fork(demo_artifact: Path, program: str) -> None:
-    options = ("-W", "ignore:This process:DeprecationWarning")  # Python 3.12 warns of forks among threads
+    options = ("-W", "ignore:This process:DeprecationWarning")  # Python 3.12 warns about forks in threaded processes
     run(demo_artifact, program, *options)
 
 
@@ -333,7 +333,7 @@ sys.exit()
 
 
 def test_the_end_waits_for_other_threads(demo_artifact: Path) -> None:
-    """Those that are no daemons generate to their end; nobody can, after that."""
+    """Non-daemon threads finish generating; after that nobody can."""
     run(
         demo_artifact,
         """
@@ -373,7 +373,7 @@ def test_sigterm_and_interrupts_end_a_process(demo_artifact: Path) -> None:
 
 def test_a_gpu_does_not_survive_a_fork(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: CompiledEngine = tvm_attn.load(demo_artifact, "cpu").engine
-    monkeypatch.setattr(engine, "_process", os.getpid() + 1)  # a CPU's goes on
+    monkeypatch.setattr(engine, "_process", os.getpid() + 1)  # a CPU engine continues
     assert engine.run(int) == 0
     monkeypatch.setattr(engine, "library", type("Library", (), {"device": "cuda"}))
     with pytest.raises(DeviceError, match=r"cuda was in use when this process was forked.*spawn"):

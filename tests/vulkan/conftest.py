@@ -1,4 +1,4 @@
-"""What the tests of Vulkan share."""
+"""Fixtures that the Vulkan tests share."""
 
 import json
 import os
@@ -17,7 +17,7 @@ KERNELS = Path(__file__).with_name("kernels")
 
 @pytest.fixture(scope="session")
 def vulkan() -> Any:
-    """TVM's device vulkan:0, with the backend registered. Skips where the runtime or a device is missing."""
+    """TVM's device vulkan:0, with the backend registered. Skips if the runtime or a device is missing."""
     import tvm
 
     from tvm_attn import vulkan as backend
@@ -33,10 +33,10 @@ def vulkan() -> Any:
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """run_python(code, silent=True, **environment) runs `code` in a process of its own, with this checkout's package,
-    TVM's runtime alone and no PyTorch.
+    """run_python(code, silent=True, **environment) runs `code` in its own process, with this checkout's package, only
+    TVM's runtime and no PyTorch.
 
-    `silent`: nothing from the validation layer, where it runs.
+    `silent`: the validation layer, if it runs, must not issue a message.
     """
 
     def run(code: str, silent: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def listed(vulkan: Any) -> dict[str, Any]:
-    """What `tvm_attn.vulkan.devices` says of vulkan:0."""
+    """The entry of vulkan:0 in `tvm_attn.vulkan.devices`."""
     from tvm_attn import vulkan as backend
 
     return next(device for device in backend.devices() if device["index"] == 0)
@@ -72,7 +72,7 @@ def axpy_code(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def axpy_record(axpy_code: bytes) -> dict[str, Any]:
-    """The description of axpy in the module format; each test gets one of its own to alter."""
+    """The description of axpy in the module format; each test gets its own to change."""
     return {
         "name": "axpy",
         "params": ["handle", "handle", "handle", "int32", "float32"],

@@ -54,7 +54,7 @@ def upload(array: np.ndarray, device: Any) -> Any:
 
 @pytest.mark.parametrize("inputs", [1, 2, 20])
 def test_compile(vulkan: Any, target: Any, inputs: int) -> None:
-    """20 inputs have an argument block of 184 bytes: beyond the push constants, through a buffer."""
+    """20 inputs have an argument block of 184 bytes: more than the push constants, so through a buffer."""
     import tvm
 
     library = tvm.compile(elementwise(inputs), target=target)
@@ -63,7 +63,7 @@ def test_compile(vulkan: Any, target: Any, inputs: int) -> None:
         arrays = random.standard_normal((inputs, count), dtype=np.float32)
         outputs = [upload(np.zeros(count, np.float32), vulkan) for _ in range(3)]
         tensors = [upload(array, vulkan) for array in arrays]
-        for out in outputs:  # the blocks of several launches are on their way together
+        for out in outputs:  # the blocks of several launches are in flight together
             library["main"](*tensors, out)
         expected = np.arange(1, inputs + 1) @ arrays.astype(np.float64)
         for out in outputs:
@@ -233,7 +233,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 def test_validation_layer_is_asked_for(vulkan: Any, run_python: Run) -> None:
-    """Without the variable there are no messages to read; with it the tests run, where the layer is installed."""
+    """Without the variable there are no messages to read; with it the tests run, if the layer is installed."""
     code = "from tvm_attn import vulkan\nvulkan.devices()\nprint(vulkan.validation_messages())"
     assert "the validation layer is not running" in run_python(code, TVM_ATTN_VULKAN_VALIDATE="0").stderr
     if os.environ.get("TVM_ATTN_VULKAN_VALIDATE") != "1":
@@ -249,7 +249,7 @@ def test_what_the_validation_layer_says_is_counted(
     tmp_path: Path,
     run_python: Run,
 ) -> None:
-    """A kernel whose SPIR-V declares one type twice, which drivers do not mind."""
+    """A kernel whose SPIR-V declares one type twice, which drivers accept."""
     if os.environ.get("TVM_ATTN_VULKAN_VALIDATE") != "1":
         pytest.skip("no validation layer: install vulkan-validationlayers")
     words = list(struct.unpack(f"<{len(axpy_code) // 4}I", axpy_code))

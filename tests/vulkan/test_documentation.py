@@ -1,4 +1,4 @@
-"""docs/vulkan.md: its program is run as it stands, in a process of its own that imports no more than it says."""
+"""docs/vulkan.md: its program is run unchanged, in its own process, with no imports except those that it shows."""
 
 import re
 import subprocess

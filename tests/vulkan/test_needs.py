@@ -39,7 +39,7 @@ def slow(*values: Any) -> Any:
 def test_a_library_needs_what_the_inventory_says(
     name: str, dtype: str, quant: str, expected: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32 nothing that Vulkan 1.3 leaves to the device: no 64-bit integers, no 16-bit types, no subgroups."""
+    """In float32, nothing that Vulkan 1.3 makes optional: no 64-bit integers, no 16-bit types, no subgroups."""
     records: list[dict[str, Any]] = []
     emit = build.__globals__["emit"]
 

@@ -1,4 +1,4 @@
-"""The driver's pipeline cache on disk: whatever stands in its place, kernels run and nothing else is touched."""
+"""The driver's pipeline cache on disk: whatever takes its place, kernels run and nothing else is touched."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def program(pack: Callable[..., bytes], axpy_record: dict[str, Any], tmp_path: P
 def use(
     vulkan: Any, program: Callable[..., str], run_python: Callable[..., Any], tmp_path: Path
 ) -> Callable[..., None]:
-    """use(before="") runs the program in a process whose cache lies in `tmp_path / "cache"`."""
+    """use(before="") runs the program in a process whose cache is in `tmp_path / "cache"`."""
 
     def run(before: str = "") -> None:
         done = run_python(program(before), XDG_CACHE_HOME=str(tmp_path / "cache"))
@@ -68,7 +68,7 @@ def test_a_damaged_file_is_ignored_and_replaced(cache: Path, use: Callable[..., 
         "last byte": data[:-1] + bytes([data[-1] ^ 0xFF]),
         "long": data + b"x",
         "empty": b"",
-        "huge": data[:8] + b"\xff" * 7 + b"\x0f" + data[16:],  # the length that it gives
+        "huge": data[:8] + b"\xff" * 7 + b"\x0f" + data[16:],  # a length that is too large
     }[damage]
     cache.write_bytes(damaged)
     use()
@@ -83,7 +83,7 @@ def _link(cache: Path, victim: Path) -> None:
 
 
 def _links_for_every_process(cache: Path, victim: Path) -> None:
-    """Where the name of the temporary file was that of the cache and the process's number."""
+    """At the paths of temporary files, if those were named after the cache and the process's number."""
     cache.unlink()
     for process in range(os.getpid(), os.getpid() + 5000):
         Path(f"{cache}.{process}").symlink_to(victim)

@@ -1,4 +1,4 @@
-"""Launches: a kernel written by hand, its order among others, large grids, many dispatches, several threads."""
+"""Launches: a handwritten kernel, its order among others, large grids, many dispatches, several threads."""
 
 import threading
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def test_dependent_dispatches_run_in_order(vulkan: Any, axpy: Any) -> None:
 
 
 def test_views_take_part_in_the_order(vulkan: Any, axpy: Any) -> None:
-    """A dependency through two views of one tensor is one through the tensor."""
+    """A dependency through two views of a tensor is a dependency through the tensor."""
     tensor = upload(np.ones(256, np.float32), vulkan)
     low, high = (tensor._create_view((128,), "float32", 512 * half) for half in (0, 1))
     for _ in range(10):
@@ -112,7 +112,7 @@ def upload_free(like: Any, device: Any) -> Any:
 
 
 def test_host_does_not_wait_for_the_device(vulkan: Any, axpy: Any) -> None:
-    """Few submissions, and none of them waited for: what is recorded last is still under way."""
+    """Few submissions, none of them waited for: what was recorded last is still in flight."""
     a, b, out = (upload(np.ones(64, np.float32), vulkan) for _ in range(3))
     vulkan.sync()
     before = backend.statistics()
@@ -148,7 +148,7 @@ def test_threads_launch_at_the_same_time(vulkan: Any, axpy: Any) -> None:
 def test_kernel_outlives_its_last_call(
     vulkan: Any, create_module: Callable[[bytes], Any], pack: Callable[..., bytes], axpy_record: dict[str, Any]
 ) -> None:
-    """A module may be dropped while its kernel is on its way."""
+    """A module may be dropped while its kernel is in flight."""
     a, b = (upload(np.ones(1 << 20, np.float32), vulkan) for _ in range(2))
     for _ in range(20):
         out = upload_free(a, vulkan)

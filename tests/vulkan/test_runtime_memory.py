@@ -54,7 +54,7 @@ def test_host_to_device_and_back(vulkan: Any, unchanged_allocations: None, count
 
 
 def test_uploads_wait_for_nothing_and_everything_else_does(vulkan: Any, axpy: Any) -> None:
-    """TVM waits after each upload; the data is in the staging ring then, and only a wait of the caller submits."""
+    """TVM waits after each upload; by then the data is in the staging ring, and only a wait by the caller submits."""
     vulkan.sync()
     ones = np.ones(64, np.float32)
     before = backend.statistics()
@@ -111,7 +111,7 @@ def test_overlapping_copy_is_refused(vulkan: Any) -> None:
 
 
 def test_freed_memory_is_used_again(vulkan: Any, unchanged_allocations: None) -> None:
-    """A loop that makes and drops tensors takes no more from the driver than its first turns did."""
+    """A loop that makes and drops tensors takes no more from the driver than its first rounds did."""
     for _ in range(3):
         upload(random_bytes(1 << 20), vulkan).numpy()
     reserved = backend.statistics()["reserved_bytes"]
@@ -121,7 +121,7 @@ def test_freed_memory_is_used_again(vulkan: Any, unchanged_allocations: None) ->
 
 
 def test_memory_handed_out_again_is_not_overwritten_by_earlier_work(vulkan: Any, axpy: Any) -> None:
-    """A tensor is dropped while a kernel that writes it is still on its way; its successor's data must win."""
+    """A tensor is dropped while a kernel that writes it is in flight; its successor's data must win."""
     count = 1 << 20
     a = upload(np.ones(count, np.float32), vulkan)
     for turn in range(20):

@@ -184,7 +184,7 @@ CAPABILITIES = {"float16": 9, "float64": 10, "int64": 11, "int16": 22, "int8": 3
 def test_code_that_needs_more_than_its_record_says_is_refused(
     create_module: Create, pack: Pack, axpy_code: bytes, axpy_record: dict[str, Any], feature: str, number: int
 ) -> None:
-    """The features are what the device is asked for: a driver may crash over a capability that it lacks."""
+    """The features are checked against the device: a driver may crash over a capability that the device lacks."""
     code = axpy_code[:20] + struct.pack("<II", 2 << 16 | 17, number) + axpy_code[20:]
     record = {**axpy_record, "size": len(code)}
     if feature in CAPABILITIES:

@@ -1,14 +1,14 @@
 """Vulkan for a TVM that was built without it: code generation in Python, the device runtime in C++.
 
-`import tvm` finds `autoload` through the entry point group `tvm.backends`, with the compiler or with TVM's runtime
-alone (`TVM_USE_RUNTIME_LIB=1`). It loads the runtime library, if the package was built with it, and registers what TVM
-looks up; every name that TVM has already stays TVM's. Neither needs a Vulkan driver: libvulkan is opened at the first
-use of a device.
+`import tvm` finds `autoload` through the entry point group `tvm.backends`, both with the compiler and with only TVM's
+runtime (`TVM_USE_RUNTIME_LIB=1`). It loads the runtime library, if the package was built with it, and registers what
+TVM looks up; names that TVM already has stay TVM's. Neither needs a Vulkan driver: libvulkan is opened when a device is
+first used.
 
 | environment variable | does |
 |---|---|
 | `TVM_ATTN_VULKAN_DEVICE` | chooses and orders the devices: indices or parts of names, separated by commas |
-| `TVM_ATTN_VULKAN_VALIDATE=1` | the validation layer, synchronization included; see `validation_messages` |
+| `TVM_ATTN_VULKAN_VALIDATE=1` | the validation layer, including synchronization; see `validation_messages` |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LIBRARY = Path(__file__).with_name("libtvm_attn_vulkan.so")
 
 
 def is_built() -> bool:
-    """Whether this installation holds the device runtime."""
+    """Whether this installation includes the device runtime."""
     return LIBRARY.is_file()
 
 
@@ -37,7 +37,7 @@ def autoload() -> None:
     tvm_ffi.register_error("ArtifactError", ArtifactError)
     tvm_ffi.register_error("DeviceError", DeviceError)
     if is_built() and not _registered("tvm_attn.vulkan.devices"):
-        ctypes.CDLL(str(LIBRARY))  # registers its functions while it is loaded
+        ctypes.CDLL(str(LIBRARY))  # registers its functions when it is loaded
         atexit.register(_global("tvm_attn.vulkan.flush"))
     if not _registered("target.build.vulkan"):
         tvm_ffi.register_global_func("target.build.vulkan", _build)
@@ -49,23 +49,23 @@ def autoload() -> None:
 def devices() -> list[dict[str, Any]]:
     """The Vulkan devices of this machine, usable or not: name, type, versions, features, limits, what is `missing`.
 
-    `index` is the number under which TVM knows the device, or None. Raises DeviceError where there is no Vulkan.
+    `index` is TVM's number for the device, or None. Raises DeviceError if there is no Vulkan.
     """
     return list(json.loads(_global("tvm_attn.vulkan.devices")()))
 
 
 def statistics(index: int = 0) -> dict[str, int]:
     """Memory and stream of `vulkan:index`: bytes allocated by tensors and reserved from the driver, allocations,
-    blocks, operations recorded, submissions, barriers; and how many messages the validation layer has had for this
-    process. Raises DeviceError where there is no such device.
+    blocks, operations recorded, submissions, barriers; and the number of validation-layer messages in this process.
+    Raises DeviceError if there is no such device.
     """
     return dict(json.loads(_global("tvm_attn.vulkan.statistics")(index)))
 
 
 def validation_messages() -> list[str]:
-    """What the validation layer has said in this process, at most 100 messages.
+    """The validation layer's messages in this process, at most 100.
 
-    Raises DeviceError where the layer does not run: it is switched on by TVM_ATTN_VULKAN_VALIDATE=1 before first use.
+    Raises DeviceError if the layer does not run: TVM_ATTN_VULKAN_VALIDATE=1 switches it on, before first use.
     """
     report = json.loads(_global("tvm_attn.vulkan.validation")())
     if not report["enabled"]:
@@ -76,7 +76,7 @@ def validation_messages() -> list[str]:
 def require_device(module: Any, index: int = 0, name: str = "the module") -> None:
     """Checks that `vulkan:index` can run every Vulkan kernel in a loaded `module` (a tvm_ffi.Module) and its imports.
 
-    Raises DeviceError that names the device and all that it lacks of what `name` needs. The first launch of a kernel
+    Raises DeviceError that names the device and everything it lacks that `name` needs. The first launch of a kernel
     checks the same.
     """
     _global("tvm_attn.vulkan.require_device")(module, index, name)
@@ -95,7 +95,7 @@ def _global(name: str) -> Any:
     if function is None and is_built():
         import tvm  # noqa: F401  (its import calls autoload)
 
-        autoload()  # also where TVM's own autoloading is switched off
+        autoload()  # needed if TVM's own autoloading is switched off
         function = tvm_ffi.get_global_func(name, allow_missing=True)
     if function is None:
         raise DeviceError(
@@ -118,10 +118,11 @@ def _disassemble(code: bytes) -> str:
 
 
 def _register_target_detection() -> None:
-    """`Target.from_device("vulkan")` as TVM has it but for two limits.
+    """`Target.from_device("vulkan")` as in TVM, except for two limits.
 
-    TVM leaves `max_num_threads` at 256. It takes the subgroup size as `thread_warp_size`; here that is 1, TVM's default
-    for the kind: a program that exchanges data within subgroups asks for that, and runs where they have that size.
+    TVM leaves `max_num_threads` at 256, and sets `thread_warp_size` to the subgroup size. Here the latter is 1, TVM's
+    default for the kind: a program that exchanges data within subgroups asks for their size, and runs only where they
+    have it.
     """
     from tvm.base import _RUNTIME_ONLY
 

@@ -1,4 +1,4 @@
-"""What the tests of the code generator share: ways to compile a program for Vulkan and to run it on arrays."""
+"""Shared by the tests of the code generator: ways to compile a program for Vulkan and to run it on arrays."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture
 def run(vulkan: Any) -> Callable[..., list[Array]]:
-    """Compiles a PrimFunc or module for Vulkan, calls it with copies of the arrays and gives all of them back."""
+    """Compiles a PrimFunc or module for Vulkan, calls it with copies of the arrays and returns all of them."""
 
     def call(program: Any, *arguments: Any, target: Any = "vulkan", pipeline: str = "default") -> list[Array]:
         mod = program if isinstance(program, tvm.IRModule) else tvm.IRModule({"main": program})
@@ -30,7 +30,7 @@ def run(vulkan: Any) -> Callable[..., list[Array]]:
 
 @pytest.fixture
 def emitted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[dict[str, Any], bytes]]]:
-    """Compiles a PrimFunc or module for Vulkan and gives the record and the SPIR-V of each kernel. Needs no device."""
+    """Compiles a PrimFunc or module for Vulkan and returns the record and SPIR-V of each kernel. Needs no device."""
 
     def compile_only(
         program: Any, target: Any = "vulkan", pipeline: str = "default"

@@ -1,4 +1,4 @@
-"""Loops, branches, bindings and what they do to values that are shared between them, against NumPy."""
+"""Loops, branches, bindings and their effect on values that are shared between them, against NumPy."""
 
 import sys
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Run = Callable[..., list[Array]]
 
 
 def test_loop_with_symbolic_bounds(run: Run) -> None:
-    """Row i sums x[i, low : low + i]; nothing of it is known at compile time."""
+    """Row i sums x[i, low : low + i]; nothing about it is known at compile time."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.handle, low: T.int32, out: T.handle):
@@ -40,7 +40,7 @@ def test_loop_with_symbolic_bounds(run: Run) -> None:
 
 
 def test_nested_loops_reuse_no_load_across_stores(run: Run) -> None:
-    """Prefix sums in place: every round reads what the one before has written."""
+    """Prefix sums in place: every round reads what the previous one has written."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((4, 8), "int32")):
@@ -56,7 +56,7 @@ def test_nested_loops_reuse_no_load_across_stores(run: Run) -> None:
 
 
 def test_while(run: Run) -> None:
-    """Steps of the Collatz sequence down to 1; its condition reads memory that the body writes."""
+    """Steps of the Collatz sequence down to 1; the condition reads memory that the body writes."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((64,), "int32"), steps: T.Buffer((64,), "int32")):
@@ -107,7 +107,7 @@ def test_break_and_continue(run: Run) -> None:
 
 
 def test_break_leaves_a_loop_of_one_round(run: Run) -> None:
-    """Such a loop needs no branch back, but break means it and not the loop around it."""
+    """Such a loop needs no branch back, but break must leave it and not the loop around it."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((32,), "int32"), out: T.Buffer((32,), "int32")):
@@ -140,7 +140,7 @@ def test_early_return(run: Run) -> None:
 
 
 def test_nested_branches(run: Run) -> None:
-    """A value that both sides compute is shared with neither the other side nor with what follows."""
+    """A value that both sides compute is shared neither with the other side nor with what follows."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((256,), "int32"), out: T.Buffer((256,), "int32")):
@@ -262,7 +262,7 @@ def test_loop_variables_of_64_bits(run: Run) -> None:
     np.testing.assert_array_equal(run(kernel, x, np.zeros(11, "int64"))[-1], want)
 
 
-# Rounds: Mesa's driver ends loops after 65,535 of them, those of all loops together --------------------------------
+# Rounds: Mesa's driver ends loops after 65,535 of them, counted over all loops -------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_bodies_are_repeated_only_where_rounds_are_too_many() -> None:
 
 @pytest.mark.parametrize("levels", [3, 20, 100])
 def test_else_of_an_else(levels: int, run: Run) -> None:
-    """Each decision is the else of the one before, and holds another one: 79 inside each other are what Mesa takes."""
+    """Each decision is in the else of the previous one, and holds another one: Mesa takes 79 nested decisions."""
     lines = [
         "@T.prim_func(s_tir=True)",
         'def kernel(x: T.Buffer((32,), "int32"), out: T.Buffer((32,), "int32")):',

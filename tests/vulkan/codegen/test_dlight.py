@@ -1,4 +1,4 @@
-"""TVM's default GPU schedules (DLight) with target vulkan, shapes static and symbolic, against NumPy float64."""
+"""TVM's default GPU schedules (DLight) with target vulkan, static and symbolic shapes, against NumPy float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ NMSE = {"float32": 1e-12, "float16": 1e-6}
 
 
 def scheduled(function: Any, *rules: Any) -> tvm.IRModule:
-    """The function as DLight schedules it. Each rule leaves alone what is not of its kind."""
+    """The function as DLight schedules it. Each rule ignores functions that are not of its kind."""
     with tvm.target.Target(TARGET):
         mod = dlight.ApplyDefaultSchedule(*rules)(tvm.IRModule({"main": function}))
     assert mod["main"].attrs["tirx.is_scheduled"]
@@ -42,7 +42,7 @@ def extents(symbolic: str, **sizes: int) -> list[Any]:
 
 
 def product(m: Any, n: Any, k: Any, dtype: str, transposed: bool = True) -> Any:
-    """out[i, j] = sum of a[i, k] * b[j, k], in float32 where the type is float16."""
+    """out[i, j] = sum of a[i, k] * b[j, k], in float32 if the type is float16."""
     one = tirx.IntImm("int64", 1)
     a = te.placeholder((one, m, k), dtype, "a")
     b = te.placeholder((n, k) if transposed else (k, n), dtype, "b")

@@ -1,4 +1,4 @@
-"""Integers of every type against Python's, which are exact: operators with telling constants, and random expressions.
+"""Integers of every type against Python's, which are exact: operators with edge-case constants, and random expressions.
 
 Only what TIR defines is compared: no signed overflow, no division by zero, no shift by a negative number or the width.
 """
@@ -33,13 +33,13 @@ def limits(dtype: str) -> tuple[int, int]:
 
 
 def wrapped(value: int, dtype: str) -> int:
-    """As casts and unsigned arithmetic wrap."""
+    """The value wrapped as by casts and unsigned arithmetic."""
     value &= (1 << bits(dtype)) - 1
     return value - (1 << bits(dtype)) if dtype[0] == "i" and value >> (bits(dtype) - 1) else value
 
 
 def checked(value: int, dtype: str) -> int:
-    """The value, where the type holds it."""
+    """The value, if the type can hold it."""
     if not limits(dtype)[0] <= value <= limits(dtype)[1]:
         raise Undefined
     return value
@@ -68,7 +68,7 @@ def _remainder(a: int, b: int, dtype: str, quotient: int) -> int:
     return a - b * quotient
 
 
-# Name -> in TIR, of Python's integers and their type.
+# Name -> the operator in TIR, and on Python's integers and their type.
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[[int, int, str], int]]] = {
     "add": (operator.add, lambda a, b, _: a + b),
     "sub": (operator.sub, lambda a, b, _: a - b),
@@ -96,7 +96,7 @@ COMPARISONS: dict[str, tuple[Callable[..., Any], Callable[[int, int], bool]]] = 
 
 
 def telling(dtype: str) -> list[int]:
-    """Numbers at which integers go wrong."""
+    """Numbers at which integer code tends to fail."""
     low, high = limits(dtype)
     powers = [(1 << power) + by for power in (7, 15, 16, 31, 32) for by in (-1, 0)]
     chosen = (0, 1, 2, 3, 7, 8, 100, *powers, high - 1, high, low, low + 1)
@@ -184,7 +184,7 @@ def test_operators(dtype: str, lanes: int, vulkan: Any) -> None:
 
 @pytest.mark.parametrize(("dtype", "lanes"), [*((dtype, 1) for dtype in TYPES), ("int64", 4), ("uint8", 4)])
 def test_operators_with_constants(dtype: str, lanes: int, vulkan: Any) -> None:
-    """The same with a constant on the right, which the compiler knows much about."""
+    """The same with a constant on the right, about which the compiler knows more."""
     column = [padded(samples(dtype, 3), dtype)]
     cases = []
     for constant in telling(dtype):
@@ -242,7 +242,7 @@ def test_bits(dtype: str, vulkan: Any) -> None:
 
 
 def test_quotients_and_shifts_beyond_32_bits(vulkan: Any) -> None:
-    """What 64-bit operators make of an int32, where the result fits 32 bits and the operands do not."""
+    """64-bit operators on an int32, where the result fits 32 bits and the operands do not."""
     columns = [padded(samples("int32", 7), "int32")]
     cases: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {
         "floordiv": (lambda a: tirx.floordiv(a, tirx.const(1 << 32, "int64")), lambda a: a // (1 << 32)),
@@ -343,5 +343,5 @@ def test_random_expressions(seed: int, vulkan: Any) -> None:
         try:
             (got,) = evaluate([(dtype, tir)], columns, 1, vulkan)
         except (ValueError, tvm.error.InternalError):
-            continue  # TVM folds constants, and fails where that overflows or divides by zero.
+            continue  # TVM folds constants, and fails if that overflows or divides by zero.
         check(got, exact, columns, f"expression {number}")

@@ -1,4 +1,4 @@
-"""The outside of kernels: arguments of every type, argument buffers, folded grids, several kernels, errors."""
+"""The interface of kernels: arguments of every type, argument buffers, folded grids, several kernels, errors."""
 
 import re
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def test_scalar_arguments_of_every_type(run: Run, emitted: Emitted) -> None:
 
 @pytest.mark.parametrize("count", [13, 14, 40])
 def test_many_arguments(count: int, run: Run, emitted: Emitted) -> None:
-    """Beyond 128 bytes the arguments lie in a buffer, and the push constant is its address."""
+    """Beyond 128 bytes the arguments are in a buffer, and the push constant is its address."""
     arrays = [te.placeholder((40,), "float32", f"x{k}") for k in range(count)]
     out = te.compute(
         (40,), lambda i: sum((x[i] * float(k + 1) for k, x in enumerate(arrays)), tvm.tirx.const(0.0)), "out"

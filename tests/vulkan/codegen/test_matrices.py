@@ -1,6 +1,6 @@
 """Cooperative matrices: TVM's WMMA calls become KHR instructions, and devices without them refuse the kernel.
 
-Mesa's llvmpipe has none of them: what they compute is tested where a device does.
+Mesa's llvmpipe has none: what they compute is tested if a device has them.
 """
 
 import re
@@ -74,12 +74,12 @@ def test_one_tile(emitted: Emitted) -> None:
 
 
 def test_matmul_through_shared_memory(matmul: tvm.IRModule, emitted: Emitted) -> None:
-    # One kernel for few rows, and this one for the others.
+    # One kernel is for few rows, and this one for the others.
     ((record, code),) = (pair for pair in emitted(matmul, TARGET) if "cooperative_matrix" in pair[0]["features"])
     text = disassemble(code)
     assert set(record["features"]) == FEATURES
     assert "OpCooperativeMatrixMulAddKHR" in text
-    # Tiles are read from shared memory, which a barrier orders, and lie in registers: no index of a fragment varies.
+    # Tiles are read from shared memory after a barrier, and are in registers: no index of a fragment varies.
     assert "OpControlBarrier" in text
     loads = re.findall(r"%(\d+) = OpCooperativeMatrixLoadKHR %\d+ %(\d+)", text)
     assert loads
@@ -100,7 +100,7 @@ def test_matmul_where_a_device_has_them(matmul: tvm.IRModule, run: Run, has_matr
 
 @pytest.fixture
 def has_matrices(vulkan: Any) -> bool:
-    del vulkan  # registers the backend, skips where there is no device
+    del vulkan  # registers the backend; skips if there is no device
     (device,) = (device for device in backend.devices() if device["index"] == 0)
     return bool(device["features"]["cooperative_matrix"])
 

@@ -31,7 +31,7 @@ def samples(dtype: str, shape: int | tuple[int, ...], seed: int = 0) -> Array:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_shared_and_local_memory(dtype: str, run: Run) -> None:
-    """A tile is transposed through shared memory, a row of it reversed through local memory."""
+    """A tile is transposed through shared memory, and its rows are reversed through local memory."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((16, 16), dtype), out: T.Buffer((16, 16), dtype)):
@@ -86,7 +86,7 @@ def test_vector_arithmetic_with_broadcasts(width: int, elementwise: Elementwise)
 
 
 def test_vectors_with_a_stride_and_gathers(run: Run) -> None:
-    """A ramp with a stride, one that runs backwards, and places that are data."""
+    """A ramp with a stride, one that runs backwards, and positions that are data."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((256,), "float32"), places: T.Buffer((64,), "int32"), out: T.Buffer((3, 64), "float32")):
@@ -137,7 +137,7 @@ def test_operators_on_lanes(run: Run) -> None:
 
 
 def test_unaligned_vectors(run: Run, emitted: Emitted) -> None:
-    """Vectors of four at odd places: what is stated to the driver is what is known, an alignment of one element."""
+    """Vectors of four at odd positions: the driver is told only what is known, an alignment of one element."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((67,), "float16"), out: T.Buffer((67,), "float16")):
@@ -170,7 +170,7 @@ def copies(count: int) -> Any:
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_each_way_of_access_has_a_pointer_of_its_own(run: Run, emitted: Emitted, count: int) -> None:
-    """No pointer is cast, which not every driver can; beyond 128 bytes the pointers come from a buffer."""
+    """No pointer is cast, which not every driver can do; beyond 128 bytes the pointers come from a buffer."""
     ((record, code),) = emitted(copies(count))
     assert record["aliases"] == [handle for handle in range(2 * count) for _ in range(2)]
     assert (record["block_size"] > 128) == (count > 1)
@@ -184,7 +184,7 @@ def test_each_way_of_access_has_a_pointer_of_its_own(run: Run, emitted: Emitted,
 
 
 def test_dynamic_shared_memory(run: Run, emitted: Emitted) -> None:
-    """Two buffers of different types in one dynamic allocation, whose size the launch gives."""
+    """Two buffers of different types in one dynamic allocation, whose size is given at launch."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float16"), out: T.Buffer((64,), "float32")):
@@ -287,7 +287,7 @@ def test_64_bit_indices_with_known_bounds_need_no_64_bit_arithmetic(run: Run, em
 
 
 def test_64_bit_values_keep_their_upper_half(run: Run) -> None:
-    """What leaves 32 bits only in between, or in data, is not narrowed."""
+    """Values that exceed 32 bits only in between, or in data, are not narrowed."""
 
     @T.prim_func(s_tir=True)
     def kernel(n: T.int64, out: T.Buffer((4, 64), "int64")):
@@ -305,7 +305,7 @@ def test_64_bit_values_keep_their_upper_half(run: Run) -> None:
 
 
 def test_views_of_other_types(run: Run) -> None:
-    """A float32 allocation of shared memory that holds float16 pairs afterwards."""
+    """A float32 allocation in shared memory that later holds float16 pairs."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((32,), "float32"), out: T.Buffer((64,), "uint16")):
@@ -326,7 +326,7 @@ def test_views_of_other_types(run: Run) -> None:
 
 
 def test_parameters_of_scope_local_are_private(run: Run) -> None:
-    """A buffer of scope "local" that is allocated outside of the launch becomes a parameter of the kernel."""
+    """A buffer of scope "local" that is allocated outside the launch becomes a parameter of the kernel."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((4, 32), "int32"), out: T.Buffer((4, 32), "int32")):

@@ -52,7 +52,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Array], Array], tuple[float, float], tuple[
     "abs": (np.abs, (-10.0, 10.0), (0, 0)),
 }
 
-# For float16, where it is not 1: TVM lowers these to several operations in 16 bits.
+# For float16, if the bound is not 1: TVM lowers these to several operations in 16 bits.
 HALF_BOUNDS = {"sigmoid": 3, "rsqrt": 2}
 
 
@@ -104,7 +104,7 @@ def test_angles_of_every_magnitude(name: str, dtype: str, lanes: int, elementwis
     special = [largest, -largest, 1e4, 8192.0, -8191.9, 6e4, 33 * np.pi, np.finfo(dtype).tiny]
     x = np.concatenate([rng.choice([-1, 1], 2040) * 10.0**powers, special]).astype(dtype)
     if dtype != "float16":
-        # Nearest to a multiple of pi / 2 of all floats, where the reduction loses most (Kahan; Muller).
+        # Of all floats the one nearest to a multiple of pi / 2, where the reduction loses most (Kahan; Muller).
         x[:2] = 16367173.0 * 2.0**72 if dtype == "float32" else 6381956970095103.0 * 2.0**797
     want = getattr(np, name)(x.astype(np.longdouble if dtype == "float64" else "float64"))
     got = elementwise(getattr(tirx, name), [x], dtype, lanes=lanes)
@@ -296,7 +296,7 @@ def test_casts(source: str, to: str, elementwise: Elementwise, vulkan: Any) -> N
         pytest.xfail("this driver rounds to a neighbour of the nearest float32")
     if source == "bool":
         x = np.random.default_rng(0).integers(0, 2, 128).astype("bool")
-    elif source.startswith("float"):  # Within the range of every type: casts of others are undefined.
+    elif source.startswith("float"):  # Within the range of every type: other casts are undefined.
         x = np.random.default_rng(0).uniform(0 if to.startswith("u") else -100, 100, 128).astype(source)
     else:
         x = _integers(source, 128)

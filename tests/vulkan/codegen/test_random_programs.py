@@ -1,8 +1,8 @@
-"""Random programs on the processor (TVM's LLVM back end) and on Vulkan: the same seed always gives the same programs.
+"""Random programs on the CPU (TVM's LLVM back end) and on Vulkan: the same seed always gives the same programs.
 
-A program is TVMScript text, so that a failure shows what to cut down. Each expression is made together with the
-interval that its values lie in and a bound of its rounding error: integers never leave their type, only exact values
-are compared or cast to integers, and results that are not exact may differ by the sum of both sides' errors.
+A program is TVMScript text, so that a failure shows what to reduce. Each expression is made together with an interval
+for its values and a bound for its rounding error: integers never leave their type, only exact values are compared or
+cast to integers, and inexact results may differ by the sum of both sides' errors.
 """
 
 import random
@@ -20,10 +20,10 @@ Run = Callable[..., list[Array]]
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 FLOATS = ["float16", "float32", "float64"]
 STORED = [*INTEGERS, *FLOATS, "bfloat16", "bool"]
-# Integers up to this magnitude are exact in a float, and its largest number that the programs use.
+# Integers up to this magnitude are exact in a float; it is also the largest float that the programs use.
 EXACT = {"float16": 1 << 11, "float32": 1 << 24, "float64": 1 << 53}
 LARGEST = {"float16": 3e4, "float32": 1e30, "float64": 1e100}
-# Values of the inputs; those of floats are integers, so that sums and products of few of them are exact.
+# Magnitude of the inputs; those of floats are integers, so that sums and products of a few of them are exact.
 SMALL = 8
 
 
@@ -53,7 +53,7 @@ def epsilon(dtype: str) -> float:
 
 
 class Generator:
-    """Makes expressions from a random state and leaves: loads that may stand anywhere."""
+    """Makes expressions from a random state and leaves: loads that are legal anywhere."""
 
     def __init__(self, rng: random.Random, leaves: Sequence[Expr]) -> None:
         self.rng = rng
@@ -70,7 +70,7 @@ class Generator:
         return Expr(f"T.{dtype}({value})", dtype, value, value)
 
     def cast(self, value: Expr, dtype: str) -> Expr:
-        """A cast that is defined: what may not fit is brought into range first."""
+        """A cast that is defined: a value that may not fit is brought into range first."""
         if value.dtype == dtype:
             return value
         text = f'T.Cast("{dtype}", {value.text})'
@@ -89,14 +89,14 @@ class Generator:
                 return self.leaf(dtype)
             if value.low < low or value.high > high:
                 return self.cast(self.bounded(value, SMALL, max(low, -SMALL)), dtype)
-        elif dtype.startswith("u") and value.low < 0:  # TVM's simplifier refuses negative numbers without a sign.
+        elif dtype.startswith("u") and value.low < 0:  # TVM's simplifier rejects negative unsigned numbers.
             return self.cast(self.bounded(value, SMALL, 0), dtype)
         elif value.low < low or value.high > high:
             return Expr(text, dtype, low, high)  # Integers wrap, as in C.
         return Expr(text, dtype, value.low, value.high)
 
     def bounded(self, value: Expr, high: int, low: int | None = None) -> Expr:
-        """The value between `low` (0 where it has no sign) and `high`."""
+        """The value between `low` (0 if the type is unsigned) and `high`."""
         low = (0 if value.dtype.startswith("u") else -high) if low is None else int(low)
         number = f"T.{value.dtype}"
         text = f"T.max(T.min({value.text}, {number}({high})), {number}({low}))"
@@ -153,7 +153,7 @@ class Generator:
             return self.rng.choice(bools)
         dtype = self.rng.choice(INTEGERS + FLOATS)
         a, b = self.expr(dtype, depth), self.leaf(dtype)
-        if dtype.startswith("u"):  # TVM's simplifier subtracts numbers without a sign from each other.
+        if dtype.startswith("u"):  # TVM's simplifier subtracts unsigned numbers from each other.
             a, b = (self.cast(self.rng.choice(self.leaves), dtype) for _ in range(2))
         if a.error or b.error:
             a, b = self.leaf("int32"), self.leaf("int32")
@@ -188,7 +188,7 @@ class Generator:
         return Expr(f"T.shift_right({a.text}, {number})", dtype, int(a.low) >> amount, int(a.high) >> amount)
 
     def _function(self, dtype: str, depth: int) -> Expr:
-        """A function with a slope of at most 1 where it is used."""
+        """A function whose slope is at most 1 where it is used."""
         a = self.bounded(self.expr(dtype, depth), SMALL)
         name = self.rng.choice(["tanh", "sin", "cos", "sqrt", "sigmoid", "abs", "floor", "exp"])
         if name in ("abs", "floor"):
@@ -196,7 +196,7 @@ class Generator:
                 return a
             return Expr(f"T.{name}({a.text})", dtype, 0 if name == "abs" else a.low, a.magnitude, a.error)
         inner = {"exp": f"-T.abs({a.text})", "sqrt": f"T.abs({a.text}) + T.{dtype}(1)"}.get(name, a.text)
-        # 16 roundings: TVM's own tanh for processors, and sigmoid of 16 bits, are no closer.
+        # 16 roundings: TVM's own tanh for CPUs, and 16-bit sigmoid, are no closer.
         return Expr(f"T.{name}({inner})", dtype, -4, 4, a.error + 16 * epsilon(dtype))
 
     def _quotient(self, dtype: str, depth: int) -> Expr:
@@ -207,7 +207,7 @@ class Generator:
 
 
 def _combined(operator: str, a: Expr, b: Expr) -> Expr | None:
-    """a + b, a - b or a * b with its interval; None where it may leave the type."""
+    """a + b, a - b or a * b with its interval; None if it may leave the type."""
     ends = {
         "+": [a.low + b.low, a.high + b.high],
         "-": [a.low - b.high, a.high - b.low],
@@ -348,7 +348,7 @@ def test_reductions_and_shared_tiles(seed: int, run: Run) -> None:
 
 
 def tiled(mod: tvm.IRModule, rng: random.Random) -> tvm.IRModule:
-    """A block takes one or two rows; t lies in shared memory, r is reduced by all threads, or by each for itself."""
+    """A block takes one or two rows; t is in shared memory, r is reduced by all threads together or by each alone."""
     schedule = tvm.s_tir.Schedule(mod)
     threads, per_block = rng.choice([4, 8, 32]), rng.choice([1, 2])
     together = rng.random() < 0.7
@@ -392,7 +392,7 @@ class Statements:
         self.count = 0
 
     def place(self, name: str) -> str:
-        """An element, at a place that is constant or not."""
+        """An element, at a position that is constant or not."""
         kind = self.rng.random()
         indices = [v.text for v in self.variables if v.dtype == "int32"]
         if kind < 0.4 or not indices:
@@ -438,7 +438,7 @@ class Statements:
     def vector(self, indent: int, _depth: int, _loops: int) -> None:
         """Four elements at once, from a cast of four others."""
         (to, dtype), (source, other) = (self.rng.choice(list(self.arrays.items())) for _ in range(2))
-        # Numbers without a sign come only from such; TVM narrows what is cast to int64x4, and then misses the type.
+        # Unsigned numbers come only from unsigned ones; TVM narrows what is cast to int64x4, and then misses the type.
         if dtype == "int64" or (dtype.startswith("u") and not other.startswith("u")):
             source, other = to, dtype
 
@@ -470,7 +470,7 @@ class Statements:
         unrolled = kind < 0.2
         self.emit(indent, f"for {name} in {'T.unroll' if unrolled else 'range'}({extent}):")
         self.variables.append(Expr(name, "int32", 0, 4))
-        # TVM unrolls such a loop before the code generator could leave it.
+        # TVM would unroll such a loop before the code generator could leave it.
         self.block(indent + 1, depth - 1, 0 if unrolled else loops + 1)
         self.variables.pop()
 

@@ -13,7 +13,7 @@ from tvm_attn.vulkan.codegen import pipeline
 Array = np.ndarray[Any, Any]
 
 EXTENTS = (1, 3, 4, 7, 8, 13, 32, 33, 64)
-# Extents of the axes that are reduced; the other threads of a workgroup hold rows of their own.
+# Extents of the reduced axes; the other threads of a workgroup hold rows of their own.
 SHAPES: dict[str, list[dict[str, int]]] = {
     **{axis: [{axis: extent} for extent in EXTENTS] for axis in "xyz"},
     "xy": [{"x": x, "y": y} for x, y in ((1, 8), (2, 2), (3, 5), (4, 4), (5, 1), (8, 2), (8, 7), (16, 4), (4, 32))],
@@ -68,7 +68,7 @@ def _programs(axes: str) -> list[tuple[dict[str, int], dict[str, int], int]]:
 
 @pytest.fixture(params=["device", "warps, stock", "warps, our pipeline"])
 def lowering(request: pytest.FixtureRequest, vulkan: Any) -> tuple[Any, str]:
-    """Target and pipeline: as the device is detected, and for subgroups of the device's size."""
+    """Target and pipeline: for the device as detected, and for subgroups of the device's size."""
     pipeline.register()
     target = tvm.target.Target.from_device("vulkan").export()
     if request.param.startswith("warps"):

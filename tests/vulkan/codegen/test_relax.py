@@ -48,7 +48,7 @@ def test_matmul(m: int, k: int, n: int, evaluate: Evaluate) -> None:
 
 @pytest.mark.parametrize("count", [17, 80, 130])
 def test_concatenation_of_many(count: int, evaluate: Evaluate) -> None:
-    """One decision inside the other for each of them, of which a driver takes 79."""
+    """One nested decision for each of them; a driver takes 79."""
     arrays = [np.random.default_rng(n).standard_normal((1 + n % 2, 3), "float32") for n in range(count)]
     got = evaluate(lambda *values: relax.op.concat(list(values), axis=0), *arrays)
     np.testing.assert_array_equal(got, np.concatenate(arrays))
@@ -74,7 +74,7 @@ def test_sort(count: int, evaluate: Evaluate) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(("name", "reference"), [("cumsum", np.cumsum), ("cumprod", np.cumprod)])
 def test_running_sums_and_products(name: str, reference: Any, axis: int, evaluate: Evaluate) -> None:
-    """TVM allocates their scratch variables outside of the launch: they are parameters of scope "local"."""
+    """TVM allocates their scratch variables outside the launch: they are parameters of scope "local"."""
     x = np.random.default_rng(0).uniform(0.5, 1.5, (37, 21)).astype("float32")
     got = evaluate(lambda v: getattr(relax.op, name)(v, axis=axis), x)
     np.testing.assert_allclose(got, reference(x.astype("float64"), axis=axis), rtol=1e-5)

@@ -14,7 +14,7 @@ from tvm_attn.vulkan.codegen import disassemble
 
 Emitted = Callable[..., list[tuple[dict[str, Any], bytes]]]
 
-# Equal lines of these may stand in one block: they read or change memory, or belong to the form of a block.
+# Equal lines of these may occur in one block: they read or change memory, or are part of a block's structure.
 EFFECTS = {"OpLoad", "OpStore", "OpLabel", "OpBranch", "OpReturn", "OpFunctionEnd", "OpVariable", "OpUnreachable"}
 
 
@@ -31,7 +31,7 @@ def blocks(code: bytes) -> list[list[tuple[str, str, str]]]:
 
 
 def repeated(code: bytes) -> list[tuple[str, str]]:
-    """Instructions that stand twice in one block with equal operands."""
+    """Instructions that occur twice in one block with equal operands."""
     counts = (Counter(row[1:] for row in block if row[1] not in EFFECTS) for block in blocks(code))
     return [row for count in counts for row, n in count.items() if n > 1]
 
@@ -48,7 +48,7 @@ def instructions(code: bytes) -> Counter[str]:
 
 
 def matmul() -> Any:
-    """64 x 64 x 64 in tiles of 16 x 16 through shared memory, 2 x 2 elements a thread."""
+    """64 x 64 x 64 in tiles of 16 x 16 through shared memory, 2 x 2 elements per thread."""
     k = te.reduce_axis((0, 64), "k")
     a, b = (te.placeholder((64, 64), "float32", name) for name in "ab")
     sch = Schedule(te.create_prim_func([a, b, te.compute((64, 64), lambda i, j: te.sum(a[i, k] * b[k, j], k), "c")]))
@@ -154,7 +154,7 @@ def test_what_nothing_reads_is_dropped(emitted: Emitted) -> None:
 
 
 def test_constants_are_folded_into_addresses(emitted: Emitted) -> None:
-    """Four elements in a row of one thread need one multiplication for all of their addresses."""
+    """Four consecutive elements of one thread need one multiplication for all of their addresses."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((256,), "float32"), out: T.Buffer((256,), "float32")):

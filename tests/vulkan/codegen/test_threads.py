@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 Run = Callable[..., list[Array]]
 Emitted = Callable[..., list[tuple[dict[str, Any], bytes]]]
 
-# Mesa's llvmpipe and every device since: subgroups of 8 threads or a multiple of that.
+# Mesa's llvmpipe and all other devices so far have subgroups of 8 threads or a multiple of that.
 WARP = 8
 
 
@@ -24,7 +24,7 @@ WARP = 8
 
 @pytest.mark.parametrize("scope", ["shared", "shared.dyn"])
 def test_barriers_in_a_loop(scope: str, run: Run) -> None:
-    """A sum by halving: every round reads what other threads have written in the one before."""
+    """A sum by halving: every round reads what other threads wrote in the previous one."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((8, 128), "int32"), out: T.Buffer((8,), "int32")):
@@ -60,7 +60,7 @@ def test_barrier_orders_global_memory_within_a_workgroup(run: Run) -> None:
 
 
 def test_barrier_of_a_subgroup(run: Run) -> None:
-    """A warp barrier lets the threads of one subgroup exchange through shared memory."""
+    """A warp barrier lets the threads of one subgroup exchange data through shared memory."""
 
     @T.prim_func(s_tir=True)
     def kernel(x: T.Buffer((64,), "int32"), out: T.Buffer((64,), "int32")):
@@ -93,7 +93,7 @@ def _sync_in_branch(n: int) -> Any:
 
 
 def test_warp_barrier_states_the_subgroup_that_it_needs(emitted: Emitted) -> None:
-    """Rows of whole subgroups stay as they are; others are laid out in one row, whose order Vulkan defines."""
+    """Rows of whole subgroups stay unchanged; others are laid out in one row, whose order Vulkan defines."""
     for n, size in ((16, [16, 2, 1]), (12, [24, 1, 1])):
         ((record, _),) = emitted(_sync_in_branch(n), {"kind": "vulkan", "thread_warp_size": WARP})
         assert (record["subgroup_size"], record["workgroup_size"]) == (WARP, size)
@@ -176,7 +176,7 @@ def _row_sums(threads: int, dtype: str, reducer: Any) -> tvm.IRModule:
 @pytest.mark.parametrize(("reducer", "reference"), [(te.sum, np.sum), (te.max, np.max), (te.min, np.min)])
 @pytest.mark.parametrize("dtype", ["int32", "float32", "float16"])
 def test_reductions(dtype: str, reducer: Any, reference: Any, threads: int, run: Run, emitted: Emitted) -> None:
-    """In the stock pipeline through shared memory; in ours by shuffles and barriers of subgroups."""
+    """The stock pipeline uses shared memory; ours uses shuffles and subgroup barriers."""
     mod = _row_sums(threads, dtype, reducer)
     x = np.random.default_rng(0).integers(-3, 4, (16, 256)).astype(dtype)
     want = reference(x.astype("float64"), axis=1).astype(dtype)

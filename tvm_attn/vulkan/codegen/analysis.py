@@ -1,8 +1,8 @@
 """One walk over a kernel before code is emitted: its threads, its memories, how each is used.
 
-A memory (`Root`) is a buffer parameter or an allocation; buffers are views of it. What the walk finds decides how
-memory is declared: the elements of shared and local arrays, which parts of a dynamic allocation overlap, which
-loads see memory that nothing writes.
+A memory (`Root`) is a buffer parameter or an allocation; buffers are views of it. The walk decides how memory is
+declared: the element types of shared and local arrays, which parts of a dynamic allocation overlap, and which loads
+read memory that nothing writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tvm_attn.vulkan.codegen.values import DType, from_tvm, number, text
 
 # A loop that indexes local arrays is marked for unrolling up to this length.
 UNROLL_LIMIT = 64
-# Grid extents and with them block indices stay below this (the runtime refuses more).
+# Grid extents, and so block indices, stay below this (the runtime refuses more).
 MAX_GRID = (1 << 31) - 1
 _READ, _WRITE = 1, 2
 # Scope of a fragment -> use of a cooperative matrix.
@@ -26,7 +26,7 @@ FRAGMENTS = {"wmma.matrix_a": 0, "wmma.matrix_b": 1, "wmma.accumulator": 2}
 _FRAGMENT_CALLS = ("tirx.tvm_fill_fragment", "tirx.tvm_mma_sync", "tirx.tvm_load_matrix", "tirx.tvm_store_matrix")
 _MATRIX_CALLS = ("tirx.tvm_load_matrix_sync", "tirx.tvm_store_matrix_sync")
 _JUMPS = ("tirx.break_loop", "tirx.continue_loop")
-# The subgroup that TVM's matrix intrinsics assume where the target does not say.
+# The subgroup that TVM's matrix intrinsics assume if the target does not give one.
 _MATRIX_WARP = 32
 
 
@@ -34,7 +34,7 @@ _MATRIX_WARP = 32
 class Access:
     """One load or store: scalar type, lanes, and the facts of its first element index (None: a gather).
 
-    A `tile` is a matrix whose rows begin at `index` and multiples of its stride, which the divisor of `index` divides.
+    A `tile` is a matrix whose rows begin at `index` plus multiples of its stride, which the divisor of `index` divides.
     """
 
     dtype: DType
@@ -45,7 +45,7 @@ class Access:
 
 @dataclass(eq=False)
 class Root:
-    """A memory: `scope` is global, shared, local or one of FRAGMENTS; `count` is its elements, None where symbolic."""
+    """A memory: `scope` is global, shared, local or one of FRAGMENTS; `count` its elements, or None if symbolic."""
 
     name: str
     scope: str
@@ -62,7 +62,7 @@ class Root:
 
 @dataclass(frozen=True)
 class View:
-    """A buffer: its memory and the type of its elements. `small` says that 31 bits hold every element index."""
+    """A buffer: its memory and its element type. `small` says that 31 bits hold every element index."""
 
     root: Root
     dtype: DType
@@ -78,14 +78,14 @@ class Analysis:
         self.views: dict[int, View] = {}
         self.pointers: dict[int, Root] = {}
         self.threads: dict[str, Any] = {}
-        # Loop variables that index local arrays or fragments, which stay in registers where the loop is unrolled.
+        # Loop variables that index local arrays or fragments, which stay in registers if the loop is unrolled.
         self.unroll: set[int] = set()
         # Loop variables of the loops that a break or continue leaves.
         self.left: set[int] = set()
-        # Threads of the subgroup that the kernel was lowered for, None where it uses none.
+        # Threads of the subgroup that the kernel was lowered for, None if it uses none.
         self.subgroup: int | None = None
         self._warp = warp
-        # Loop variable -> bodies a round, where they are more than one.
+        # Loop variable -> bodies per round, if more than one.
         self.copies: dict[int, int] = {}
         self._nest: list[tuple[int, int, int]] = []
         self._starts = 1
@@ -112,7 +112,7 @@ class Analysis:
         dtype = from_tvm(element.dtype) if hasattr(element, "dtype") else DType("void", 0)
         if dtype.kind in ("void", "handle"):
             dtype = DType("uint", 32)
-        # An allocation outside of the launch arrives as a pointer of the host's; it is each thread's own all the same.
+        # An allocation outside the launch arrives as a host pointer, but each thread still has its own.
         scope = str(parameter.ty.storage_scope) or "global"
         if scope not in ("global", "local"):
             raise CompileError(f'parameter {parameter.name} has scope "{scope}"; allocate that memory in the kernel')
@@ -123,7 +123,7 @@ class Analysis:
     # Memories ---------------------------------------------------------------------------------------------------
 
     def root_of(self, data: Any) -> Root:
-        """The memory behind a pointer expression."""
+        """The memory that a pointer expression refers to."""
         kind = type(data).__name__
         if kind == "Var":
             handle = data.__chandle__()
@@ -164,7 +164,7 @@ class Analysis:
         self._view(buffer, root)
 
     def _elements(self, buffer: Any) -> int | None:
-        """Upper bound of a buffer's scalars, None where there is none."""
+        """Upper bound of a buffer's scalars, None if there is none."""
         count: int | None = from_tvm(buffer.ty.dtype.dtype).lanes
         for extent in buffer.ty.shape:
             size = self.facts.most_elements(extent)
@@ -360,7 +360,7 @@ def _variables(expr: Any) -> set[int]:
 
 
 def _scaled(fact: Fact, lanes: int) -> Fact:
-    """An index in elements of a vector type, in scalars."""
+    """An index counted in elements of a vector type, converted to scalars."""
     return Fact(fact.low * lanes, fact.high * lanes, fact.divisor * lanes) if lanes > 1 else fact
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic on TIR values: operators, comparisons, casts, lanes. All of it element by element, on parts."""
+"""Arithmetic on TIR values: operators, comparisons, casts, lanes. Everything is done element by element, on parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _COMPARE = {
     "ge": ("SGreaterThanEqual", "UGreaterThanEqual", "FOrdGreaterThanEqual", None),
 }
 _BOOLEAN = {"and": "LogicalAnd", "or": "LogicalOr", "xor": "LogicalNotEqual"}
-# NMin and NMax give the operand that is a number; FMin and FMax leave NaN undefined.
+# NMin and NMax return the operand that is a number; FMin and FMax leave NaN undefined.
 _EXTREME = {"min": ("SMin", "UMin", "NMin"), "max": ("SMax", "UMax", "NMax")}
 _COLUMN = {"int": 0, "uint": 1, "float": 2, "bool": 3}
 
@@ -65,11 +65,11 @@ class Arithmetic:
         return known
 
     def constant(self, dtype: DType, value: int | float | bool) -> Value:
-        """All lanes equal `value`."""
+        """A value with all lanes equal to `value`."""
         return Value(dtype, [self.builder.constant(self.type(dtype, n), value) for n in split(dtype.lanes)])
 
     def literal(self, value: Value) -> int | float | bool | None:
-        """The number that all lanes are known to be at compile time. Integers as the bits of their type, unsigned."""
+        """The number that all lanes equal, if known at compile time. Integers as the bits of their type, unsigned."""
         numbers = {self.builder.constants.get(part) for part in value.parts}
         number = numbers.pop() if len(numbers) == 1 else None
         if number is not None and value.narrow:
@@ -79,7 +79,7 @@ class Arithmetic:
     # Lanes ------------------------------------------------------------------------------------------------------
 
     def map(self, dtype: DType, function: Callable[..., int], *values: Value) -> Value:
-        """`function(type id, part ids...)` for each part; `dtype` is that of the result."""
+        """`function(type id, part ids...)` for each part; `dtype` is the type of the result."""
         widths = split(dtype.lanes)
         return Value(
             dtype,
@@ -116,7 +116,7 @@ class Arithmetic:
         return Value(dtype, parts)
 
     def broadcast(self, value: Value, lanes: int) -> Value:
-        """A scalar in all lanes; a value that has them already stays."""
+        """A scalar copied to all lanes; a value that already has them is unchanged."""
         if value.dtype.lanes == lanes:
             return value
         if value.dtype.lanes != 1:
@@ -158,7 +158,7 @@ class Arithmetic:
         return self.apply(instruction, dtype, a, b)
 
     def _add_constant(self, a: Value, amount: int) -> Value:
-        """x + (c + d) for (x + c) + d: offsets into memory pile up."""
+        """Turns (x + c) + d into x + (c + d): offsets into memory pile up."""
         term, before = self._sums.get(a.id, (a, 0))
         total = self.constant(a.dtype, before + amount)
         if self.literal(total) == 0:
@@ -194,7 +194,7 @@ class Arithmetic:
         return self.apply(instruction, BOOL.with_lanes(a.dtype.lanes), a, b)
 
     def extreme(self, name: str, a: Value, b: Value) -> Value:
-        """min or max; of a number and NaN it is the number. GLSL.std.450 has them for 32 bits and for floats."""
+        """min or max; of a number and NaN, the number. GLSL.std.450 has both for 32 bits and for floats."""
         dtype = a.dtype
         if dtype.is_integer and dtype.bits != 32:
             return self.select(self.compare("lt" if name == "min" else "gt", a, b), a, b)
@@ -235,12 +235,12 @@ class Arithmetic:
         return self.apply("LogicalNot" if a.dtype.kind == "bool" else "Not", a.dtype, a)
 
     def select(self, condition: Value, a: Value, b: Value) -> Value:
-        """Both sides are evaluated; the condition is a scalar or has the lanes of the sides."""
+        """Evaluates both sides; the condition is a scalar or has as many lanes as the sides."""
         condition = self.broadcast(condition, a.dtype.lanes)
         return self.apply("Select", a.dtype, condition, a, b)
 
     def any(self, value: Value) -> int:
-        """The id of a bool: whether one of the lanes is true."""
+        """The id of a bool: whether any lane is true."""
         b = self.builder
         flags = [
             part if width == 1 else b.op("Any", b.bool_(), part)
@@ -251,7 +251,7 @@ class Arithmetic:
     # Casts ------------------------------------------------------------------------------------------------------
 
     def cast(self, value: Value, to: DType) -> Value:
-        """A conversion of values, as in C."""
+        """Converts values, as in C."""
         source = value.dtype
         if (source.kind, source.bits) == (to.kind, to.bits):
             return value
@@ -290,7 +290,7 @@ class Arithmetic:
         return self._regroup(value, to)
 
     def _regroup(self, value: Value, to: DType) -> Value:
-        """Bits of wide lanes as narrow lanes, or the other way round, through groups of one wide lane."""
+        """The bits of wide lanes as narrow lanes, or the reverse, in groups of one wide lane."""
         ratio = max(to.lanes, value.dtype.lanes) // min(to.lanes, value.dtype.lanes)
         if ratio > 4:
             words = DType("uint", 32, value.dtype.bits * value.dtype.lanes // 32)
@@ -309,7 +309,7 @@ class Arithmetic:
         return [b.op("CompositeExtract", self.type(to), vector, index) for index in range(ratio)]
 
     def _from_bfloat(self, value: Value) -> Value:
-        """float32 whose upper half is the bfloat16."""
+        """The float32 whose upper half is the bfloat16."""
         word = DType("uint", 32, value.dtype.lanes)
         bits = self.apply("UConvert", word, value)
         shifted = self.binary("shl", bits, self.constant(word, 16))
@@ -330,5 +330,5 @@ class Arithmetic:
 
 
 def _signed(bits: int, width: int) -> int:
-    """The number that `bits` are in two's complement."""
+    """The number that `bits` represent in two's complement."""
     return bits - (1 << width) if bits >> (width - 1) else bits

@@ -1,4 +1,4 @@
-"""`target.build.vulkan`: a module of device functions to the module that the runtime loads."""
+"""`target.build.vulkan`: turns a module of device functions into the module that the runtime loads."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def parse(blob: bytes) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def build(mod: Any, target: Any) -> Any:
-    """The runtime module of the device functions of `mod`. Raises CompileError where the runtime was not built."""
-    del target  # Kernels state the features that they need; the runtime compares them with the device.
+    """The runtime module for the device functions of `mod`. Raises CompileError if the runtime was not built."""
+    del target  # Kernels record the features that they need; the runtime compares them with the device.
     create = tvm_ffi.get_global_func("tvm_attn.vulkan.create_module", allow_missing=True)
     if create is None:
         raise CompileError("the Vulkan runtime of tvm_attn was not built; install Vulkan's headers and build it again")

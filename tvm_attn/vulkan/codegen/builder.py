@@ -1,8 +1,8 @@
 """A small typed builder for SPIR-V compute modules: one entry point, structured control flow, shared values.
 
-It knows nothing of TIR. Types and constants exist once. A pure instruction that was emitted before, in a block that
-dominates the current one, is not emitted again (`op`; dominance follows the nesting of `branch`, `select` and `loop`).
-What nothing reads is dropped when the module is encoded, and the capabilities are those that the rest needs.
+It knows nothing about TIR. Types and constants exist once. A pure instruction is not emitted again if a block that
+dominates the current one already has it (`op`; dominance follows the nesting of `branch`, `select` and `loop`).
+Encoding drops whatever nothing reads, and declares the capabilities that the rest needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FLOAT_FORMAT = {16: "<e", 32: "<f", 64: "<d"}
 
 
 class Type(NamedTuple):
-    """What is known of a type: kind ("bool", "int", "float", "vector", "pointer", ...), width or count, parts."""
+    """What is known about a type: kind ("bool", "int", "float", "vector", "pointer", ...), width or count, parts."""
 
     kind: str
     size: int = 0
@@ -55,7 +55,7 @@ class Builder:
         self._entry = self.block
 
     def new_id(self) -> int:
-        """A result id that nothing uses yet."""
+        """An unused result id."""
         value = self._next
         self._next += 1
         return value
@@ -78,14 +78,14 @@ class Builder:
         return self._type(Type("bool"), "TypeBool")
 
     def int_(self, bits: int) -> int:
-        """Integers carry no sign: the instructions do."""
+        """Integers have no sign: the instructions do."""
         return self._type(Type("int", bits), "TypeInt", bits, 0)
 
     def float_(self, bits: int) -> int:
         return self._type(Type("float", bits), "TypeFloat", bits)
 
     def vector(self, element: int, count: int) -> int:
-        """`count` components, 1 being the scalar itself."""
+        """A vector of `count` components; 1 gives the scalar itself."""
         return element if count == 1 else self._type(Type("vector", count, element), "TypeVector", element, count)
 
     def pointer(self, storage: str, element: int) -> int:
@@ -104,7 +104,7 @@ class Builder:
         return result
 
     def block_struct(self, members: Sequence[tuple[int, int]]) -> int:
-        """A struct with the layout of a block, of members (type, byte offset)."""
+        """A struct with a block's layout, from members (type, byte offset)."""
         key = tuple(members)
         known = ("type", Type("struct"), key) in self._memo
         result = self._type(Type("struct"), "TypeStruct", *(member for member, _ in members), key=key)
@@ -164,11 +164,11 @@ class Builder:
         return self.constant(self.bool_(), True)
 
     def null(self, type_id: int) -> int:
-        """The constant whose bits are all zero, of any type."""
+        """The constant of any type whose bits are all zero."""
         return self._once("ConstantNull", type_id)
 
     def composite(self, type_id: int, parts: Sequence[int]) -> int:
-        """A vector of scalars: a constant where all of them are."""
+        """A vector of scalars: a constant if all of them are."""
         if all(part in self.constants for part in parts):
             result = self._once("ConstantComposite", type_id, *parts)
             if len(set(parts)) == 1:
@@ -207,7 +207,7 @@ class Builder:
     # Variables --------------------------------------------------------------------------------------------------
 
     def variable(self, storage: str, type_id: int, name: str = "") -> int:
-        """A variable of the module, or of the function where `storage` is "Function"; the result is a pointer."""
+        """A module variable, or a function variable if `storage` is "Function"; the result is a pointer."""
         result, pointer = self.new_id(), self.pointer(storage, type_id)
         target = self._locals if storage == "Function" else self._globals
         target.append(("Variable", pointer, result, (storage,)))
@@ -238,7 +238,7 @@ class Builder:
     # Instructions -----------------------------------------------------------------------------------------------
 
     def emit(self, name: str, type_id: int | None, *operands: Operand) -> int:
-        """Appends an instruction as it is. Returns its result id, 0 where it has none."""
+        """Appends an instruction unchanged. Returns its result id, or 0 if it has none."""
         result = 0
         if type_id is not None:
             result = self.new_id()
@@ -251,7 +251,7 @@ class Builder:
     def op(self, name: str, type_id: int, *operands: Operand, epoch: object = None) -> int:
         """A pure instruction, shared with an equal one that dominates this place.
 
-        `epoch` sets loads of changing memory apart: two loads are equal where their epochs are.
+        `epoch` distinguishes loads from memory that changes: two loads are equal if their epochs are.
         """
         key = (name, type_id, operands, epoch)
         known = self._numbers.get(key)
@@ -265,7 +265,7 @@ class Builder:
         return result
 
     def remember(self, value: int, name: str, type_id: int, *operands: Operand, epoch: object = None) -> None:
-        """From here on, `op` with these arguments gives `value`."""
+        """From now on, `op` with these arguments returns `value`."""
         key = (name, type_id, operands, epoch)
         if key not in self._numbers:
             self._trail.append(key)
@@ -312,7 +312,7 @@ class Builder:
         del self._trail[mark:]
 
     def branch(self, condition: int, then: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
-        """An if with its two sides; what they emit is visible only in them."""
+        """An if with two sides; what they emit is visible only inside them."""
         yes, merge = self.new_id(), self.new_id()
         no = self.new_id() if otherwise else merge
         self.emit("SelectionMerge", None, merge, "None")
@@ -337,7 +337,7 @@ class Builder:
         then: Callable[[], Sequence[int]],
         otherwise: Callable[[], Sequence[int]],
     ) -> list[int]:
-        """Values of `types` from the side that is taken; the other one is not evaluated."""
+        """Values of `types` from the side that is taken; the other is not evaluated."""
         ends: list[tuple[Sequence[int], int]] = []
 
         def side(values: Callable[[], Sequence[int]]) -> Callable[[], None]:
@@ -397,7 +397,7 @@ class Builder:
         self.goto(self._loops[-1][1])
 
     def continue_(self) -> None:
-        """Goes on with the next round of the innermost loop."""
+        """Continues with the next round of the innermost loop."""
         self.goto(self._loops[-1][0])
 
     @property
@@ -451,7 +451,7 @@ class Builder:
 
 
 def _representable(value: float, bits: int) -> float:
-    """`value` as the width can hold it: beyond its range, infinity."""
+    """`value` rounded to what the width can hold: infinity beyond its range."""
     limit = {16: 65520.0, 32: 3.4028235677973366e38}.get(bits)
     if limit is not None and abs(value) >= limit and value == value:
         return float("inf") if value > 0 else float("-inf")

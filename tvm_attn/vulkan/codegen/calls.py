@@ -1,4 +1,4 @@
-"""Operators of TIR that are calls: control, barriers, bits, external names. Mathematics is in `mathematics`."""
+"""TIR operators that are calls: control, barriers, bits, external names. Mathematics is in `mathematics`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tvm_attn.vulkan.codegen.spirv import GLSL_BY_NUMBER
 from tvm_attn.vulkan.codegen.threads import SUBGROUP, WORKGROUP
 from tvm_attn.vulkan.codegen.values import INT32, DType, Value, number, text
 
-# Annotations that say something to TVM's passes and do nothing.
+# Annotations that inform TVM's passes and do nothing.
 _NOTHING = frozenset(("tirx.assume", "tirx.prefetch", "tirx.type_annotation"))
 _TRANSPARENT = frozenset(("prim.likely", "tirx.likely", "tirx.tvm_thread_invariant", "tirx.ignore_loop_partition"))
 _ATOMICS = {
@@ -77,7 +77,7 @@ class Calls(MatrixCalls):
             )
         threads = SUBGROUP if scope == "warp" and self.analysis.subgroup is not None else WORKGROUP
         if scope == "warp" and threads == WORKGROUP and self.builder.nested:
-            # Outside of branches and loops a barrier of the whole workgroup does.
+            # Outside branches and loops, a barrier of the whole workgroup works.
             raise CompileError(
                 'tvm_storage_sync("warp") in a branch or loop, but the target does not say how large a warp is; '
                 "set its thread_warp_size"
@@ -159,7 +159,7 @@ class Calls(MatrixCalls):
         return self.arith.apply("BitCount", DType("int", 32, value.dtype.lanes), value)
 
     def _leading_zeros(self, value: Value) -> Value:
-        """Of 32 bits; FindUMsb gives -1 for 0."""
+        """Leading zeros of 32 bits; FindUMsb gives -1 for 0."""
         dtype = DType("int", 32, value.dtype.lanes)
         return self.arith.binary("sub", self.arith.constant(dtype, 31), self.arith.glsl("FindUMsb", dtype, value))
 

@@ -1,6 +1,6 @@
 """Coefficients of the polynomials in `elementary`, lowest power first, for 32 and 64 bits.
 
-Each interpolates its function at the Chebyshev points of the interval, worked out with 60 digits and rounded once.
+Each interpolates its function at the Chebyshev points of the interval, computed with 60 digits and rounded once.
 """
 
 # (exp(r) - 1 - r) / r^2 on [-0.35, 0.35]
@@ -20,7 +20,7 @@ EXP = {
         2.0915433598076003e-09,
     ),
 }
-# (2 atanh(s) - 2 s) / s^3 by s^2, on [0, 0.0294]: s = f / (2 + f) for log(1 + f)
+# (2 atanh(s) - 2 s) / s^3 in s^2, on [0, 0.0294]: s = f / (2 + f) for log(1 + f)
 LOG = {
     32: (0.6666667, 0.40000122, 0.28550817, 0.23330574),
     64: (
@@ -34,7 +34,7 @@ LOG = {
         0.1308675766699928,
     ),
 }
-# (sin(r) - r) / r^3 by r^2 on [0, 0.62]
+# (sin(r) - r) / r^3 in r^2, on [0, 0.62]
 SIN = {
     32: (-0.16666667, 0.008333332, -0.0001984007467, 2.7248365e-06),
     64: (
@@ -47,7 +47,7 @@ SIN = {
         -7.586389554705118e-13,
     ),
 }
-# (cos(r) - 1 + r^2 / 2) / r^4 by r^2 on [0, 0.62]
+# (cos(r) - 1 + r^2 / 2) / r^4 in r^2, on [0, 0.62]
 COS = {
     32: (0.041666665, -0.0013888297, 2.4546654e-05),
     64: (
@@ -60,7 +60,7 @@ COS = {
         4.7457009022695714e-14,
     ),
 }
-# (atan(x) - x) / x^3 by x^2 on [0, tan(pi / 8)^2]
+# (atan(x) - x) / x^3 in x^2, on [0, tan(pi / 8)^2]
 ATAN = {
     32: (-0.3333333, 0.1999954, -0.14263946, 0.107436316, -0.06451597),
     64: (
@@ -80,7 +80,7 @@ ATAN = {
         0.01195767779583195,
     ),
 }
-# (asin(x) - x) / x^3 by x^2 on [0, 0.25]
+# (asin(x) - x) / x^3 in x^2, on [0, 0.25]
 ASIN = {
     32: (0.16666666, 0.075000945, 0.044599402, 0.031100663, 0.017149238, 0.033690847),
     64: (
@@ -103,7 +103,7 @@ ASIN = {
         0.03368099542308894,
     ),
 }
-# (tanh(x) - x) / x^3 by x^2 on [0, 0.39]
+# (tanh(x) - x) / x^3 in x^2, on [0, 0.39]
 TANH = {
     32: (-0.33333329, 0.1333277, -0.05385085, 0.020996894, -0.00609629952),
     64: (
@@ -123,7 +123,7 @@ TANH = {
         9.169802962569091e-07,
     ),
 }
-# (sinh(x) - x) / x^3 by x^2 on [0, 1]
+# (sinh(x) - x) / x^3 in x^2, on [0, 1]
 SINH = {
     32: (0.16666667, 0.0083333397, 0.00019838102, 2.8062803e-06),
     64: (
@@ -137,7 +137,7 @@ SINH = {
         2.8445264169895616e-15,
     ),
 }
-# erf(x) / x by x^2 on [0, 0.87]
+# erf(x) / x in x^2, on [0, 0.87]
 ERF = {
     32: (1.1283791, -0.37612485, 0.112817093, -0.02676235, 0.004986477, -0.0005954904),
     64: (
@@ -157,7 +157,7 @@ ERF = {
         -4.490378666397743e-12,
     ),
 }
-# -log(1 - erf(t)) by t - ERFC_CENTRE, on [0.92, 4] and [0.92, 6]: beyond, erf(t) rounds to 1
+# -log(1 - erf(t)) in t - ERFC_CENTRE, on [0.92, 4] and [0.92, 6]: beyond that, erf(t) rounds to 1
 ERFC = {
     32: (
         7.594218,

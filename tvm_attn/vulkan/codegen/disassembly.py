@@ -12,7 +12,7 @@ _WIDTH = 15
 
 
 def disassemble(code: bytes) -> str:
-    """The assembly text of a module. Raises CompileError where the bytes are no SPIR-V that this package emits."""
+    """The assembly text of a module. Raises CompileError if the bytes are not SPIR-V that this package emits."""
     if len(code) % 4 or len(code) < 4 * _HEADER_WORDS or struct.unpack_from("<I", code)[0] != MAGIC:
         raise CompileError("not a SPIR-V module: its size or its first word is wrong")
     words = struct.unpack(f"<{len(code) // 4}I", code)

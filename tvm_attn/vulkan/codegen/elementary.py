@@ -1,7 +1,6 @@
 """Exponentials, logarithms, trigonometric and hyperbolic functions.
 
-The reductions of the argument follow Cody and Waite; log, and the constants, follow fdlibm; the polynomials are in
-`coefficients`.
+Argument reduction follows Cody and Waite; log, and the constants, follow fdlibm; the polynomials are in `coefficients`.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def sigmoid(x: Real) -> Real:
 
 
 def split_exponent(x: Real) -> tuple[Real, Real]:
-    """x = 2^k * (1 + f) with 1 + f from sqrt(1/2) to sqrt(2); gives k as a float and f."""
+    """Splits x = 2^k * (1 + f) with 1 + f from sqrt(1/2) to sqrt(2); returns k as a float, and f."""
     bits, fraction = x.bits, FRACTION[x.bits]
     tiny = x < SMALLEST_NORMAL[bits]
     normal = tiny.where(x * 2.0 ** (fraction + 2), x)
@@ -79,7 +78,7 @@ def _log_one_plus(f: Real) -> Real:
 
 
 def _log_domain(x: Real, result: Real) -> Real:
-    """The logarithm's value at 0, infinity, NaN and below 0."""
+    """The logarithm's value at 0, infinity and NaN, and below 0."""
     special = x.equals(0.0).where(-math.inf, (x < 0.0).where(x.of(x.lift(math.nan)), x))
     inside = (x > 0.0) & (x < math.inf)
     return inside.where(result, special)

@@ -94,7 +94,7 @@ def _written_only(code: Sequence[Instr]) -> set[int | str]:
 
 
 def is_live(row: Instr, live: Collection[int], effects: Collection[str]) -> bool:
-    """Whether an instruction of the function stays."""
+    """Whether an instruction of the function is kept."""
     name, _, result, operands = row
     if name == "Store":
         return operands[0] in live
@@ -102,7 +102,7 @@ def is_live(row: Instr, live: Collection[int], effects: Collection[str]) -> bool
 
 
 def capabilities(code: Sequence[Instr], types: Mapping[int, Type]) -> set[str]:
-    """What the instructions and types of a module need."""
+    """The capabilities that the instructions and types of a module need."""
     needed = {"Shader", "PhysicalStorageBufferAddresses"}
     small: dict[int, str] = {}
     for key, info in types.items():

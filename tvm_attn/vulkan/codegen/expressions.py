@@ -25,13 +25,13 @@ _BINARY = {
     "BitwiseXor": "xor",
 }
 _COMPARE = {"EQ": "eq", "NE": "ne", "LT": "lt", "LE": "le", "GT": "gt", "GE": "ge"}
-# 64-bit operations whose low 32 bits depend on the low 32 bits of the operands only.
+# 64-bit operations whose low 32 bits depend only on the low 32 bits of the operands.
 _MODULAR = {"Add": "add", "Sub": "sub", "Mul": "mul"}
 
 
-# Condition, what it chooses where it holds, and where not.
+# Condition, what it chooses if it is true, and if it is false.
 Choice = tuple[Any, Any, Any]
-# Decisions inside each other beyond which they are flattened.
+# Nesting depth beyond which decisions are flattened.
 _DEEPEST = 16
 
 
@@ -113,9 +113,9 @@ class Expressions:
         return self.arith.binary(operator, a, b)
 
     def _shift(self, operator: str, a: Value, b: Value, node: Any) -> Value:
-        """A shift by any amount below the width of the TIR type, which may be 64 where only 32 bits are kept.
+        """A shift by any amount below the width of the TIR type, which may be 64 even if only 32 bits are kept.
 
-        TVM's NarrowDataType, too, turns int64(x) >> n into a shift of 32 bits. Beyond 31 only the sign is left.
+        TVM's NarrowDataType also turns int64(x) >> n into a shift of 32 bits. Beyond 31 only the sign is left.
         """
         amount, fact = self.facts.of(node.b), self.facts.of(node)
         inside = amount.low >= 0 and amount.high < 32
@@ -139,13 +139,13 @@ class Expressions:
         a, b = self.expr(node.a), self.expr(node.b)
         dtype = a.dtype
         dividend, divisor = self.facts.of(node.a), self.facts.of(node.b)
-        # -2^31 / -1 alone leaves 32 bits.
+        # Only -2^31 / -1 needs more than 32 bits.
         overflows = dividend.low == -(1 << 31) and divisor.low <= -1 <= divisor.high
         narrow = a.narrow and b.narrow and not overflows
         if narrow:
             a, b = self._as32(a), self._as32(b)
         if dtype.kind == "int" and dtype.lanes == 1 and dividend.low >= 0 and divisor.low > 0:
-            # Without signs the quotient needs no correction.
+            # An unsigned quotient needs no correction.
             unsigned = DType("uint", a.dtype.bits)
             a, b = self.arith.cast(a, unsigned), self.arith.cast(b, unsigned)
             result = self.arith.remainder(a, b, floor) if remainder else self.arith.binary("div", a, b)
@@ -180,7 +180,7 @@ class Expressions:
         return self._extreme("max", node)
 
     def _logical(self, node: Any, is_and: bool) -> Value:
-        """The right side is evaluated only where the left one leaves the answer open, if it reads memory."""
+        """If the right side reads memory, it is evaluated only if the left one does not decide the answer."""
         a = self.expr(node.a)
         if a.dtype.lanes > 1 or not self.reads_memory(node.b):
             return self.arith.binary("and" if is_and else "or", a, self.expr(node.b))
@@ -219,7 +219,7 @@ class Expressions:
         return self.arith.select(condition, a, b)
 
     def if_then_else(self, condition: Any, yes: Any, no: Any) -> Value:
-        """Only the side that is taken is evaluated, where it may read memory: addresses are not checked."""
+        """If a side may read memory, only the side that is taken is evaluated: addresses are not checked."""
         if self.is_deep((condition, yes, no)):
             return self._flat_choice((condition, yes, no), self.dtype(yes))
         if not (self.reads_memory(yes) or self.reads_memory(no)):
@@ -252,10 +252,10 @@ class Expressions:
     def _parts(self, node: Any) -> tuple[int, ...]:
         return self.arith.wide(self.expr(node)).parts
 
-    # Decisions: (condition, where it holds, where it does not) ----------------------------------------------------
+    # Decisions: (condition, value if true, value if false) ----------------------------------------------------------
 
     def choice(self, node: Any) -> Choice | None:
-        """The parts of an if whose condition can be evaluated anywhere; None for what is no such node."""
+        """The parts of an if whose condition can be evaluated anywhere; None for any other node."""
         kind = type(node).__name__
         parts: Choice | None = None
         if kind == "IfThenElse":
@@ -267,7 +267,7 @@ class Expressions:
         return parts
 
     def is_deep(self, choice: Choice) -> bool:
-        """Whether decisions are nested so deeply that they are flattened: drivers have limits, of 79 in Mesa."""
+        """Whether decisions are nested so deeply that they are flattened: drivers have limits, Mesa's is 79."""
         if self.reads_memory(choice[0]) or choice[0].ty.dtype.lanes > 1:
             return False
         work = [(choice, 1)]
@@ -279,7 +279,7 @@ class Expressions:
         return False
 
     def flattened(self, choice: Choice) -> Iterator[tuple[Value, Any]]:
-        """Each thing that may be chosen, with the condition under which it is; conditions are emitted on the way."""
+        """Each value that may be chosen, with the condition for it; conditions are emitted on the way."""
         work: list[tuple[Choice, Value | None]] = [(choice, None)]
         while work:
             (condition, *sides), guard = work.pop()
@@ -297,7 +297,7 @@ class Expressions:
         return self.expr(node.body)
 
     def bind(self, var: Any, value: Any) -> None:
-        """Binds a variable to the value of an expression. Pointers were resolved by the analysis."""
+        """Binds a variable to the value of an expression. The analysis has resolved pointers."""
         if not hasattr(var.ty, "element_type"):
             self.variables[var.__chandle__()] = self.expr(value)
 
@@ -333,7 +333,7 @@ class Expressions:
         return view
 
     def index(self, view: View, indices: Any) -> Index:
-        """Where an access goes, in scalars of the view."""
+        """The place of an access, in scalars of the view."""
         if len(indices) != 1:
             raise CompileError(f"buffer {view.root.name} has {len(indices)} axes after flattening; one is supported")
         node = indices[0]
@@ -369,7 +369,7 @@ class Expressions:
         return Index(base, Fact(fact.low * lanes, fact.high * lanes, fact.divisor * lanes))
 
     def low32(self, node: Any) -> Value:
-        """The low 32 bits of an integer expression: all of it, for an index of a memory with fewer elements."""
+        """The low 32 bits of an integer expression: the whole of an index into memory with fewer elements."""
         operator = _MODULAR.get(type(node).__name__)
         if operator is not None and node.ty.dtype.bits == 64:
             return self.arith.binary(operator, self.low32(node.a), self.low32(node.b))

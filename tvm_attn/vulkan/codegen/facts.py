@@ -1,4 +1,4 @@
-"""What is known of integer expressions at compile time: an interval and a divisor.
+"""What is known about integer expressions at compile time: an interval and a divisor.
 
 The intervals decide where 64-bit arithmetic can be done in 32 bits, the divisors which vector accesses are aligned.
 """
@@ -9,7 +9,7 @@ from math import gcd
 from typing import Any, NamedTuple
 
 _UNBOUNDED = 1 << 63
-# Beyond this an extent of a local or shared array is not known in a way that helps.
+# A larger bound for the extent of a local or shared array does not help.
 _MOST_ELEMENTS = 1 << 24
 
 
@@ -44,7 +44,7 @@ def _of_type(bits: int, signed: bool) -> Fact:
 
 
 class Facts:
-    """Facts of the expressions of one kernel. Variables are bound as the walk meets them; results are remembered."""
+    """Facts about the expressions of one kernel. Variables are bound as the walk meets them; results are remembered."""
 
     def __init__(self) -> None:
         self._known: dict[int, Fact] = {}
@@ -54,7 +54,7 @@ class Facts:
         self._known[var.__chandle__()] = fact
 
     def of(self, expr: Any) -> Fact:
-        """The fact of an integer expression."""
+        """The fact about an integer expression."""
         handle = expr.__chandle__()
         known = self._known.get(handle)
         if known is None:
@@ -62,7 +62,7 @@ class Facts:
         return known
 
     def most_elements(self, extent: Any) -> int | None:
-        """An upper bound of an extent, whose parts are no negative numbers either: 8 for min(n, 8). None if unknown."""
+        """An upper bound of an extent with no negative part: 8 for min(n, 8). None if unknown."""
         fact = self.of(extent)
         if fact.high < _MOST_ELEMENTS:
             return fact.high
@@ -121,7 +121,7 @@ _RULES = {
 
 
 def _combine(rule: str, a: Fact, b: Fact) -> Fact:
-    """The fact of a binary operation."""
+    """The fact about the result of a binary operation."""
     if rule == "add":
         return Fact(a.low + b.low, a.high + b.high, gcd(a.divisor, b.divisor))
     if rule == "sub":

@@ -1,4 +1,4 @@
-"""The outside of a kernel: its argument block, the grid with its folding, thread indices."""
+"""The interface of a kernel: its argument block, the grid and how it is folded, thread indices."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ _ADDRESS = DType("handle", 64)
 
 
 class Interface:
-    """Layout of the argument block and access to it.
+    """Layout of the argument block, and access to it.
 
-    The block holds the parameters at their natural alignment (8 for addresses and 64-bit scalars, else 4; small
-    scalars are widened to 4 bytes), then the addresses of `aliases` once more, then three uint32: the extents of the
-    grid. Up to 128 bytes it is the push constant block; beyond, the push constant is the address of a buffer that
-    holds it.
+    The block holds the parameters at their natural alignment (8 for addresses and 64-bit scalars, else 4; small scalars
+    are widened to 4 bytes), then the addresses of `aliases` again, then three uint32: the extents of the grid. Up to
+    128 bytes it is the push constant block; a larger block is in a buffer, whose address is the push constant.
 
     Attributes:
         params, offsets: type and byte offset of each parameter.
         aliases: positions of the parameters whose addresses are repeated: a buffer that is accessed as several types
-            has a member of the block for each.
-        block_size: bytes of the block, a multiple of 8.
+            has one member of the block for each.
+        block_size: size of the block in bytes, a multiple of 8.
     """
 
     def __init__(self, function: Any, arithmetic: Arithmetic, analysis: Analysis, memory: Memory) -> None:
@@ -116,15 +115,15 @@ class Interface:
     # Threads ----------------------------------------------------------------------------------------------------
 
     def workgroup_size(self) -> list[int]:
-        """Extents of the workgroup: those of threadIdx, or one row of as many threads."""
+        """Extents of the workgroup: those of threadIdx, or a single row with as many threads."""
         size = self._threads()
         return [math.prod(size), 1, 1] if self._in_a_row(size) else size
 
     def _in_a_row(self, size: list[int]) -> bool:
-        """Whether the workgroup is laid out as one row, for kernels whose subgroups have to be consecutive threads.
+        """Whether the workgroup is laid out as one row, for kernels whose subgroups must be consecutive threads.
 
-        TIR counts the threads of a block along x, then y, then z, and cuts subgroups from that order. Vulkan promises
-        no order between rows: only rows of whole subgroups, and a single row, can be left as they are.
+        TIR counts the threads of a block along x, then y, then z, and cuts subgroups in that order. Vulkan guarantees
+        no order between rows: only rows of whole subgroups, or a single row, can stay as they are.
         """
         subgroup = self._analysis.subgroup
         return subgroup is not None and size[1] * size[2] > 1 and size[0] % subgroup != 0
@@ -191,7 +190,7 @@ class Interface:
         return self.arith.select(self._folded(), index, direct).id
 
     def leave_outside_grid(self) -> None:
-        """Ends the surplus workgroups of a folded grid; all threads of a workgroup take the same way."""
+        """Ends the surplus workgroups of a folded grid; all threads of a workgroup take the same branch."""
         arith, b = self.arith, self.builder
         total = Value(UINT32, [self._extent(0)])
         for axis in (1, 2):
@@ -205,7 +204,7 @@ class Interface:
 
 
 def _in_block(dtype: DType) -> DType:
-    """The type that stands in the argument block for a scalar parameter."""
+    """The type that a scalar parameter has in the argument block."""
     if dtype.bits >= 32:
         return dtype
     if dtype.kind == "bool":

@@ -1,4 +1,4 @@
-"""One kernel: from a device PrimFunc to SPIR-V and the record of it that the runtime reads."""
+"""One kernel: from a device PrimFunc to SPIR-V and the record that the runtime reads."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ _FEATURES = {
 }
 
 
-# Python calls inside each other while a kernel is compiled: at least 20,000 expressions or statements.
+# Nested Python calls while a kernel is compiled: enough for at least 20,000 expressions or statements.
 MAX_FRAMES = 200_000
 _STACK_BYTES = 512 << 20
 _DEEP = threading.Lock()
 
 
 class Kernel(NamedTuple):
-    """The SPIR-V words of a kernel and its record, without the place of the words."""
+    """The SPIR-V words of a kernel and its record, without the position of the words."""
 
     binary: bytes
     record: dict[str, Any]
 
 
 def compile_kernel(function: Any, name: str) -> Kernel:
-    """Compiles a device function as TVM's lowering leaves it. Raises CompileError naming operator and kernel."""
+    """Compiles a device function after TVM's lowering. Raises CompileError that names the operator and the kernel."""
     try:
         try:
             return _compile(function, name)

@@ -1,7 +1,7 @@
-"""Loops of many rounds: Mesa's processor driver ends them without a word after 65,535 rounds.
+"""Long loops: Mesa's CPU driver silently ends them after 65,535 rounds.
 
-It counts the rounds of all loops of an invocation together. Where constant extents say that there are more, the loops
-with the most rounds get several bodies a round.
+It counts the rounds of all loops of an invocation together. If constant extents add up to more, the loops with the most
+rounds get several bodies per round.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 _MOST_ROUNDS = 60_000
-# Bodies that a kernel may get for one, of all its loops together.
+# The most bodies per original body, over all loops of a kernel together.
 _MOST_COPIES = 128
 
 
 class Loop(NamedTuple):
-    """A loop: its variable's handle, its extent, how often it is started, and whether its body may be repeated."""
+    """A loop: its variable's handle, its extent, how often it starts, and whether its body may be repeated."""
 
     handle: int
     extent: int
@@ -23,7 +23,7 @@ class Loop(NamedTuple):
 
 
 def copies(loops: list[Loop]) -> dict[int, int]:
-    """Handle -> bodies a round, for loops that have to have more than one. None where that would not be enough."""
+    """Handle -> bodies per round, for loops that need more than one. None if that would not be enough."""
     bodies: dict[int, int] = {}
     rounds = {loop.handle: loop.starts * loop.extent for loop in loops}
     left = _MOST_COPIES

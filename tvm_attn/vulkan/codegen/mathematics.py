@@ -1,9 +1,9 @@
 """The functions of TIR's operator table, by name.
 
-Vulkan promises little for GLSL.std.450's sin, cos, exp and log, and nothing in 64 bits. Square roots and what Vulkan
-rounds correctly are taken from there; the rest is computed in exact reductions and polynomials (`elementary`,
+Vulkan guarantees little for GLSL.std.450's sin, cos, exp and log, and nothing in 64 bits. Square roots and what Vulkan
+rounds correctly use those instructions; the rest is computed with exact reductions and polynomials (`elementary`,
 `powers`), so that results are the same on every driver that adds, multiplies and divides in IEEE arithmetic.
-docs/vulkan-operators.md gives the accuracy. 16-bit functions are computed in 32 bits.
+docs/vulkan-operators.md lists the accuracy. 16-bit functions are computed in 32 bits.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _TWO: dict[str, Callable[[Real, Real], Real]] = {
     "fmod": powers.fmod,
     "hypot": powers.hypot,
 }
-# What GLSL.std.450 computes exactly, for any width.
+# Functions that GLSL.std.450 computes exactly, for any width.
 _EXACT = {"floor": "Floor", "ceil": "Ceil", "trunc": "Trunc", "nearbyint": "RoundEven", "fabs": "FAbs"}
 _DIRECT: dict[str, Callable[..., Real]] = {
     "sqrt": lambda x: x.glsl("Sqrt"),
@@ -81,12 +81,12 @@ _DIRECT: dict[str, Callable[..., Real]] = {
 }
 
 
-# Of `_DIRECT`, those that are computed in 32 bits for 16-bit floats.
+# Functions in `_DIRECT` that are computed in 32 bits for 16-bit floats.
 _WIDENED = frozenset(("sqrt", "rsqrt", "ldexp"))
 
 
 class Mathematics:
-    """Functions by the names of TIR and C."""
+    """Functions by their names in TIR and C."""
 
     NAMES = frozenset((*_ONE, *_TWO, *_EXACT, *_DIRECT, "min", "max"))
 

@@ -1,9 +1,9 @@
 """Tensor intrinsics as KHR cooperative matrices: TVM's matrix calls on fragments of scope "wmma.*".
 
-`tvm_fill_fragment`, `tvm_load_matrix_sync`, `tvm_mma_sync` and `tvm_store_matrix_sync` are what TVM's WMMA intrinsics
-(`tvm.s_tir.tensor_intrin.cuda`) leave in a kernel, so that schedules which tensorize with them serve Vulkan as well.
-A fragment becomes an array of cooperative matrices of the subgroup. The module then declares the Vulkan memory model,
-which SPV_KHR_cooperative_matrix asks for.
+TVM's WMMA intrinsics (`tvm.s_tir.tensor_intrin.cuda`) leave `tvm_fill_fragment`, `tvm_load_matrix_sync`, `tvm_mma_sync`
+and `tvm_store_matrix_sync` in a kernel, so schedules that tensorize with them work for Vulkan as well. A fragment
+becomes an array of cooperative matrices of the subgroup. The module then declares the Vulkan memory model, which
+SPV_KHR_cooperative_matrix requires.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LAYOUTS = {"row_major": 0, "col_major": 1}
 
 
 class MatrixCalls(ThreadCalls):
-    """Visits matrix calls. Every call gives the shape m, n, k; a fragment keeps the one it is first seen with."""
+    """Visits matrix calls. Every call gives the shape m, n, k; a fragment keeps the first shape it is seen with."""
 
     def _effect_tirx_tvm_fill_fragment(self, node: Any) -> None:
         pointer, type_id, dtype = self._fragment(node.args[0], node.args[4], node.args[1:4])
@@ -51,7 +51,7 @@ class MatrixCalls(ThreadCalls):
         self.builder.emit("Store", None, target, self.builder.emit("CooperativeMatrixMulAddKHR", type_id, a, b, c))
 
     def _fragment(self, data: Any, index: Any, shape: Any) -> tuple[int, int, DType]:
-        """Pointer to a matrix of a fragment, its type and the type of its elements."""
+        """The pointer to a matrix of a fragment, its type, and its element type."""
         root = self.analysis.root_of(data)
         use = FRAGMENTS.get(root.scope)
         if use is None:
@@ -80,7 +80,7 @@ class MatrixCalls(ThreadCalls):
     def _tile(
         self, pointer: Any, stride: Any, layout: Any, dtype: DType
     ) -> tuple[int, int, int, tuple[int | str, ...]]:
-        """Pointer, layout and stride of a tile in memory, and how the access is made."""
+        """Pointer, layout and stride of a tile in memory, and the memory operands of the access."""
         view, index = self.place(pointer)
         root = view.root
         if view.dtype.scalar != dtype or index.base is None:

@@ -1,12 +1,12 @@
 """Loads and stores: buffers by device address, shared and local arrays, vectors, dynamic shared memory.
 
 * A global buffer is a pointer in the argument block to `struct { T[]; }`, and an element an OpAccessChain. T is the
-  scalar or vector of 2 or 4 that is accessed; a buffer that is accessed as several types has a pointer for each, as
-  not every driver can cast pointers. Loads state the alignment that is proven, never more.
-* A shared or local array holds scalars, or vectors of 2 or 4 where every vector access is aligned to them; single
-  elements of a shared vector are addressed by component, so that threads may write neighbours.
-* Views of one allocation with elements of another size are put together from elements of the smallest size.
-* A load that was made before is used again until a store, a barrier or a loop may have changed the memory.
+  scalar or vector of 2 or 4 that is accessed; a buffer that is accessed as several types has a pointer for each, as not
+  every driver can cast pointers. Loads state the alignment that is proven, never more.
+* A shared or local array holds scalars, or vectors of 2 or 4 if every vector access is aligned to them; single elements
+  of a shared vector are addressed by component, so that threads may write neighbouring ones.
+* Views of one allocation with another element size are assembled from elements of the smallest size.
+* An earlier load is reused until a store, a barrier or a loop may have changed the memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BYTE = DType("uint", 8)
 
 
 class Index(NamedTuple):
-    """Where an access goes: `base` in scalars of the view, `fact` about it; `gather` instead for scattered lanes."""
+    """The place of an access: `base` in scalars of the view, `fact` about it; `gather` instead for scattered lanes."""
 
     base: Value | None
     fact: Fact
@@ -35,7 +35,7 @@ class Index(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How elements of a global memory are accessed: `width` of the scalar type `dtype` at a time."""
+    """How elements of a global memory are accessed: `width` scalars of type `dtype` at a time."""
 
     dtype: DType
     width: int
@@ -43,7 +43,7 @@ class Form(NamedTuple):
 
 @dataclass(eq=False)
 class Array:
-    """A shared or local array: its variable, unit type, units in a vector, and the units before its first."""
+    """A shared or local array: its variable, unit type, units per vector, and the units before its first."""
 
     variable: int
     storage: str
@@ -55,7 +55,7 @@ class Array:
 
 
 class Memory:
-    """All memories of one kernel."""
+    """All memories of a kernel."""
 
     def __init__(self, arithmetic: Arithmetic, analysis: Analysis) -> None:
         self.arith = arithmetic
@@ -73,8 +73,8 @@ class Memory:
     # Declaration ------------------------------------------------------------------------------------------------
 
     def forms(self, root: Root) -> list[Form]:
-        """The forms in which the memory of a parameter is accessed, at least one: each needs a pointer of its own."""
-        if root.scope != "global":  # every thread has its own, and the address goes unused
+        """The forms in which a parameter's memory is accessed, at least one: each needs its own pointer."""
+        if root.scope != "global":  # every thread has its own, and the address is not used
             return [_form(root.dtype)]
         found = []
         for access in root.accesses:
@@ -100,7 +100,7 @@ class Memory:
         return _BYTE.with_lanes(dtype.lanes) if dtype.kind == "bool" else dtype
 
     def _regions(self, root: Root) -> list[tuple[int, int, Array]]:
-        """The arrays that stand for a shared or local allocation: (first byte, end, array)."""
+        """The arrays that represent a shared or local allocation: (first byte, end, array)."""
         if root not in self._arrays:
             self._arrays[root] = [self._declare(root, *region) for region in _partition(root)]
         return self._arrays[root]
@@ -163,7 +163,7 @@ class Memory:
             self._store_array(self._find(root, index, value.dtype), index, self.arith.wide(value))
 
     def pointer(self, view: View, index: Index, dtype: DType) -> int:
-        """The pointer to one element: for atomics and matrices."""
+        """The pointer to one element, for atomics and matrices."""
         assert index.base is not None
         root = view.root
         self._touch(root)
@@ -175,9 +175,9 @@ class Memory:
         return self._unit_pointer(array, index.base)
 
     def tile(self, view: View, index: Index, dtype: DType) -> tuple[int, Fraction]:
-        """The pointer to the first element of a matrix in memory, and how far the next element is in what it points to.
+        """The pointer to the first element of a matrix in memory, and the distance to the next, in what it points to.
 
-        The elements of an array need not have the type of the matrix's: they are taken as bits.
+        The array's elements may have another type than the matrix's: they are taken as bits.
         """
         assert index.base is not None
         if view.root.writes:
@@ -238,7 +238,7 @@ class Memory:
             self.builder.emit("Store", None, pointer, ident, *self._aligned(root, form))
 
     def _join(self, dtype: DType, ids: Sequence[int], widths: tuple[int, ...]) -> Value:
-        """The value whose lanes are those of vectors in a row."""
+        """The value whose lanes are those of consecutive vectors."""
         if widths == split(dtype.lanes):
             return Value(dtype, ids)
         lanes: list[int] = []
@@ -247,7 +247,7 @@ class Memory:
         return self.arith.build(dtype, lanes)
 
     def _cut(self, value: Value, widths: tuple[int, ...]) -> Sequence[int]:
-        """The lanes of a value as vectors in a row."""
+        """The lanes of a value as consecutive vectors."""
         if widths == split(value.dtype.lanes):
             return self.arith.wide(value).parts
         lanes, start, ids = self.arith.lanes(value), 0, []
@@ -257,7 +257,7 @@ class Memory:
         return ids
 
     def _aligned(self, root: Root, form: Form) -> tuple[str, int]:
-        """How global memory is accessed: the Vulkan memory model has to be told what threads exchange."""
+        """The memory operands for global memory: the Vulkan memory model must be told what threads exchange."""
         exchanged = self.vulkan_model and root.reads and root.writes
         return "Aligned|NonPrivatePointer" if exchanged else "Aligned", min(form.dtype.bytes * form.width, 16)
 
@@ -311,7 +311,7 @@ class Memory:
         return self.arith.binary("shr", base, self.arith.constant(base.dtype, width.bit_length() - 1))
 
     def _pieces(self, array: Array, index: Index, lanes: int) -> list[tuple[int, int, int, int | None]]:
-        """(pointer, type, units, slot) of each piece of an access to `lanes` units in a row; slots are known places."""
+        """(pointer, type, units, slot) of each piece of an access to `lanes` consecutive units; slots are constant."""
         base = index.base
         assert base is not None
         literal = self.arith.literal(base)
@@ -387,7 +387,7 @@ class Memory:
 
 
 def _form(dtype: DType, lanes: int = 1, fact: Fact = UNKNOWN) -> Form:
-    """The form for `lanes` elements in a row from an index with that fact. Integers carry no sign in memory."""
+    """The form for `lanes` consecutive elements from an index with that fact. Integers have no sign in memory."""
     stored = Memory.stored(dtype.scalar)
     scalar = DType("uint", stored.bits) if stored.kind in ("int", "bfloat") else stored
     return Form(scalar, Fact(divisor=gcd(fact.divisor, lanes)).aligned(MAX_LANES))
@@ -420,7 +420,7 @@ def _partition(root: Root) -> list[tuple[int, int | None, list[Access]]]:
 
 
 def _vector_width(root: Root, accesses: list[Access], unit: DType, low: int) -> int:
-    """4 or 2 where vector accesses of an array are aligned to it, else 1."""
+    """4 or 2 if the vector accesses of an array are aligned to it, else 1."""
     if unit.kind == "bool":
         return 1
     best, limit = 0, 4

@@ -1,10 +1,10 @@
 """Lowering for Vulkan: TVM's default pipeline, with reductions across threads by subgroup shuffles.
 
-TVM lowers cross-thread reductions to shuffles for the target kinds that it knows to have them, and `vulkan` is none of
-these. `LowerThreadAllreduce` therefore sees the kernels as ones of `metal`, whose shuffles need no mask; before and
-after it they are Vulkan's. It takes a target whose `thread_warp_size` is the device's subgroup size, which
-`Target.from_device` does not set: a device with another one refuses the kernel when it is loaded. The stock pipeline
-reduces through shared memory; for such a target the last steps of that are separated by barriers of subgroups, too.
+TVM lowers cross-thread reductions to shuffles for target kinds that it knows to have them, and `vulkan` is not among
+these. So `LowerThreadAllreduce` sees the kernels as `metal` kernels, whose shuffles need no mask; before and after it
+they are Vulkan's. This needs a target whose `thread_warp_size` is the device's subgroup size, which
+`Target.from_device` does not set: a device with another size refuses the kernel when it is loaded. The stock pipeline
+reduces through shared memory; for such a target it, too, separates the last steps with subgroup barriers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tvm_ffi.structural import structural_map, structural_walk
 from tvm_attn.vulkan.codegen.values import number
 
 NAME = "tvm_attn.vulkan"
-_UNKNOWN = 1 << 16  # threads of a block whose extent is no constant: more than any device has
+_UNKNOWN = 1 << 16  # threads of a block whose extent is not constant: more than any device has
 
 
 def lower_thread_allreduce() -> Any:
@@ -44,9 +44,9 @@ def lower_thread_allreduce() -> Any:
 
 
 def split_shifts() -> Any:
-    """Shifts of 64-bit integers by 32 and more to the right in steps of at most 31.
+    """Splits right shifts of 64-bit integers by 32 or more into steps of at most 31.
 
-    NarrowDataType turns int64(x) >> n into a shift of 32 bits, where only those steps mean the same.
+    NarrowDataType turns int64(x) >> n into a shift of 32 bits, where only such steps mean the same.
     """
 
     @tirx.transform.prim_func_pass(opt_level=0, name="tvm_attn.SplitShifts")
@@ -66,7 +66,7 @@ def _steps(shift: Any) -> Any:
 
 
 def _block_threads(function: Any) -> int:
-    """The threads of the largest block of a function, or more: the product of the largest extents."""
+    """The threads of a function's largest block, or more: the product of the largest extents."""
     extents: dict[str, int] = {}
 
     def visit(node: Any) -> None:
@@ -82,8 +82,8 @@ def _block_threads(function: Any) -> int:
 def _shuffling(target: Any, threads: int) -> Any:
     """A target with maskless shuffles and the limits of `target`.
 
-    One subgroup adds up what all of a block have left. TVM asks the target's largest block whether it can, so it is
-    told of a smaller one where the function's blocks of `threads` threads are small enough.
+    One subgroup adds up the partial sums of the whole block. TVM compares with the target's largest block to see
+    whether it can, so the target states a smaller one if the function's blocks of `threads` threads are small enough.
     """
     known = {
         name: int(target.attrs[name])
@@ -99,7 +99,7 @@ def _shuffling(target: Any, threads: int) -> Any:
 
 
 def pipeline() -> tuple[Any, Any, Any]:
-    """The pipeline, its host and its device finalization, as `tirx.build` asks for them."""
+    """The pipeline, its host and its device finalization, as `tirx.build` expects them."""
 
     @tvm.transform.module_pass(opt_level=0, name=NAME)
     def lower(mod: tvm.IRModule, _: Any) -> tvm.IRModule:
@@ -111,7 +111,7 @@ def pipeline() -> tuple[Any, Any, Any]:
 
 
 def _passes(config: Any) -> list[Any]:
-    """Those of TVM's default S-TIR pipeline, in its order, without the ones for other devices, with two of our own."""
+    """TVM's default S-TIR passes, in order, without those for other devices, with two of our own."""
     passes = [
         s_tir.transform.CanonicalizeLoop(),
         s_tir.transform.LowerCrossThreadReduction(),

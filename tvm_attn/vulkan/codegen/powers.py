@@ -1,4 +1,4 @@
-"""Powers, remainders and lengths, on sums and products with their errors.
+"""Powers, remainders and lengths, from sums and products with their rounding errors.
 
 pow carries the logarithm in two floats (Dekker's product, Knuth's sum).
 """
@@ -95,7 +95,7 @@ def _pow_domain(x: Real, y: Real, a: Real, finite: Real) -> Real:
 
 
 def _integer_power(x: Real, n: int) -> Real:
-    """By repeated squaring."""
+    """x^n by repeated squaring."""
     result: Real | None = None
     square, rest = x, abs(n)
     while rest:

@@ -104,7 +104,7 @@ class Real:
         return self._compare("eq", other)
 
     def differs(self, other: Real | float) -> Real:
-        """Also true where one side is NaN."""
+        """Whether the values differ; also true if one side is NaN."""
         return self._compare("ne", other)
 
     def _compare(self, name: str, other: Real | float) -> Real:
@@ -164,7 +164,7 @@ class Real:
         return self.of(self.arith.cast(self.value, DType(kind, bits or self.bits, self.dtype.lanes)))
 
     def is_nan(self) -> Real:
-        """By the bits: drivers may take comparisons of NaN for granted."""
+        """Tested by the bits: drivers may optimize away comparisons with NaN."""
         return self._magnitude() > (self._infinity())
 
     def is_infinite(self) -> Real:
@@ -185,7 +185,7 @@ class Real:
         return (self._magnitude() | (other.to_bits() & sign)).as_float()
 
     def scaled(self, exponent: Real) -> Real:
-        """self * 2^exponent, `exponent` an integer; in two steps, so that neither factor leaves the range."""
+        """self * 2^exponent for an integer `exponent`; in two steps, so that neither factor leaves the range."""
         half = exponent >> 1
         return self.times(_power_of_two(half)).times(_power_of_two(exponent - half))
 

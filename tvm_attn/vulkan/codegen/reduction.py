@@ -1,7 +1,7 @@
 """Angles minus the nearest multiple of pi / 2.
 
-Small ones by subtracting parts of it (Cody and Waite); large ones by multiplying with the bits of 2 / pi that matter
-(Payne and Hanek, "Radian reduction for trigonometric functions", 1983), which holds for every float.
+Small angles subtract parts of the multiple (Cody and Waite); large ones are multiplied by the bits of 2 / pi that
+matter (Payne and Hanek, "Radian reduction for trigonometric functions", 1983), which works for every float.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _HALF_PI = {
     32: (1.5703125, 4.837512969970703125e-4, 7.54978995489188216e-8, -1.7151244994428829e-15),
     64: (1.57079632673412561417, 6.07710050630396597660e-11, 2.02226624871116645580e-21, 8.4784276603689e-32),
 }
-_HALF_PI_REST = 6.123233995736766e-17  # pi / 2 minus the double next to it
-# From this power of two on those products are not exact.
+_HALF_PI_REST = 6.123233995736766e-17  # pi / 2 minus the nearest double
+# From this power of two on, those products are not exact.
 _LARGE = {32: 13, 64: 20}
 # The bits of 2 / pi after the point.
 _TWO_OVER_PI_BITS = 1216
@@ -32,7 +32,7 @@ _TWO_OVER_PI = int(
 
 
 def reduce_angle(x: Real) -> tuple[Real, Real]:
-    """x minus the nearest multiple of pi / 2, and that multiple as an integer, of which the last two bits count."""
+    """x minus the nearest multiple of pi / 2, and that multiple as an integer; only its last two bits count."""
     magnitude = abs(x)
     large = (magnitude >= 2.0 ** _LARGE[x.bits]) & (magnitude < math.inf)
     integer = DType("int", x.bits, x.dtype.lanes)
@@ -62,14 +62,14 @@ def _cody_waite(x: Real) -> tuple[Real, Real]:
 
 
 def _payne_hanek(x: Real) -> tuple[Real, Real]:
-    """x is m * 2^e with a whole m; of m * 2^e * 2 / pi multiples of 4 do not count, so three words of 2 / pi do."""
+    """x is m * 2^e, m an integer. Multiples of 4 in m * 2^e * 2 / pi do not count: three words of 2 / pi are enough."""
     width, fraction = x.bits, FRACTION[x.bits]
     bits = x.to_bits()
-    lowest = _LARGE[width] - fraction  # the least e
+    lowest = _LARGE[width] - fraction  # the smallest e
     m = (bits & ((1 << fraction) - 1)) | (1 << fraction)
     place = ((bits >> fraction) & ((1 << (width - 1 - fraction)) - 1)) - (lowest + BIAS[width] + fraction)
     f0, f1, f2 = _bits_from(place, lowest)
-    # The product modulo 2^(3 width); the two first bits are the quadrant, the rest is a fraction of it.
+    # The product modulo 2^(3 width); the first two bits are the quadrant, the rest is a fraction of it.
     p2 = m * f2
     low, carry = m * f1, _high_product(m, f2)
     p1 = low + carry
@@ -92,7 +92,7 @@ def _payne_hanek(x: Real) -> tuple[Real, Real]:
 
 
 def _bits_from(place: Real, lowest: int) -> tuple[Real, Real, Real]:
-    """Three words of 2 / pi; the first bit of them at `place` 0 is worth 2^(1 - lowest) of its own."""
+    """Three words of 2 / pi; at `place` 0 their first bit is worth 2^(1 - lowest)."""
     width = place.bits
     leading = 2 - lowest  # zeros before the point
     highest = BIAS[width] - FRACTION[width] - lowest
@@ -112,7 +112,7 @@ def _bits_from(place: Real, lowest: int) -> tuple[Real, Real, Real]:
 
 
 def _high_product(a: Real, b: Real) -> Real:
-    """The upper word of a product of unsigned words."""
+    """The upper word of the product of two unsigned words."""
     half = a.bits // 2
     mask = (1 << half) - 1
     a0, a1, b0, b1 = a & mask, a >> half, b & mask, b >> half

@@ -1,8 +1,8 @@
 """SPIR-V as tables: the instructions, enumerants and extended instructions that the code generator uses.
 
-Numbers are those of the Khronos SPIR-V 1.6 specification and of SPV_KHR_cooperative_matrix. Each instruction is
-`Name number operands`; operands are written with one letter each, `*` after a letter repeats it, a leading `t` is the
-result type and `r` the result:
+Numbers are those of the Khronos SPIR-V 1.6 specification and of SPV_KHR_cooperative_matrix. Each instruction is written
+`Name number operands`. An operand is one letter, and `*` after a letter repeats it; a leading `t` is the result type
+and `r` the result:
 
     i  id                n  literal number          s  literal string       v  literal of the result type's width
     C  Capability        S  StorageClass            D  Decoration with its parameters
@@ -56,7 +56,7 @@ CooperativeMatrixMulAddKHR 4459 triiiQ | CooperativeMatrixLengthKHR 4460 tri | A
 
 
 class Instruction(NamedTuple):
-    """One row of the table: number, operand letters (without type and result), and which of the two it has."""
+    """One row of the table: number, operand letters (without type and result), and which of these two it has."""
 
     name: str
     number: int
@@ -79,7 +79,7 @@ def _parse(table: str) -> dict[str, Instruction]:
 INSTRUCTIONS = _parse(_INSTRUCTIONS)
 BY_NUMBER = {row.number: row for row in INSTRUCTIONS.values()}
 
-# Instructions that must stay even where nothing reads their result.
+# Instructions that must stay even if nothing reads their result.
 EFFECTS = frozenset(
     name
     for name in INSTRUCTIONS
@@ -148,7 +148,7 @@ SEMANTICS = {
     "MakeVisible": 0x4000,
 }
 
-# Operand letter -> (enumerants, is it a bit mask).
+# Operand letter -> (enumerants, whether it is a bit mask).
 ENUMERANTS: dict[str, tuple[dict[str, int], bool]] = {
     "C": (CAPABILITY, False),
     "S": (STORAGE_CLASS, False),

@@ -21,7 +21,7 @@ class Statements(Calls):
     interface: Interface
 
     def run(self, interface: Interface, parameters: Any, body: Any) -> None:
-        """Emits the kernel: `parameters` are the scalar ones by position."""
+        """Emits the kernel; `parameters` are the scalar ones by position."""
         self.interface = interface
         for index, parameter in enumerate(parameters):
             if not hasattr(parameter.ty, "element_type"):
@@ -31,7 +31,7 @@ class Statements(Calls):
         self.statement(body)
 
     def statement(self, node: Any) -> None:
-        """Emits one statement, unless the place cannot be reached."""
+        """Emits one statement, unless it cannot be reached."""
         if self.builder.terminated:
             return
         method: Callable[[Any], None] | None = getattr(self, f"_stmt_{type(node).__name__}", None)
@@ -58,12 +58,12 @@ class Statements(Calls):
         self.memory.store(view, self.index(view, node.indices), value)
 
     def _stmt_AllocBuffer(self, node: Any) -> None:
-        """The analysis has declared it."""
+        """Emits nothing: the analysis has declared the allocation."""
 
     _stmt_DeclBuffer = _stmt_AllocBuffer
 
     def _stmt_AssertStmt(self, node: Any) -> None:
-        """Shaders cannot report a failure: what an assertion states is taken as true."""
+        """Emits nothing: shaders cannot report a failure, so an assertion is taken as true."""
 
     def _stmt_AttrStmt(self, node: Any) -> None:
         if node.attr_key == "thread_extent":

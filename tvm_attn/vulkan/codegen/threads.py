@@ -60,7 +60,7 @@ class ThreadCalls(Expressions):
         return self.arith.bitcast(moved, dtype)
 
     def _segment(self, lane: Value, width: Value) -> tuple[Value, Value]:
-        """The first lane of the segment, and the place in it."""
+        """The first lane of the segment, and the position in it."""
         place = self.arith.binary("and", lane, self.arith.binary("sub", width, self.arith.constant(UINT32, 1)))
         return self.arith.binary("sub", lane, place), place
 
@@ -97,7 +97,7 @@ class ThreadCalls(Expressions):
     # Atomics ----------------------------------------------------------------------------------------------------
 
     def place(self, pointer: Any) -> tuple[View, Index]:
-        """Memory and index behind address_of or tvm_access_ptr."""
+        """Memory and index that an address_of or tvm_access_ptr refers to."""
         name = getattr(getattr(pointer, "op", None), "name", "")
         if name == "tirx.address_of":
             load = pointer.args[0]
@@ -115,7 +115,7 @@ class ThreadCalls(Expressions):
         return self.atomic("add", node.args[0], node.args[1])
 
     def atomic(self, operator: str, pointer: Any, operand: Any) -> Value:
-        """An atomic operation; gives the value before it. Relaxed order, as in CUDA."""
+        """An atomic operation; returns the value before it. Relaxed order, as in CUDA."""
         view, index = self.place(pointer)
         value = self.arith.wide(self.expr(operand))
         dtype = view.dtype.scalar
@@ -137,7 +137,7 @@ class ThreadCalls(Expressions):
         return Value(dtype, [self.builder.emit(name, self.arith.type(dtype), address, scope, relaxed, value.id)])
 
     def _compare_and_swap(self, operator: str, address: int, scope: int, value: Value) -> Value:
-        """An atomic operation on floats that devices need not have, as a loop around a comparing exchange."""
+        """An atomic float operation that devices need not have, as a loop around a comparing exchange."""
         b, dtype = self.builder, value.dtype
         bits = DType("uint", dtype.bits)
         word, relaxed = self.arith.type(bits), b.uint(0)

@@ -1,4 +1,4 @@
-"""Data types and values of TIR as the code generator holds them: vectors are parts of at most four lanes."""
+"""Data types and values of TIR in the code generator: vectors are split into parts of at most four lanes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class DType(NamedTuple):
 
 
 def number(expr: Any) -> int | None:
-    """The value of an integer constant; None for other expressions, and for none."""
+    """The value of an integer constant; None for other expressions and for None."""
     return int(expr.value) if type(expr).__name__ == "IntImm" else None
 
 
@@ -79,7 +79,7 @@ _BY_NAME: dict[str, DType] = {}
 
 
 def from_tvm(dtype: str) -> DType:
-    """The type of a `tvm_ffi.dtype`, which is a string with `type_code`, `bits` and `lanes`."""
+    """The type for a `tvm_ffi.dtype`, which is a string with `type_code`, `bits` and `lanes`."""
     known = _BY_NAME.get(dtype)
     if known is None:
         known = _parse(dtype.type_code, dtype.bits, dtype.lanes)  # type: ignore[attr-defined]
@@ -97,8 +97,8 @@ def split(lanes: int) -> tuple[int, ...]:
 class Value:
     """A TIR value: its type and one id for each part.
 
-    `narrow` marks a 64-bit integer that is known to fit 32 bits and whose ids are 32-bit: address arithmetic of kernels
-    with 64-bit shapes then costs half. `Arithmetic.wide` gives the full form.
+    `narrow` marks a 64-bit integer that is known to fit 32 bits and whose ids are 32-bit, which halves the cost of
+    address arithmetic in kernels with 64-bit shapes. `Arithmetic.wide` gives the full form.
     """
 
     __slots__ = ("dtype", "narrow", "parts")

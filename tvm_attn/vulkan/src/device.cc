@@ -74,7 +74,7 @@ VkDevice Device::CreateLogicalDevice(const PhysicalDevice& physical) {
   queue.queueCount = 1;
   queue.pQueuePriorities = &priority;
 
-  // Everything that kernels may ask for and the device has; nothing else, as robustness checks cost time.
+  // Enable whatever kernels may ask for and the device has; nothing else, as robustness checks cost time.
   VkPhysicalDeviceFeatures2 features{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2};
   features.features.shaderFloat64 = physical.features.shaderFloat64;
   features.features.shaderInt64 = physical.features.shaderInt64;
@@ -145,7 +145,7 @@ uint64_t Device::Allocate(size_t size) {
   std::lock_guard<std::mutex> lock(mutex_);
   Allocation* allocation = memory_.Allocate(size);
   if (allocation == nullptr) {
-    // What was freed may still be on its way back.
+    // The device may still be using memory that was freed.
     RetireUnusedBlocks(/*all=*/true);
     stream_.Drain();
     DestroyRetired();
@@ -161,7 +161,7 @@ void Device::Free(uint64_t address) noexcept {
   try {
     if (memory_.Free(address)) RetireUnusedBlocks(/*all=*/false);
   } catch (...) {
-    // The device is lost: there is nobody to tell, and the next real operation says so.
+    // The device is lost: nobody can be told here, but the next real operation says so.
   }
 }
 
@@ -187,7 +187,7 @@ Allocation* Device::FindRange(uint64_t address, size_t size) {
 void Device::CopyFromHost(const void* source, uint64_t destination, size_t size) {
   const auto* bytes = static_cast<const uint8_t*>(source);
   for (size_t done = 0; done < size;) {
-    // The lock is taken anew for each part: other threads come in between.
+    // The lock is taken again for each part, so that other threads can get in between.
     std::lock_guard<std::mutex> lock(mutex_);
     Allocation* allocation = FindRange(destination, size);
     const size_t part = std::min<size_t>(size - done, UploadRing::kLargestSlice);
@@ -200,7 +200,7 @@ void Device::CopyFromHost(const void* source, uint64_t destination, size_t size)
     vk_.vkCmdCopyBuffer(commands, slice.buffer, allocation->block->buffer.handle, 1, &region);
     stream_.Finish();
     done += part;
-    if (part == UploadRing::kLargestSlice) stream_.Submit();  // long enough to be worth starting
+    if (part == UploadRing::kLargestSlice) stream_.Submit();  // large enough to start now
     DestroyRetired();
   }
 }
@@ -210,7 +210,7 @@ void Device::CopyToHost(uint64_t source, void* destination, size_t size) {
   auto* bytes = static_cast<uint8_t*>(destination);
   TimelineValue values[2] = {0, 0};
   const size_t parts = (size + ReadbackBuffers::kSize - 1) / ReadbackBuffers::kSize;
-  // Part i is recorded while part i - 1 is on its way, and read while part i is.
+  // The device copies part i while the host reads part i - 1.
   for (size_t i = 0; i <= parts && size > 0; ++i) {
     if (i < parts) {
       const size_t begin = i * ReadbackBuffers::kSize;
@@ -289,7 +289,7 @@ void Device::Retire(std::function<void()> destroy) {
 }
 
 void Device::DestroyRetired() {
-  // In the order of their values: later ones wait with the first that must.
+  // Ordered by value: if one must wait, so must all later ones.
   auto first = retired_.begin();
   while (first != retired_.end() && stream_.Passed(first->first)) {
     first->second();

@@ -17,15 +17,15 @@
 
 namespace tvm_attn::vulkan {
 
-/// More devices than this are not looked at.
+/// More devices than this are ignored.
 constexpr size_t kMaxDevices = 64;
 
 /// Thread-safe. Lives until the process ends, as tensors may be freed at any time before.
 class Device {
  public:
-  /// `vulkan:index`, opened at first use. Throws DeviceError where there is none.
+  /// `vulkan:index`, opened at first use. Throws DeviceError if there is no such device.
   static Device& Get(int index);
-  /// How many there are. Throws DeviceError where there is none.
+  /// The number of devices. Throws DeviceError if there is none.
   static size_t Count();
   /// The devices opened so far.
   static std::vector<Device*> Opened();
@@ -37,31 +37,31 @@ class Device {
   int index() const { return index_; }
   const PhysicalDevice& physical() const { return physical_; }
 
-  /// Memory of `size` bytes: its device address. Throws DeviceError with the figures where there is not as much.
+  /// The device address of `size` new bytes. Throws DeviceError with the figures if there is not enough memory.
   uint64_t Allocate(size_t size);
-  /// Gives it back. Never throws: destructors of tensors call it, also after the device was lost.
+  /// Frees memory. Never throws: destructors of tensors call it, even after the device was lost.
   void Free(uint64_t address) noexcept;
   MemoryStats memory_stats();
   Stream::Counters stream_counters();
 
   /// Copies `size` bytes from the host, which may reuse its memory at once.
   void CopyFromHost(const void* source, uint64_t destination, size_t size);
-  /// Copies `size` bytes to the host after all earlier work; they are there when this returns.
+  /// Copies `size` bytes to the host after all earlier work; they have arrived when this returns.
   void CopyToHost(uint64_t source, void* destination, size_t size);
-  /// Copies `size` bytes inside the device, in the order of the stream.
+  /// Copies `size` bytes within the device, in stream order.
   void CopyInside(uint64_t source, uint64_t destination, size_t size);
 
-  /// This thread has just called CopyFromHost, and its next call will be a wait that is not needed.
+  /// This thread has just called CopyFromHost, and its next call will be an unneeded wait.
   void ExpectNeedlessSync();
-  /// Whether this is that wait: the thread's first since, with nothing asked of the device in between.
+  /// Whether this is that wait: this thread's first since then, with nothing asked of the device in between.
   bool TakeNeedlessSync();
 
-  /// Blocks until everything that was asked of the device is done.
+  /// Blocks until all work so far is done.
   void Synchronize();
-  /// The same, and writes the pipeline cache, before the process ends.
+  /// The same; also writes the pipeline cache, before the process ends.
   void Flush();
 
-  /// What a launch needs, under the device's lock; see kernel.cc.
+  /// What a launch needs, with the device's lock held; see kernel.cc.
   class Session {
    public:
     explicit Session(Device* device) : lock_(device->mutex_), device_(device) {}
@@ -69,7 +69,7 @@ class Device {
     Stream& stream() { return device_->stream_; }
     UploadRing& upload() { return device_->upload_; }
     PipelineFactory& pipelines() { return device_->pipelines_; }
-    /// Calls `destroy` once the device has finished all that was recorded.
+    /// Calls `destroy` once the device has finished everything that was recorded.
     void Retire(std::function<void()> destroy) { device_->Retire(std::move(destroy)); }
 
    private:
@@ -84,7 +84,7 @@ class Device {
   static VkDevice CreateLogicalDevice(const PhysicalDevice& physical);
   static DeviceFunctions LoadFunctions(VkDevice device);
 
-  // These want the lock held.
+  // These require the lock to be held.
   Allocation* FindRange(uint64_t address, size_t size);
   void Retire(std::function<void()> destroy);
   void DestroyRetired();

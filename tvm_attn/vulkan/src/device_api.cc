@@ -22,7 +22,7 @@ std::string ApiVersion(uint32_t version) {
          std::to_string(VK_API_VERSION_PATCH(version));
 }
 
-/// The attributes that TVM's target kind "vulkan" has, as this device sets them.
+/// The attributes of TVM's target kind "vulkan", as they are for this device.
 std::map<std::string, Any> TargetProperties(const PhysicalDevice& device) {
   const VkPhysicalDeviceLimits& limits = device.properties.limits;
   auto has = [&](const char* feature) { return Any(device.kernel_features.at(feature)); };
@@ -77,7 +77,7 @@ void VulkanDeviceApi::GetAttr(tvm::Device dev, DeviceAttrKind kind, Any* rv) {
     try {
       *rv = static_cast<int>(dev.device_id >= 0 && index < Device::Count());
     } catch (const tvm::ffi::Error&) {
-      *rv = 0;  // no driver, no device: whoever goes on to use it is told
+      *rv = 0;  // no driver, no device: whoever then uses it gets the error
     }
     return;
   }
@@ -117,7 +117,7 @@ void VulkanDeviceApi::GetAttr(tvm::Device dev, DeviceAttrKind kind, Any* rv) {
       *rv = static_cast<int64_t>(device.AvailableMemory());
       break;
     default:
-      *rv = nullptr;  // Vulkan does not tell: clock, registers, number of processors, cache, architecture
+      *rv = nullptr;  // Vulkan does not say: clock, registers, number of processors, cache, architecture
   }
 }
 
@@ -149,8 +149,8 @@ void VulkanDeviceApi::StreamSync(tvm::Device dev, TVMStreamHandle) {
 
 void VulkanDeviceApi::CopyDataFromTo(DLTensor* from, DLTensor* to, TVMStreamHandle stream) {
   DeviceAPI::CopyDataFromTo(from, to, stream);
-  // TVM's copy of bytes from the host, which makes a tensor of the bytes that borrows its shape from `to`, waits for the
-  // device afterwards, so that the bytes may go. They may go already: see Device::CopyFromHost.
+  // When TVM copies bytes from the host, it makes a tensor of the bytes that borrows its shape from `to`, and waits for
+  // the device afterwards so that the bytes may be freed. That wait is not needed: see Device::CopyFromHost.
   if (from->device.device_type == kDLCPU && from->shape == to->shape) {
     Device::Get(to->device.device_id).ExpectNeedlessSync();
   }

@@ -7,7 +7,7 @@
 
 namespace tvm_attn::vulkan {
 
-/// Streams: a device has one, TVM's default stream, in which all threads' work runs in the order it was asked for.
+/// Streams: a device has only TVM's default stream, which runs the work of all threads in the order of the calls.
 class VulkanDeviceApi final : public tvm::runtime::DeviceAPI {
  public:
   static VulkanDeviceApi* Global();

@@ -1,4 +1,4 @@
-// Errors: one line that says what was wrong and the way out, raised as tvm_attn.errors.DeviceError or ArtifactError.
+// Errors: one line that says what was wrong and what to do, raised as tvm_attn.errors.DeviceError or ArtifactError.
 #pragma once
 
 #include <tvm/ffi/error.h>
@@ -9,7 +9,7 @@
 
 namespace tvm_attn::vulkan {
 
-/// The name of a result code as the specification writes it, e.g. "VK_ERROR_DEVICE_LOST".
+/// The name of a result code as in the specification, e.g. "VK_ERROR_DEVICE_LOST".
 std::string ResultName(VkResult result);
 
 /// Throws a DeviceError that names `call` unless `result` is a success code.

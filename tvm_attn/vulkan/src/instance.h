@@ -12,7 +12,7 @@ namespace tvm_attn::vulkan {
 /// Vulkan's loader library, one instance, and its functions. Lives until the process ends.
 class Instance {
  public:
-  /// The process's instance. Throws DeviceError, at each call, where there is no Vulkan 1.3 loader.
+  /// The process's instance. Throws DeviceError, at each call, if there is no Vulkan 1.3 loader.
   static const Instance& Get();
 
   VkInstance handle = VK_NULL_HANDLE;
@@ -24,7 +24,7 @@ class Instance {
   void LoadLibrary();
 };
 
-/// What the validation layer has said so far (TVM_ATTN_VULKAN_VALIDATE=1): warnings and errors.
+/// The validation layer's messages so far (TVM_ATTN_VULKAN_VALIDATE=1): warnings and errors.
 struct ValidationReport {
   bool enabled = false;
   int64_t count = 0;

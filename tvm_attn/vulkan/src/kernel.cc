@@ -68,7 +68,7 @@ Kernel::~Kernel() {
       try {
         session.Retire([device, handle = pipeline] { device->vk().vkDestroyPipeline(device->handle(), handle, nullptr); });
       } catch (...) {
-        // The device is lost, and the pipeline with it.
+        // The device is lost, and so is the pipeline.
       }
     }
   }
@@ -144,7 +144,7 @@ void Kernel::Launch(Device* device, PackedArgs args) {
   const uint64_t total = uint64_t{grid[0]} * grid[1] * grid[2];
   if (total == 0) return;
 
-  // Only as far as it is used.
+  // Filled only as far as it is used.
   alignas(8) uint8_t block[kMaxBlock];
   std::memset(block, 0, spec_.block_size);
   std::memcpy(block + spec_.extents_offset, grid, 3 * sizeof(uint32_t));

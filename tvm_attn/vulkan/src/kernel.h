@@ -13,7 +13,7 @@
 
 namespace tvm_attn::vulkan {
 
-/// The device that this thread's launches go to, as the last SetDevice said.
+/// The device that this thread's launches go to, as set by the last SetDevice.
 int CurrentDevice();
 void SetCurrentDevice(int index);
 
@@ -26,7 +26,7 @@ class Kernel {
 
   const KernelSpec& spec() const { return spec_; }
 
-  /// Records one dispatch into the stream of `device`. `args` are the parameters and then the launch parameters.
+  /// Records one dispatch into the stream of `device`. `args` are the parameters, then the launch parameters.
   /// Throws TypeError for arguments that do not fit, DeviceError for what the device cannot do.
   void Launch(Device* device, tvm::ffi::PackedArgs args);
 
@@ -42,7 +42,7 @@ class Kernel {
   VkPipeline Pipeline(Device* device, Device::Session* session, bool folded, uint32_t dynamic_shared);
 
   const KernelSpec spec_;
-  // By the device's index; each entry is guarded by the lock of its device, the vector has its final size from start.
+  // By device index. Each entry is guarded by its device's lock; the vector has its final size from the start.
   std::vector<std::map<PipelineKey, VkPipeline>> pipelines_{kMaxDevices};
 };
 

@@ -38,7 +38,7 @@ const std::map<std::string, LaunchParam> kLaunchParams = {
     {"tirx.use_dyn_shared_memory", LaunchParam::kDynamicShared},
 };
 
-/// SPIR-V's capabilities and the features that they stand for; empty for what every device has that is used.
+/// SPIR-V's capabilities and the features that they stand for; empty for what every usable device has.
 const std::map<uint32_t, std::string> kCapabilities = {
     {1, ""},     // Shader
     {5347, ""},  // PhysicalStorageBufferAddresses
@@ -77,10 +77,10 @@ uint32_t ParamBytes(ParamType type) {
 
 [[noreturn]] void Malformed(const std::string& what) {
   TVM_FFI_THROW(ArtifactError) << "malformed Vulkan module: " << what << "; build it again with this version";
-  throw;  // not reached; TVM_FFI_THROW is not known to leave
+  throw;  // not reached, but the compiler does not know that TVM_FFI_THROW never returns
 }
 
-/// One kernel's JSON object, with errors that name it.
+/// One kernel's JSON object; errors name the kernel.
 class Fields {
  public:
   Fields(json::Object object, std::string kernel) : object_(std::move(object)), kernel_(std::move(kernel)) {}
@@ -224,12 +224,12 @@ void ReadCode(const Fields& fields, const char* code, size_t code_size, KernelSp
   if (spec->spirv[0] != kSpirvMagic) fields.Fail("its SPIR-V does not begin with SPIR-V's magic number");
 }
 
-/// A driver may do anything with a capability that its device lacks: what the code declares has to be among the features,
-/// which are compared with the device.
+/// A driver may do anything with a capability that its device lacks, so whatever the code declares must be among the
+/// features, which are compared with the device.
 void CheckCapabilities(const Fields& fields, const KernelSpec& spec) {
   constexpr uint32_t kOpCapability = 17;
   for (size_t at = kSpirvHeaderWords; at + 1 < spec.spirv.size(); at += 2) {
-    if (spec.spirv[at] != (2 << 16 | kOpCapability)) return;  // they come first
+    if (spec.spirv[at] != (2 << 16 | kOpCapability)) return;  // capabilities come first
     const auto found = kCapabilities.find(spec.spirv[at + 1]);
     if (found == kCapabilities.end()) {
       fields.Fail("its SPIR-V declares capability " + std::to_string(spec.spirv[at + 1]) + ", which no feature stands for");
@@ -241,7 +241,7 @@ void CheckCapabilities(const Fields& fields, const KernelSpec& spec) {
   }
 }
 
-/// Refuses text that the parser, which recurses, could not end. Four levels are in use.
+/// Refuses text so deeply nested that the recursive parser would run out of stack. Four levels are in use.
 void CheckNesting(const char* text, size_t size) {
   constexpr int kMostLevels = 16;
   int level = 0;

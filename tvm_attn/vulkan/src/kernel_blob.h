@@ -1,26 +1,26 @@
-// The module format: what the code generator hands over, what an exported library holds.
+// The module format: the code generator's output, and the content of an exported library.
 //
 //   "TVMATTNV", uint32 version, uint32 bytes of JSON, JSON, SPIR-V of all kernels one after the other (little endian)
 //
 // {"kernels": [{"name", "params", "reads", "writes", "launch_params", "workgroup_size", "block_size", "block_offsets",
 //               "aliases", "shared_bytes", "subgroup_size", "features", "offset", "size"}]}
-//
+// | key | meaning |
 // | key | is |
 // |---|---|
 // | params | type of each argument in call order: "handle"s first, then scalars |
-// | reads, writes | for each handle, whether the kernel does |
+// | reads, writes | for each handle, whether the kernel reads or writes it |
 // | launch_params | what follows the arguments in a call: thread axes, "tirx.use_dyn_shared_memory" |
 // | workgroup_size | [x, y, z], also literal in the SPIR-V: the threads of each axis, or all of them in one row |
-// | block_size, block_offsets | bytes of the argument block, and where each argument lies in it |
-// | aliases | positions of handles whose addresses the block holds once more, in this order |
+// | block_size, block_offsets | bytes of the argument block, and the offset of each argument in it |
+// | aliases | positions of handles whose addresses the block holds again, in this order |
 // | shared_bytes | workgroup memory, without what launch_params adds |
 // | subgroup_size | the size that the kernel needs, or null |
 // | features | names of PhysicalDevice::kernel_features |
-// | offset, size | bytes in the SPIR-V part |
+// | offset, size | position and size in the SPIR-V part, in bytes |
 //
 // In the argument block a handle is a 64-bit device address; integers and bool below 32 bits are widened to 32, 16-bit
-// floats to float32. After the last argument come the aliases, 8-aligned, then the three grid extents as uint32. A block of up to 128
-// bytes is the push constants; for a larger one they are the address of a buffer that holds it.
+// floats to float32. After the last argument come the aliases, 8-aligned, then the three grid extents as uint32. A
+// block of up to 128 bytes is passed as push constants; for a larger one they are the address of a buffer.
 // Specialization constant 0 (bool): the grid is folded into two dimensions; 1 (uint32): bytes of dynamic shared memory.
 #pragma once
 

@@ -9,8 +9,8 @@
 namespace tvm_attn::vulkan {
 namespace {
 
-// Every tensor starts on this boundary: no less than any device asks of a buffer, and whole cache lines. Blocks start on
-// pages.
+// Every tensor starts on this boundary: at least what any device requires of a buffer, and whole cache lines. Blocks
+// start on pages.
 constexpr VkDeviceSize kAlignment = 256;
 // Tensors up to half of this share blocks; larger ones get a buffer of their own size.
 constexpr VkDeviceSize kBlockSize = VkDeviceSize{64} << 20;
@@ -85,7 +85,7 @@ Buffer BufferFactory::Create(VkDeviceSize size, Use use) const {
 
 void BufferFactory::Destroy(const Buffer& buffer) const {
   vk_.vkDestroyBuffer(device_, buffer.handle, nullptr);
-  vk_.vkFreeMemory(device_, buffer.memory, nullptr);  // unmaps
+  vk_.vkFreeMemory(device_, buffer.memory, nullptr);  // also unmaps it
 }
 
 Allocation* Memory::Allocate(VkDeviceSize requested) {
@@ -105,14 +105,14 @@ Allocation* Memory::Allocate(VkDeviceSize requested) {
       if (Allocation* allocation = AllocateFrom(candidate.get(), size)) return allocation;
     }
     block = AddBlock(kBlockSize);
-    if (block == nullptr) block = AddBlock(size);  // the last corner of the heap
+    if (block == nullptr) block = AddBlock(size);  // the heap has no room for a whole block
   }
   return block == nullptr ? nullptr : AllocateFrom(block, size);
 }
 
 Block* Memory::AddBlock(VkDeviceSize size) {
   const PhysicalDevice& physical = factory_.physical();
-  // Some drivers hand out more than there is and fail at the first use.
+  // Some drivers hand out more memory than there is and fail when it is first used.
   if (stats_.reserved_bytes + size > physical.HeapSize()) return nullptr;
   VkResult result = VK_SUCCESS;
   const Buffer buffer = factory_.TryCreate(size, Use::kTensors, &result);

@@ -1,4 +1,4 @@
-// Device memory: tensors cut out of large buffers, found again by their device address.
+// Device memory: tensors are parts of large buffers, and are found by their device address.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ struct Allocation {
   Sequence last_use = 0;
 };
 
-/// What a device's tensors take up; `reserved` is what was taken from the driver.
+/// Memory of a device's tensors; `reserved` was taken from the driver.
 struct MemoryStats {
   uint64_t allocated_bytes = 0;
   uint64_t allocated_peak_bytes = 0;
@@ -44,7 +44,7 @@ struct MemoryStats {
   uint64_t blocks = 0;
 };
 
-/// What a buffer is for, which decides the memory it lies in.
+/// What a buffer is for, which decides the memory it is in.
 enum class Use {
   kTensors,   // the device's own memory
   kUpload,    // written by the host, read by the device; mapped
@@ -71,30 +71,30 @@ class BufferFactory {
   const DeviceFunctions& vk_;
 };
 
-/// The allocator of one device. Not thread-safe: the device's lock is held around every call.
+/// The allocator of one device. Not thread-safe: the device's lock is held during every call.
 ///
-/// The stream runs in order, so memory can be handed out again at once: a new allocation takes over the last use of
-/// what lay in its block before, and the stream puts a barrier between the two.
+/// The stream runs in order, so memory can be handed out again at once: a new allocation takes over the last use of its
+/// block's previous content, and the stream puts a barrier between the two.
 class Memory {
  public:
   explicit Memory(const BufferFactory& factory) : factory_(factory) {}
 
-  /// `size` bytes, aligned to 256. Returns nullptr where the driver or the heap has no more: the caller may let the
-  /// device finish, destroy `TakeUnusedBlocks(true)` and try again. Throws DeviceError where no buffer can be as large.
+  /// `size` bytes, aligned to 256. Returns nullptr if the driver or the heap has no more: the caller may let the device
+  /// finish, destroy `TakeUnusedBlocks(true)` and try again. Throws DeviceError if no buffer can be that large.
   Allocation* Allocate(VkDeviceSize size);
-  /// Gives an allocation back; false where `address` is none.
+  /// Frees an allocation; false if `address` is not one.
   bool Free(uint64_t address);
-  /// The allocation that `address` lies in (its end included, so that an empty view at the end is found), or nullptr.
+  /// The allocation that contains `address` (including its end, so that an empty view there is found), or nullptr.
   Allocation* Find(uint64_t address);
 
-  /// Buffers that hold nothing any more. They are no longer this allocator's; the caller destroys them when the device
-  /// has finished what was recorded. One empty block is kept unless `all`.
+  /// Buffers that hold nothing any more. They no longer belong to this allocator; the caller destroys them when the
+  /// device has finished what was recorded. One empty block is kept unless `all`.
   std::vector<Buffer> TakeUnusedBlocks(bool all);
-  /// A buffer taken before was destroyed: its bytes are available again.
+  /// A buffer taken earlier was destroyed: its bytes are available again.
   void Released(const Buffer& buffer) { stats_.reserved_bytes -= buffer.size; }
 
   const MemoryStats& stats() const { return stats_; }
-  /// The message for an allocation of `size` that failed for good.
+  /// The message for an allocation of `size` that has finally failed.
   std::string OutOfMemoryMessage(VkDeviceSize size) const;
 
  private:

@@ -55,7 +55,7 @@ class VulkanModule final : public tvm::ffi::ModuleObj {
         });
   }
 
-  /// SPIR-V in the standard assembly syntax, by the disassembler that the Python side registers.
+  /// SPIR-V in the standard assembly syntax, from the disassembler that the Python side registers.
   String InspectSource(const String& format) const final {
     if (!format.empty() && format != "spvasm") return String();
     const auto disassemble = Function::GetGlobal("tvm_attn.vulkan.disassemble");
@@ -73,7 +73,7 @@ class VulkanModule final : public tvm::ffi::ModuleObj {
     for (const auto& [name, kernel] : kernels_) needs->Add(kernel->spec());
   }
 
-  /// All kernels are checked at the module's first use on a device, so that a missing feature shows before any work.
+  /// Checks all kernels at the module's first use on a device, so that a missing feature shows before any work.
   void RequireDevice(const Device& device) {
     std::atomic<bool>& checked = checked_.at(device.index());
     if (checked.load(std::memory_order_acquire)) return;
@@ -92,7 +92,7 @@ class VulkanModule final : public tvm::ffi::ModuleObj {
 };
 
 void AddNeeds(const tvm::ffi::Module& module, Needs* needs) {
-  // Only this library makes modules of this kind: registration gives way to a TVM that has its own.
+  // Only this library makes modules of this kind: it registers nothing in a TVM that has its own.
   if (std::string(module->kind()) == kKind) static_cast<const VulkanModule*>(module.operator->())->AddNeeds(needs);
   for (const tvm::ffi::Any& imported : module->imports()) AddNeeds(imported.cast<tvm::ffi::Module>(), needs);
 }

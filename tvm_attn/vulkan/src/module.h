@@ -5,12 +5,12 @@
 
 namespace tvm_attn::vulkan {
 
-/// A module from the bytes of the module format (kernel_blob.h). Needs no device: kernels may be built anywhere.
-/// Throws ArtifactError where the bytes are malformed.
+/// A module from bytes in the module format (kernel_blob.h). Needs no device: kernels may be built anywhere.
+/// Throws ArtifactError if the bytes are malformed.
 tvm::ffi::Module CreateModule(const tvm::ffi::Bytes& blob);
 
-/// Throws DeviceError where vulkan:`device_index` cannot run all of `module` and its imports: it names the device, all that
-/// it lacks, and `who` needs it.
+/// Throws DeviceError if vulkan:`device_index` cannot run all of `module` and its imports: it names the device,
+/// everything it lacks, and that `who` needs it.
 void RequireDevice(const tvm::ffi::Module& module, int device_index, const tvm::ffi::String& who);
 
 }  // namespace tvm_attn::vulkan

@@ -14,18 +14,18 @@ namespace tvm_attn::vulkan {
 struct Needs {
   std::set<std::string> features;  // names of PhysicalDevice::kernel_features
   std::set<uint32_t> subgroup_sizes;
-  // The largest of any kernel.
+  // The largest of all kernels.
   uint32_t workgroup_size[3] = {1, 1, 1};
   uint64_t threads = 1;
   uint32_t shared_bytes = 0;
 
   void Add(const KernelSpec& kernel);
 
-  /// What `device` lacks, in words; empty where it has everything.
+  /// What `device` lacks, as text; empty if it has everything.
   std::vector<std::string> Lacking(const PhysicalDevice& device) const;
 };
 
-/// Throws a DeviceError that names the device `vulkan:index`, all that it lacks of `needs`, and `who` needs it.
+/// Throws DeviceError if `vulkan:index` lacks any of `needs`: it names the device, what is missing, and `who` needs it.
 void Require(const Needs& needs, const PhysicalDevice& device, int index, const std::string& who);
 
 }  // namespace tvm_attn::vulkan

@@ -36,7 +36,7 @@ void QueryProperties(PhysicalDevice* device) {
   VkPhysicalDeviceProperties2 properties{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2};
   Instance::Get().vk.vkGetPhysicalDeviceProperties2(device->handle, &properties);
   device->properties = properties.properties;
-  if (device->properties.apiVersion < VK_API_VERSION_1_3) return;  // the structures of 1.3 mean nothing to it
+  if (device->properties.apiVersion < VK_API_VERSION_1_3) return;  // it does not know the structures of 1.3
   properties.pNext = &device->properties11;
   device->properties11.pNext = &device->properties12;
   device->properties12.pNext = &device->properties13;
@@ -97,7 +97,7 @@ void QueryQueues(PhysicalDevice* device) {
   vk.vkGetPhysicalDeviceQueueFamilyProperties2(device->handle, &count, nullptr);
   std::vector<VkQueueFamilyProperties2> families(count, {VK_STRUCTURE_TYPE_QUEUE_FAMILY_PROPERTIES_2, nullptr, {}});
   vk.vkGetPhysicalDeviceQueueFamilyProperties2(device->handle, &count, families.data());
-  // A family for compute alone, where there is one: it does not wait behind the display's work.
+  // A compute-only family, if there is one: it does not wait for the display's work.
   bool found = false;
   for (uint32_t i = 0; i < count; ++i) {
     const VkQueueFamilyProperties& family = families[i].queueFamilyProperties;
@@ -290,7 +290,7 @@ json::Object PhysicalDevice::ToJson() const {
   json::Array lacking;
   for (const std::string& name : missing) lacking.push_back(String(name));
   info.Set(String("missing"), lacking);
-  if (properties.apiVersion < VK_API_VERSION_1_3) return info;  // nothing else was asked
+  if (properties.apiVersion < VK_API_VERSION_1_3) return info;  // nothing else was queried
 
   info.Set(String("driver"), String(properties12.driverName));
   info.Set(String("driver_info"), String(properties12.driverInfo));

@@ -32,19 +32,19 @@ struct PhysicalDevice {
   uint32_t queue_family = 0;
   uint32_t timestamp_bits = 0;
 
-  /// What this runtime needs and the device lacks; empty for a usable device.
+  /// What the device lacks that this runtime needs; empty for a usable device.
   std::vector<std::string> missing;
   /// The kernel features of the module format (kernel_blob.h) and whether the device has each.
   std::map<std::string, bool> kernel_features;
 
-  /// The subgroup sizes that a kernel may ask for: powers of two from the smallest to the largest.
+  /// The range of subgroup sizes that a kernel may ask for: powers of two from the smallest to the largest.
   uint32_t SmallestSubgroup() const;
   uint32_t LargestSubgroup() const;
   /// Bytes of the heap that device-local memory comes from.
   VkDeviceSize HeapSize() const;
-  /// The same heap: bytes that this process may still allocate as far as the driver knows.
+  /// Bytes of that heap that this process may still allocate, as far as the driver knows.
   VkDeviceSize AvailableMemory() const;
-  /// Index of the first memory type in the mask `allowed` that has all of `required` and, where there is one, all of
+  /// Index of the first memory type in the mask `allowed` that has all of `required` and, if possible, all of
   /// `preferred`.
   uint32_t MemoryType(uint32_t allowed, VkMemoryPropertyFlags required, VkMemoryPropertyFlags preferred) const;
 
@@ -56,12 +56,12 @@ struct PhysicalDevice {
   uint32_t DeviceHeap() const;
 };
 
-/// Every device of the system, usable or not. Throws DeviceError where there is no Vulkan.
+/// Every device of the system, usable or not. Throws DeviceError if there is no Vulkan.
 std::vector<PhysicalDevice> EnumerateDevices();
 
 /// The usable devices in TVM's order: discrete before integrated before virtual before CPU, or those that
 /// TVM_ATTN_VULKAN_DEVICE lists: indices into that order or parts of names, separated by commas.
-/// Computed once. Throws DeviceError where there is none.
+/// Computed once. Throws DeviceError if there is none.
 const std::vector<PhysicalDevice>& UsableDevices();
 
 }  // namespace tvm_attn::vulkan

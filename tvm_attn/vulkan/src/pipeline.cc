@@ -20,7 +20,7 @@ PipelineFactory::PipelineFactory(const PhysicalDevice& physical, VkDevice device
   cache.initialDataSize = data.size();
   cache.pInitialData = data.data();
   VkResult result = vk_.vkCreatePipelineCache(device_, &cache, nullptr, &cache_);
-  if (result != VK_SUCCESS && !data.empty()) {  // not to the driver's liking
+  if (result != VK_SUCCESS && !data.empty()) {  // the driver rejects the saved data
     cache.initialDataSize = 0;
     result = vk_.vkCreatePipelineCache(device_, &cache, nullptr, &cache_);
   }
@@ -58,7 +58,7 @@ VkPipeline PipelineFactory::Create(const KernelSpec& kernel, bool folded, uint32
   info.stage.pSpecializationInfo = &specialization;
   info.layout = layout_;
   if (kernel.subgroup_size != 0) {
-    // From SPIR-V 1.6 on a driver may choose any size unless one is required.
+    // From SPIR-V 1.6 on, a driver may choose any size unless one is required.
     if (physical_.SmallestSubgroup() != physical_.LargestSubgroup()) info.stage.pNext = &subgroup;
     if (physical_.features13.computeFullSubgroups && kernel.workgroup_size[0] % kernel.subgroup_size == 0) {
       info.stage.flags = VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT;

@@ -11,19 +11,20 @@
 
 namespace tvm_attn::vulkan {
 
-/// Not thread-safe: the device's lock is held around every call.
+/// Not thread-safe: the device's lock is held during every call.
 class PipelineFactory {
  public:
   PipelineFactory(const PhysicalDevice& physical, VkDevice device, const DeviceFunctions& vk);
 
-  /// The pipeline of `kernel`: for a grid folded into two dimensions or as it is, with `dynamic_shared` bytes of
+  /// The pipeline of `kernel`, for a grid that is `folded` into two dimensions or not, with `dynamic_shared` bytes of
   /// workgroup memory. The caller owns it.
   VkPipeline Create(const KernelSpec& kernel, bool folded, uint32_t dynamic_shared);
 
   /// The layout of every pipeline: push constants of kMaxPushConstantBlock bytes.
   VkPipelineLayout layout() const { return layout_; }
 
-  /// Writes the driver's cache to disk if pipelines were made since; where not `now`, at most every few seconds.
+  /// Writes the driver's cache to disk if pipelines were made since the last time; unless `now`, at most every few
+  /// seconds.
   void SaveCache(bool now);
 
  private:

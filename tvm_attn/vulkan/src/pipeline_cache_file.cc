@@ -19,7 +19,7 @@ namespace tvm_attn::vulkan {
 namespace {
 
 constexpr char kMagic[8] = {'T', 'V', 'M', 'A', 'T', 'T', 'N', 'C'};
-// A cache only grows: beyond this it starts anew.
+// A cache only grows: beyond this size it starts afresh.
 constexpr uint64_t kMaxBytes = uint64_t{256} << 20;
 
 struct FileHeader {
@@ -28,7 +28,7 @@ struct FileHeader {
   uint64_t hash;
 };
 
-/// FNV-1a: drivers trust what they are handed, so a damaged file must not reach them.
+/// FNV-1a: drivers trust the data they are given, so a damaged file must not reach them.
 uint64_t Hash(const std::vector<char>& data) {
   uint64_t hash = 14695981039346656037ULL;
   for (const char byte : data) hash = (hash ^ static_cast<uint8_t>(byte)) * 1099511628211ULL;
@@ -75,10 +75,10 @@ class File {
   const int descriptor_;
 };
 
-/// Nobody else can have made it or may change it: a driver trusts what it is handed.
+/// Whether only this user can have made or changed it: a driver trusts the data it is given.
 bool IsOwn(const struct stat& info) { return info.st_uid == geteuid() && (info.st_mode & S_IWOTH) == 0; }
 
-/// The folder of the cache, which is made where `make` says so; empty where there is none of this user's own.
+/// The cache's folder, created if `make`; empty if there is none that belongs to this user.
 std::string CacheFolder(bool make) {
   const char* xdg = std::getenv("XDG_CACHE_HOME");
   const char* home = std::getenv("HOME");
@@ -105,7 +105,7 @@ std::string FileName(const PhysicalDevice& device) {
          "-" + Hex(device.properties.pipelineCacheUUID, VK_UUID_SIZE) + ".bin";
 }
 
-/// Removes what processes left that ended while they wrote.
+/// Removes the temporary files of processes that ended while they were writing.
 void RemoveLeftovers(const std::string& folder, const std::string& prefix) {
   constexpr time_t kHour = 3600;
   const std::unique_ptr<DIR, int (*)(DIR*)> entries(opendir(folder.c_str()), closedir);
@@ -120,7 +120,7 @@ void RemoveLeftovers(const std::string& folder, const std::string& prefix) {
   }
 }
 
-/// Whether Vulkan's own header of the data names this device. Drivers should check; not all do.
+/// Whether Vulkan's own header of the data names this device. Drivers should check this; not all do.
 bool BelongsTo(const PhysicalDevice& device, const std::vector<char>& data) {
   VkPipelineCacheHeaderVersionOne header;
   if (data.size() < sizeof header) return false;
@@ -135,7 +135,7 @@ bool BelongsTo(const PhysicalDevice& device, const std::vector<char>& data) {
 std::vector<char> ReadPipelineCache(const PhysicalDevice& device) {
   const std::string folder = CacheFolder(/*make=*/false);
   if (folder.empty()) return {};
-  // Without O_NONBLOCK, opening a FIFO would wait for somebody to write to it.
+  // Without O_NONBLOCK, opening a FIFO would wait for a writer.
   const File file(open((folder + "/" + FileName(device)).c_str(), O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC));
   struct stat info {};
   FileHeader header;
@@ -160,7 +160,7 @@ void WritePipelineCache(const PhysicalDevice& device, const std::vector<char>& d
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   header.size = data.size();
   header.hash = Hash(data);
-  // A name that nobody can foresee, and a file that did not exist: others may be writing, too.
+  // An unpredictable name, for a file that did not exist: other processes may be writing too.
   std::string temporary = path + ".XXXXXX";
   const File file(mkostemp(temporary.data(), O_CLOEXEC));
   if (!file.is_open()) return;

@@ -1,7 +1,7 @@
 // The names under which TVM and tvm_attn.vulkan find the runtime.
 //
-// Names that TVM itself registers when it was built with Vulkan are left alone where they exist: then its device
-// interface and its modules are used, and this library only answers tvm_attn.vulkan.*.
+// Names that TVM registers when it was built with Vulkan are left alone if they exist: then TVM's own device interface
+// and modules are used, and this library only provides tvm_attn.vulkan.*.
 #include <tvm/ffi/extra/json.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
@@ -34,7 +34,7 @@ void DefineUnlessPresent(const char* name, Callable callable) {
   if (!Function::GetGlobal(name).has_value()) tvm::ffi::reflection::GlobalDef().def(name, callable);
 }
 
-/// JSON: every device the driver reports, with the index that TVM knows it by, or null.
+/// JSON: every device the driver reports, with TVM's index for it, or null.
 String Devices() {
   json::Array list;
   std::vector<PhysicalDevice> all = EnumerateDevices();
@@ -52,7 +52,7 @@ String Devices() {
   return json::Stringify(list);
 }
 
-/// JSON: bytes and counts; see MemoryStats and Stream::Counters. The validation layer's messages are the process's.
+/// JSON: bytes and counts; see MemoryStats and Stream::Counters. The number of validation messages is the process's.
 String Statistics(int index) {
   Device& device = Device::Get(index);
   const MemoryStats memory = device.memory_stats();
@@ -85,13 +85,13 @@ String Validation() {
   return json::Stringify(object);
 }
 
-/// Finishes all work and saves the pipeline caches; the Python side calls it when the process ends.
+/// Finishes all work and saves the pipeline caches; the Python side calls this when the process ends.
 void Flush() {
   for (Device* device : Device::Opened()) {
     try {
       device->Flush();
     } catch (const tvm::ffi::Error&) {
-      // The device was lost, which somebody was told when it happened.
+      // The device was lost, which was reported when it happened.
     }
   }
 }

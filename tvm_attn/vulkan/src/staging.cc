@@ -16,13 +16,13 @@ Slice UploadRing::Reserve(VkDeviceSize size) {
   const uint64_t end = begin + size;
   while (end - tail_ > kSize) {
     if (marks_.front().value == stream_->Next()) stream_->Submit();
-    // Still the next one: nothing was recorded after the slice was handed out, so nothing reads it.
+    // Next() here means that nothing was recorded after the slice was handed out, so nothing reads it.
     if (marks_.front().value != stream_->Next()) stream_->Wait(marks_.front().value);
     tail_ = marks_.front().end;
     marks_.pop_front();
   }
   head_ = end;
-  // Submitting above may have closed a batch; the slice belongs to the one that the operation will be recorded into.
+  // Submitting above may have closed a batch; the slice belongs to the batch that its operation will be recorded into.
   const TimelineValue value = stream_->Next();
   if (!marks_.empty() && marks_.back().value == value) {
     marks_.back().end = end;

@@ -16,17 +16,17 @@ struct Slice {
   uint8_t* data;
 };
 
-/// A ring of host-visible memory on its way to the device. Space comes back when the device has passed the batch that
-/// was recorded when it was handed out. Not thread-safe: the device's lock is held around every call.
+/// A ring of host-visible memory for uploads. Space is free again when the device has passed the batch that was being
+/// recorded when it was handed out. Not thread-safe: the device's lock is held during every call.
 class UploadRing {
  public:
   static constexpr VkDeviceSize kSize = VkDeviceSize{16} << 20;
-  /// The most that one slice may hold: a copy in parts keeps several on their way.
+  /// The largest slice: a copy in parts keeps several in flight.
   static constexpr VkDeviceSize kLargestSlice = kSize / 4;
 
   UploadRing(const BufferFactory& factory, Stream* stream);
 
-  /// `size` <= kLargestSlice bytes for the operation that is recorded next. Waits for the device where the ring is full.
+  /// `size` <= kLargestSlice bytes for the next recorded operation. Waits for the device if the ring is full.
   Slice Reserve(VkDeviceSize size);
 
  private:
@@ -38,11 +38,11 @@ class UploadRing {
   Stream* stream_;
   Buffer buffer_;
   uint64_t head_ = 0;  // bytes ever handed out, padding included
-  uint64_t tail_ = 0;  // bytes that came back
+  uint64_t tail_ = 0;  // bytes that are free again
   std::deque<Mark> marks_;
 };
 
-/// Two host-visible buffers that results come back through: one is read by the host while the device fills the other.
+/// Two host-visible buffers for results: the host reads one while the device fills the other.
 class ReadbackBuffers {
  public:
   static constexpr VkDeviceSize kSize = VkDeviceSize{4} << 20;

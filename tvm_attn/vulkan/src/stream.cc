@@ -7,11 +7,11 @@
 namespace tvm_attn::vulkan {
 namespace {
 
-// After the host has waited, the device is idle: the first batch is short so that it starts early, each next one is
+// After the host has waited, the device is idle. The first batch is short so that it starts early; each later one is
 // twice as long, so that a long run of operations needs few submissions.
 constexpr uint32_t kFirstBatchLength = 4;
 constexpr uint32_t kLongestBatch = 64;
-// Batches on their way. When all are, recording waits for the oldest.
+// Batches in flight. When all are, recording waits for the oldest.
 constexpr size_t kBatches = 16;
 
 constexpr VkPipelineStageFlags2 kStages = VK_PIPELINE_STAGE_2_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_2_COPY_BIT;
@@ -50,7 +50,7 @@ void Stream::CheckAlive() const {
 }
 
 void Stream::CheckResult(VkResult result, const char* call) {
-  // What was recorded will never be signalled: nobody may wait for it.
+  // The recorded work will never be signalled: nobody may wait for it.
   if (result < VK_SUCCESS) lost_ = true;
   Check(result, call);
 }
@@ -68,7 +68,7 @@ void Stream::BeginBatch() {
     allocate.level = VK_COMMAND_BUFFER_LEVEL_PRIMARY;
     allocate.commandBufferCount = 1;
     Check(vk_.vkAllocateCommandBuffers(device_, &allocate, &batch.commands), "vkAllocateCommandBuffers");
-    // Before the oldest, which current_ points at: the ring stays in the order of submission.
+    // Inserted before the oldest, which current_ points at: the ring stays in the order of submission.
     batches_.insert(batches_.begin() + static_cast<std::ptrdiff_t>(current_), batch);
   } else {
     Wait(batches_[current_].value);

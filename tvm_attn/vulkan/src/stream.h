@@ -1,5 +1,5 @@
-// The one ordered stream of work of a device: commands are recorded into batches, a batch is submitted while the host
-// goes on recording the next, and a timeline semaphore counts the batches that the device has finished.
+// A device's only stream of work, in order: commands are recorded into batches, a batch is submitted while the host
+// records the next, and a timeline semaphore counts the batches that the device has finished.
 #pragma once
 
 #include <atomic>
@@ -21,22 +21,22 @@ struct Access {
 /// A point in the stream: the value that the timeline semaphore reaches when the device has passed it.
 using TimelineValue = uint64_t;
 
-/// Not thread-safe, except where it says so: the device's lock is held around every call.
+/// Not thread-safe, except where noted: the device's lock is held during every call.
 class Stream {
  public:
   Stream(VkDevice device, const DeviceFunctions& vk, uint32_t queue_family);
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
-  /// The command buffer to record one operation into. Where the operation depends on an earlier one through `accesses`
-  /// (read after write, write after read, write after write), a barrier comes first. Follow it with `Finish`.
+  /// The command buffer to record one operation into. If the operation depends on an earlier one through `accesses`
+  /// (read after write, write after read, write after write), a barrier comes first. Call `Finish` afterwards.
   VkCommandBuffer Record(const Access* accesses, size_t count);
   /// The operation is recorded; submits the batch when it is long enough.
   void Finish();
 
-  /// Binds `pipeline` unless the batch has it bound.
+  /// Binds `pipeline` unless it is already bound in this batch.
   void BindPipeline(VkCommandBuffer commands, VkPipeline pipeline);
-  /// Makes what copies wrote before this readable by the host once the batch is done.
+  /// Makes earlier copies readable by the host once the batch is done.
   void MakeVisibleToHost(VkCommandBuffer commands);
 
   /// Submits what is recorded, if anything.
@@ -52,10 +52,10 @@ class Stream {
   void Wait(TimelineValue value);
   /// Submits and blocks until nothing is left to do.
   void Drain();
-  /// The host has waited: the device is idle, and the next batch is to start early.
+  /// The host has waited, so the device is idle: the next batch should start early.
   void Rest();
 
-  /// How often work was submitted and how many barriers were recorded, for tests and tuning.
+  /// The numbers of submissions and of recorded barriers, for tests and tuning.
   struct Counters {
     uint64_t operations = 0;
     uint64_t submissions = 0;

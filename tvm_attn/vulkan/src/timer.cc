@@ -9,8 +9,8 @@
 namespace tvm_attn::vulkan {
 namespace {
 
-/// TVM's `tvm::runtime::TimerNode`, declared again: <tvm/runtime/timer.h> does not compile against the wheel, which
-/// lacks headers that it includes. TVM is pinned to one version; this has its virtual functions in its order.
+/// TVM's `tvm::runtime::TimerNode`, redeclared: <tvm/runtime/timer.h> does not compile against the wheel, which lacks
+/// headers that it includes. TVM is pinned to one version; this has the same virtual functions in the same order.
 class TimerNode : public tvm::ffi::Object {
  public:
   virtual void Start() = 0;
@@ -39,7 +39,7 @@ class VulkanTimerNode final : public TimerNode {
       Device::Session(device_).Retire(
           [device = device_, pool = queries_] { device->vk().vkDestroyQueryPool(device->handle(), pool, nullptr); });
     } catch (...) {
-      // The device is lost, and the queries with it.
+      // The device is lost, and so are the queries.
     }
   }
 
@@ -63,7 +63,7 @@ class VulkanTimerNode final : public TimerNode {
 
  private:
   void Mark(uint32_t which) {
-    if (queries_ == VK_NULL_HANDLE) {  // the queue has no timestamps: the host's clock around finished work
+    if (queries_ == VK_NULL_HANDLE) {  // the queue has no timestamps: use the host's clock around finished work
       device_->Synchronize();
       host_[which] = std::chrono::steady_clock::now();
       return;

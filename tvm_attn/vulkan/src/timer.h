@@ -1,4 +1,4 @@
-// TVM's timer for this device: the device's own timestamps around the work recorded in between.
+// TVM's timer for this device: the device's own timestamps before and after the recorded work.
 #pragma once
 
 #include <tvm/ffi/object.h>

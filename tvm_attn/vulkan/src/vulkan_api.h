@@ -1,6 +1,6 @@
 // The Vulkan functions that the runtime calls, as tables of pointers filled at run time.
 //
-// The library is linked against no libvulkan: installing and importing the package must work where there is none.
+// The library is not linked against libvulkan: installing and importing the package must work without it.
 #pragma once
 
 #define VK_NO_PROTOTYPES
@@ -80,8 +80,8 @@ struct DeviceFunctions {
 
 }  // namespace tvm_attn::vulkan
 
-// VK_KHR_cooperative_matrix is younger than the headers of some distributions (1.3.255). Only its feature structure is
-// needed here: the runtime enables the extension, the kernels use it.
+// Some distributions' headers are older than VK_KHR_cooperative_matrix (1.3.255). Only its feature structure is needed
+// here: the runtime enables the extension, the kernels use it.
 #ifndef VK_KHR_cooperative_matrix
 #define VK_KHR_COOPERATIVE_MATRIX_EXTENSION_NAME "VK_KHR_cooperative_matrix"
 inline constexpr VkStructureType VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_KHR =
