@@ -1,4 +1,4 @@
-"""Loading TVM's CUDA runtime: what is searched where, and what the user is told, without a GPU."""
+"""Loading TVM's CUDA runtime: what is searched for and where, and what the user is told, without a GPU."""
 
 import ctypes
 import ctypes.util

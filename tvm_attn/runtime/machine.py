@@ -22,7 +22,7 @@ def platform_name() -> str:
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """The processor's instruction sets, as Linux names them in /proc/cpuinfo; empty on other systems."""
+    """The CPU's instruction sets, as Linux names them in /proc/cpuinfo; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
