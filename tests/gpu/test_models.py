@@ -141,7 +141,7 @@ def test_short_memory_is_an_error_with_numbers(artifact: Path) -> None:
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(max(free - (192 << 20), 0), dtype=torch.uint8, device=DEVICE)
     try:
-        with pytest.raises(DeviceError, match=r"GiB of free memory, needed are .* GiB \(parameters"):
+        with pytest.raises(DeviceError, match=r"GiB of free memory but the model needs .* GiB \(parameters"):
             tvm_attn.load(artifact, DEVICE, max_batch=64)
     finally:
         del held

@@ -89,7 +89,7 @@ def test_logits_of_every_token(model: Model) -> None:
 def test_logits_of_several_calls_are_several_tensors(model: Model) -> None:
     logits = model.engine.device_logits([prompt(200), prompt(200, 1)], [0, 1])
     assert logits.numpy().shape == (400, VOCABULARY)
-    with pytest.raises(BufferError, match="lie in 2 tensors, one a call: pass fewer tokens at a time"):
+    with pytest.raises(BufferError, match="are in 2 tensors, one per call: pass fewer tokens at a time"):
         torch.from_dlpack(logits)
 
 

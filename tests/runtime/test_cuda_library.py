@@ -138,10 +138,10 @@ def gpu(capability: str) -> Found:
     [
         ("cuda", "8.0", []),
         ("cuda", "12.1", []),
-        ("cuda", "7.5", ["what runs sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120 (has compute capability 7.5)"]),
+        ("cuda", "7.5", ["support for sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120 (has compute capability 7.5)"]),
         ("cuda-sm90", "9.0", []),
         ("cuda-sm86", "8.9", []),
-        ("cuda-sm86", "8.0", ["what runs sm_86 (has compute capability 8.0)"]),
+        ("cuda-sm86", "8.0", ["support for sm_86 (has compute capability 8.0)"]),
     ],
 )
 def test_targets_that_fit_a_device(target: str, capability: str, lacking: list[str]) -> None:

@@ -103,8 +103,8 @@ def test_enough_memory_is_silent() -> None:
         (
             4,
             2047 * MIB,
-            "cuda:0 has 2.00 GiB of free memory, needed are 2.00 GiB (parameters 0.50 GiB, KV cache of 4 slots 1.00 "
-            "GiB, activations 0.44 GiB, reserve 0.06 GiB); lower max_batch to 3",
+            "cuda:0 has 2.00 GiB of free memory but the model needs 2.00 GiB (parameters 0.50 GiB, KV cache of 4 "
+            "slots 1.00 GiB, activations 0.44 GiB, reserve 0.06 GiB); lower max_batch to 3",
         ),
         (
             64,
@@ -113,7 +113,7 @@ def test_enough_memory_is_silent() -> None:
         ),
         (64, 1280 * MIB, "lower max_batch to 1"),
         (64, 1279 * MIB, "free some, or build with --quant int8 or int4"),
-        (1, 0, "has 0.00 GiB of free memory, needed are 1.25 GiB"),
+        (1, 0, "has 0.00 GiB of free memory but the model needs 1.25 GiB"),
     ],
 )
 def test_too_little_memory(max_batch: int, free: int, message: str) -> None:
@@ -140,7 +140,7 @@ def test_loading_stops_before_anything_is_allocated(demo_artifact: Path, monkeyp
     monkeypatch.setattr(engine_module.CompiledEngine, "_pack", fail)
     monkeypatch.setattr(engine_module.CompiledEngine, "_new_cache", fail)
     with pytest.raises(
-        DeviceError, match=r"^cpu:0 has 0\.09 GiB of free memory, needed are .* lower max_batch to \d+$"
+        DeviceError, match=r"^cpu:0 has 0\.09 GiB of free memory but the model needs .* lower max_batch to \d+$"
     ):
         tvm_attn.load(demo_artifact, max_batch=64)
 

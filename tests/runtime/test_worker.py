@@ -268,7 +268,7 @@ try:
         try:
             next(theirs[0])
         except tvm_attn.TvmAttnError as error:
-            assert "start it anew" in str(error)
+            assert "start it again" in str(error)
         else:
             raise AssertionError
         assert [c.text for c in model.generate(["Return the"] * 9, max_new_tokens=20)] == [expected] * 9

@@ -341,7 +341,7 @@ class DecodingLoop:
             free = list(lease.slots)
             while waiting or active:
                 if lease.is_lost:
-                    raise GenerationError("this stream belongs to a thread that is not in this process; start it anew")
+                    raise GenerationError("this stream belongs to a thread that is not in this process; start it again")
                 admitted = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
                 for sequence in admitted:
                     sequence.slot = free.pop(0)
@@ -387,7 +387,7 @@ class DecodingLoop:
     def _sequence(self, prompt: Prompt | Prompts, options: GenerationOptions | None) -> _Sequence:
         read = prompt if isinstance(prompt, Prompts) else read_prompts(prompt)
         if len(read.items) != 1:
-            raise GenerationError(f"{len(read.items)} prompts are given, and a stream is of one; start one for each")
+            raise GenerationError(f"a stream takes one prompt, not {len(read.items)}; start one stream for each")
         return self._sequences(read, options or GenerationOptions())[0]
 
     def _sequences(self, prompts: Prompts, options: GenerationOptions) -> list[_Sequence]:

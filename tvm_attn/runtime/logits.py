@@ -57,7 +57,7 @@ class DeviceLogits:
     def _view(self) -> tvm.runtime.Tensor:
         parts = self._parts()
         if len(parts) != 1:
-            raise BufferError(f"these logits lie in {len(parts)} tensors, one a call: pass fewer tokens at a time")
+            raise BufferError(f"these logits are in {len(parts)} tensors, one per call: pass fewer tokens at a time")
         tensor, count = parts[0]
         return rows_view(tensor, count, self._vocabulary)
 

@@ -61,7 +61,9 @@ class MemoryNeeds:
             "reserve": RESERVE,
         }
         listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-        message = f"{device} has {_size(free)} of free memory, needed are {_size(self.total)} ({listed}); {way_out}"
+        message = (
+            f"{device} has {_size(free)} of free memory but the model needs {_size(self.total)} ({listed}); {way_out}"
+        )
         raise DeviceError(message)
 
 

@@ -67,11 +67,11 @@ class Prompts:
             GenerationError: there are no prompts, or they are text, of different lengths, or do not fit the model.
         """
         if any(isinstance(item, str) for item in self.items):
-            raise GenerationError("logits are of token ids (B, T); tokenize the text first")
+            raise GenerationError("logits takes token ids (B, T); tokenize the text first")
         lengths = sorted({len(item) for item in self.items})
         if not lengths or (self.is_single and self.masks[0] is None):
             shape = f"of shape ({lengths[0]},)" if lengths else "empty"
-            raise GenerationError(f"ids must be integers (B, T), and are {shape}")
+            raise GenerationError(f"ids must be integers (B, T), but are {shape}")
         if len(lengths) > 1:
             message = f"ids have rows of {lengths[0]} to {lengths[-1]} tokens"
             raise GenerationError(f"{message}; pad them and pass attention_mask, or make one call for each")
@@ -92,7 +92,7 @@ def read_prompts(given: Any, fields: Mapping[str, Any] | None = None) -> Prompts
         if "input_ids" in fields:
             raise GenerationError("prompts and input_ids are both given; pass one of them")
         if _is_mapping(given) or _is_encoding(given):
-            raise GenerationError(f"{next(iter(fields))} is given twice; leave it to what the tokenizer returned")
+            raise GenerationError(f"{next(iter(fields))} is given twice; the tokenizer's result already has it")
         fields["input_ids"] = given
     if fields:
         return _from_mapping("the prompt", fields)
@@ -161,7 +161,7 @@ def _item(name: str, given: Any) -> tuple[str | IdArray | list[int], npt.NDArray
     if _is_mapping(given):
         found = _from_mapping(name, given)
         if not found.is_single:
-            raise GenerationError(f"{name} holds several prompts; pass it alone, or one row of it")
+            raise GenerationError(f"{name} holds several prompts; pass only it, or one row of it")
         return found.items[0], found.masks[0]
     if _is_encoding(given):
         return list(given.ids), _mask(name, given.attention_mask, len(given.ids))
@@ -210,7 +210,7 @@ def _from_mapping(name: str, given: Mapping[str, Any]) -> Prompts:
     """The prompts in a tokenizer's result."""
     if "input_ids" not in given:
         found = ", ".join(shorten(key) for _, key in zip(range(5), given, strict=False)) or "nothing"
-        raise GenerationError(f'{name} is a mapping that holds {found}, and no "input_ids"; {_HINT}')
+        raise GenerationError(f'{name} is a mapping that holds {found} but no "input_ids"; {_HINT}')
     for key in given:
         if key not in FIELDS + _IGNORED:
             raise GenerationError(f"{name} holds {shorten(key)}, which is not supported; leave it out")
@@ -259,7 +259,7 @@ def _mask(name: str, given: Any, length: int) -> npt.NDArray[np.bool_]:
         raise GenerationError(f"{name} has {length} tokens and an attention_mask of shape {array.shape}")
     mask = array.astype(bool)
     if array.dtype.kind not in "iubf" or (array != mask).any():
-        raise GenerationError(f"{name}'s attention_mask holds something else than 0 and 1")
+        raise GenerationError(f"{name}'s attention_mask holds values other than 0 and 1")
     if np.count_nonzero(np.diff(mask.astype(np.int8))) > (2 if length and not mask[0] and not mask[-1] else 1):
         raise GenerationError(f"{name}'s attention_mask has zeros between ones; padding must be at the ends")
     return mask

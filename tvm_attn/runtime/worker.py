@@ -167,7 +167,7 @@ def worker(device: str) -> Worker:
 def refuse_at_the_end() -> None:
     """Raises DeviceError in the thread that ends the interpreter: no more calls are made."""
     if get_ident() == _ending:
-        raise DeviceError("Python is ending and runs no more models; finish before")
+        raise DeviceError("Python is ending and runs no more models; finish earlier")
 
 
 def _for_all(action: Callable[[Worker], None]) -> None:

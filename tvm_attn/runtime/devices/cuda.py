@@ -285,7 +285,7 @@ class Cuda(DeviceClass):
         yield from lacks_of_block(target, limits["max_threads_per_block"], limits["max_shared_memory_bytes"])
         version = limits["compute_capability"]
         if code_rank(target.architectures, target.ptx, parse_capability(version)) is None:
-            yield f"what runs {', '.join(target.architectures)} (has compute capability {version})"
+            yield f"support for {', '.join(target.architectures)} (has compute capability {version})"
 
     def capability(self, index: int = 0) -> Capability:
         """Compute capability of the device."""

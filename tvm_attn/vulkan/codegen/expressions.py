@@ -353,7 +353,9 @@ class Expressions:
             value = self.expr(node)
             places = [Value(value.dtype.scalar, [lane]) for lane in self.arith.lanes(value)]
         if lanes != 1:
-            raise CompileError(f"buffer {view.root.name} of vectors is read at scattered places; use scalar elements")
+            raise CompileError(
+                f"buffer {view.root.name} of vectors is read at scattered positions; use scalar elements"
+            )
         return Index(None, UNKNOWN, tuple(places))
 
     def _address(self, view: View, node: Any) -> Value:

@@ -210,7 +210,7 @@ class Memory:
         b = self.builder
         pointer = self._bases.get((root, form))
         if pointer is None:
-            raise CompileError(f"an access of buffer {root.name} as {form.dtype} was not foreseen")
+            raise CompileError(f"an access of buffer {root.name} as {form.dtype} was not expected")
         element = b.pointer("PhysicalStorageBuffer", self.arith.type(*form))
         return b.op("AccessChain", element, pointer, b.uint(0), self._shifted(base, form.width).id)
 
@@ -272,7 +272,7 @@ class Memory:
         for low, high, array in regions:
             if len(regions) == 1 or low <= position < high:
                 return array
-        raise CompileError(f"an access of buffer {root.name} lies outside of it")
+        raise CompileError(f"an access of buffer {root.name} is out of bounds")
 
     def _offset(self, base: Value, amount: int) -> Value:
         if amount == 0:
@@ -316,7 +316,7 @@ class Memory:
         assert base is not None
         literal = self.arith.literal(base)
         if literal is not None and literal >= 1 << 31:
-            raise CompileError(f"an access of buffer {array.root.name} lies outside of it")
+            raise CompileError(f"an access of buffer {array.root.name} is out of bounds")
         aligned = gcd(index.fact.divisor, array.offset) % array.width == 0
         whole = array.width > 1 and lanes % array.width == 0 and aligned
         pieces: list[tuple[int, int, int, int | None]] = []

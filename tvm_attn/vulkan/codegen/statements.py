@@ -146,12 +146,12 @@ class Statements(Calls):
 
     def _stmt_Break(self, node: Any) -> None:
         if not self.builder.in_loop:
-            raise CompileError("break stands outside of a loop")
+            raise CompileError("break is outside of a loop")
         self.builder.break_()
 
     def _stmt_Continue(self, node: Any) -> None:
         if not self.builder.in_loop:
-            raise CompileError("continue stands outside of a loop")
+            raise CompileError("continue is outside of a loop")
         self.builder.continue_()
 
     def _stmt_Return(self, node: Any) -> None:
