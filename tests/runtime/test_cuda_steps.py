@@ -161,7 +161,7 @@ def test_without_graphs_or_steps_decode_is_called(plain: CompiledEngine) -> None
     np.testing.assert_array_equal(logits.numpy(), plain.decode(int32(5, 6), int32(0, 1), int32(0, 0)).numpy())
 
 
-# --- what is uploaded ---
+# --- uploads ---
 
 
 def test_greedy_decoding_uploads_nothing(plain: CompiledEngine) -> None:

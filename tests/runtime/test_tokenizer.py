@@ -82,7 +82,7 @@ def test_arbitrary_bytes_decode_as_python_decodes_them(tokenizer, byte_level, da
 
 
 def test_a_character_comes_out_whole_and_at_once(byte_level):
-    # Without merges every byte is a token of its own.
+    # Without merges every byte is its own token.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     library = LibraryTokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,7 +1,7 @@
 """Reading an artifact: its manifest, libraries and parameters, checked before anything is used.
 
 Every file is compared with the size and SHA-256 in the manifest, and the manifest with its own SHA-256. That finds
-damage and mix-ups; it is no signature, and a library is machine code: load artifacts from people you trust.
+damage and mix-ups, but it is not a signature, and a library is machine code: load artifacts from people you trust.
 
 A build may replace the folder at any time, so an artifact keeps its folder open and reads all of its files through it;
 `open_artifact` starts again if the folder has been replaced.
@@ -121,7 +121,7 @@ class Artifact:
         folder: a folder written by `tvm_attn.build`.
 
     Raises:
-        ArtifactError: the folder is no artifact, its manifest is altered or malformed, or its format or TVM version
+        ArtifactError: the folder is not an artifact, its manifest is altered or malformed, or its format or TVM version
             differs.
     """
 
@@ -217,7 +217,7 @@ class Artifact:
                     raise self.error(f"{name} has {size} bytes instead of {expected}: truncated or altered")
                 if size > limit:
                     raise self.error(f"{name} has {size} bytes, so it is not the file it should be")
-                # NumPy uses huge pages and does not clear them: 4 ms a shard, where a bytearray takes 19 ms.
+                # NumPy uses huge pages and does not clear them: 4 ms per shard, where a bytearray takes 19 ms.
                 content, done = np.empty(size, np.uint8), 0
                 while done < size and (count := file.readinto(content[done:].data)):
                     done += count

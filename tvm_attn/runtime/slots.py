@@ -34,7 +34,7 @@ class Lease:
         self._news.acquire()
 
     def wake(self) -> None:
-        """Ends `wait`; not to be called by two threads at once."""
+        """Ends `wait`; two threads must not call it at once."""
         if self._news.locked():
             self._news.release()
 
