@@ -107,7 +107,7 @@ def test_defaults(model):
         "top_p": None,
         "min_p": None,
         "repetition_penalty": 1.0,
-        "stop": [],
+        "stop": (),
         "stop_token_ids": None,
         "seed": None,
     }
