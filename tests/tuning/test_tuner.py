@@ -152,9 +152,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(TuningError, match=r"no kernels lineer; it has .*linear"):
         tune("demo", "cpu", kernels=["lineer"], out=tmp_path)
     monkeypatch.setattr(tuner, "find_spec", lambda name: None)
-    with pytest.raises(
-        TuningError, match=r"^a search needs cloudpickle: pip install cloudpickle psutil"
-    ):
+    with pytest.raises(TuningError, match=r"^a search needs cloudpickle: pip install cloudpickle psutil"):
         tune(target="cpu", out=tmp_path)
 
 

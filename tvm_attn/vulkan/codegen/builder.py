@@ -9,23 +9,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from tvm_attn.vulkan.codegen import encoding
-from tvm_attn.vulkan.codegen.encoding import Instr
+from tvm_attn.vulkan.codegen.encoding import Instr, Type
 from tvm_attn.vulkan.codegen.spirv import BUILTIN, EFFECTS, SEMANTICS, TERMINATORS
 
 Operand = int | str
 _FLOAT_FORMAT = {16: "<e", 32: "<f", 64: "<d"}
-
-
-class Type(NamedTuple):
-    """What is known about a type: kind ("bool", "int", "float", "vector", "pointer", ...), width or count, parts."""
-
-    kind: str
-    size: int = 0
-    element: int = 0
-    storage: str = ""
 
 
 class Builder:

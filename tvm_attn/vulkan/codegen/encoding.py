@@ -6,12 +6,9 @@ import array
 import struct
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tvm_attn.vulkan.codegen.spirv import ENUMERANTS, GLSL_STD_450, INSTRUCTIONS, MAGIC, VERSION_1_6
-
-if TYPE_CHECKING:
-    from tvm_attn.vulkan.codegen.builder import Type
 
 # Name, result type, result, operands: ids and numbers as they are, enumerants and strings by name.
 Instr = tuple[str, int | None, int | None, tuple[int | str, ...]]
@@ -35,6 +32,15 @@ _BY_INSTRUCTION = {
     "GroupNonUniformShuffleUp": "GroupNonUniformShuffleRelative",
     "GroupNonUniformShuffleDown": "GroupNonUniformShuffleRelative",
 }
+
+
+class Type(NamedTuple):
+    """What is known about a type: kind ("bool", "int", "float", "vector", "pointer", ...), width or count, parts."""
+
+    kind: str
+    size: int = 0
+    element: int = 0
+    storage: str = ""
 
 
 class Module(NamedTuple):
