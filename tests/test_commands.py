@@ -12,6 +12,7 @@ import tvm_attn
 from benchmarks import compare
 from tvm_attn import __main__ as entry
 from tvm_attn import bench, build, cli, devices, generate, list_kernels, tune, verify
+from tvm_attn.runtime.decoding import GenerationOptions
 
 COMMANDS = {
     "build": build,
@@ -215,7 +216,10 @@ def test_a_folder_that_is_no_artifact_is_not_replaced(place: Path, capsys: pytes
         (["--target", "cpu", "--model", "/" + LONG_NAME], "File name too long"),
         (["--target", "cpu", "--model", LONG_NAME], "File name too long"),
         (["--target", "cpu", "--model", "empty"], "empty has no config.json"),
-        (["--target", "cpu", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--target", "cpu", "--frobnicate"], "unknown option '--frobnicate'; see"),
+        (["--traget", "cpu"], "unknown option '--traget'; did you mean --target?"),
+        (["--traget=cpu"], "unknown option '--traget'; did you mean --target?"),
+        (["--" + HUGE], "unknown option '--999"),
         (["--target", "cpu", "more"], "unrecognized arguments: more"),
         ([], "required: --target"),
         (["--target"], "argument --target: expected one argument"),
@@ -241,6 +245,25 @@ def test_an_artifact_is_no_checkpoint(demo_artifact: Path, place: Path, capsys: 
 def test_standard_input_is_one_prompt(demo_artifact: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused("generate", [str(demo_artifact), "--prompt", "-", "--prompt", "-"], capsys)
     assert line == "error: two prompts are '-', and standard input can be read once"
+
+
+def test_the_help_of_generate_names_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--max-new-tokens N default: {GenerationOptions.max_new_tokens} --" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [([], None), (["--json"], "-"), (["--json", "-"], "-"), (["--json", "x.json"], Path("x.json"))]
+)
+def test_bench_prints_json_unless_a_file_is_named(
+    given: list[str], meant: object, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    monkeypatch.setattr(bench, "measure", lambda args: measured.append(args.json) or 0)
+    assert bench.main(["dist/x", *given]) == 0
+    assert measured == [meant]
 
 
 def test_comparing_has_moved(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +303,8 @@ def test_every_command_explains_itself_under_its_name(name: str, capsys: pytest.
     [
         (["biuld"], "unknown command 'biuld'; did you mean build?"),
         (["zzz", "--help"], "unknown command 'zzz'; there are build, generate,"),
-        (["--verison"], "unknown option '--verison'"),
+        (["--verison"], "unknown option '--verison'; did you mean --version?"),
+        (["--frobnicate"], "unknown option '--frobnicate'; there are --help, --version"),
         ([HUGE], "unknown command"),
         ([""], "unknown command ''"),
         (["help", "zzz"], "unknown command 'zzz'"),
@@ -321,22 +345,38 @@ TYPOS = [
 ]
 
 
-def test_nothing_slow_is_imported_to_refuse_a_typo() -> None:
-    """TVM takes seconds to import, PyTorch one, rich a tenth: none of them is needed for the answer."""
+SLOW = {"tvm", "tvm_ffi", "torch", "transformers", "rich", "matplotlib", "huggingface_hub"}
+MISSPELT = [
+    ["biuld"],
+    *([name, "--frobnicate"] for name in entry.COMMANDS),
+    *([name, "--target", "cpux"] for name in ("build", "kernels", "tune")),
+    ["generate", "nowhere", "--prompt", "x", "--top-k", "abc"],
+]
+
+
+@pytest.mark.parametrize(
+    ("typos", "slow"), [(TYPOS, SLOW), (MISSPELT, SLOW | {"numpy", "safetensors", "importlib.metadata"})]
+)
+def test_nothing_slow_is_imported_to_refuse_a_typo(typos: list[list[str]], slow: set[str]) -> None:
+    """TVM takes seconds to import, PyTorch one, rich a tenth: none of them is needed for the answer.
+
+    NumPy, which takes as long as the rest of Python's start, is not needed to know options and targets.
+    """
     code = """
 import sys
+before = set(sys.modules)
 from tvm_attn.__main__ import main
 for words in %r:
     try:
         main(words)
     except SystemExit:
         pass
-    slow = {"tvm", "tvm_ffi", "torch", "transformers", "rich", "matplotlib", "huggingface_hub"} & set(sys.modules)
+    slow = %r & set(sys.modules) - before
     assert not slow, (words, slow)
 """
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", code % TYPOS], capture_output=True, text=True, timeout=300, cwd=root, check=False
+        [sys.executable, "-c", code % (typos, slow)], capture_output=True, text=True, timeout=300, cwd=root, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -11,7 +11,6 @@ imports neither TVM nor PyTorch.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from tvm_attn.errors import TvmAttnError
@@ -21,20 +20,28 @@ if TYPE_CHECKING:
     from tvm_attn.runtime.model import load
     from tvm_attn.tuning.tuner import tune
 
-try:
-    __version__ = version("tvm-attn")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0"
+    __version__: str
 
 __all__ = ["TvmAttnError", "__version__", "build", "load", "tune"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports on demand: loading an artifact must not import the compiler, and importing this package must not import
-    TVM."""
+    TVM. Finding the version takes as long as the rest of a short command."""
+    if name == "__version__":
+        return _version()
     if name == "load":
         return import_module("tvm_attn.runtime.model").load
     if name in ("build", "tune"):
         # The commands' modules have the same names, which is why they are callable.
         return import_module(f"tvm_attn.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tvm-attn")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0"

@@ -42,9 +42,9 @@ def _without_command(words: list[str]) -> int:
 
         print(f"tvm-attn {__version__}")
     else:
-        what = "option" if words[0].startswith("-") else "command"
-        near = difflib.get_close_matches(words[0][:40], COMMANDS, 1)
-        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        what, known = ("option", ("--help", "--version")) if words[0].startswith("-") else ("command", tuple(COMMANDS))
+        near = difflib.get_close_matches(words[0][:40], known, 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise UsageError(f"unknown {what} {shorten(words[0])}; {meant}")
     return 0
 

@@ -78,9 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--json",
+        nargs="?",
+        const="-",
         type=lambda text: text if text == "-" else output_file(text),
         metavar="FILE",
-        help="write every figure as JSON; - prints it instead of tables",
+        help="write every figure as JSON; without FILE, print it instead of tables",
     )
     parser.add_argument("--plot", type=output_file, metavar="FILE", help="draw tokens/s and the roofline as PNG")
 
@@ -113,9 +115,10 @@ def measure(
         start_peers: starts the runtimes to compare with; see `tvm_attn.benchmark.session.run`.
         more_tables: gives tables to print after those of our own figures.
     """
+    open_artifact(args.artifact, args.device)
+
     from tvm_attn.benchmark import cases
 
-    open_artifact(args.artifact, args.device)
     cases.open_artifact(options(args))  # what does not fit is refused before TVM is imported
     if args.plot:
         import importlib.util

@@ -63,14 +63,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _build(args: argparse.Namespace) -> int:
     from tvm_attn import targets
-    from tvm_attn.compiler.replacement import check_out
     from tvm_attn.model.layout import check_types
-    from tvm_attn.model.weights import open_weights
 
     start = time.perf_counter()
     # Names and paths first: importing the compiler takes seconds.
     for target in targets.check_names(args.target):
         check_types(target, args.dtype, args.quant)
+
+    from tvm_attn.compiler.replacement import check_out
+    from tvm_attn.model.weights import open_weights
+
     with progress(quiet=args.json) as show:
         weights = open_weights(args.model, args.random_weights, lambda hub_id: show(f"downloading {hub_id}"))
         check_out(Path(args.out) if args.out else Path("dist") / weights.name)

@@ -14,7 +14,9 @@ that a mistake in the arguments is answered at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -79,6 +81,19 @@ def _shortened(text: str, length: int) -> str:
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are `UsageError`: one line, like every other error of a command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, which would call `--traget cpu` a missing `--target`."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = list(self._option_string_actions)
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            name = word.split("=")[0]
+            # argparse takes the beginning of an option for the option, and words with a space for values
+            if word.startswith("--") and " " not in word and not any(option.startswith(name) for option in known):
+                near = difflib.get_close_matches(name[:40], known, 1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                self.error(f"unknown option {shorten(name)}{meant}")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""

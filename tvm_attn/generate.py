@@ -1,5 +1,7 @@
 """`tvm-attn generate`: continue prompts with a compiled model, streaming to the terminal."""
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
@@ -10,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_attn.cli import Parser, existing_folder, integer, open_artifact, progress, real, run
 from tvm_attn.errors import GenerationError, TokenizerError, UsageError, shorten
-from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
 
 if TYPE_CHECKING:
+    from tvm_attn.runtime.decoding import Completion, GenerationStats
     from tvm_attn.runtime.model import Model
 
 
@@ -41,9 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="1,2,3",
         help="a prompt as token ids; several make a batch",
     )
-    parser.add_argument(
-        "--max-new-tokens", type=integer(None), metavar="N", help=f"default: {GenerationOptions.max_new_tokens}"
-    )
+    parser.add_argument("--max-new-tokens", type=integer(None), metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=real, metavar="F", help="divides the logits; 0 is greedy")
     parser.add_argument("--top-k", type=integer(None), metavar="K", help="sample from the K most likely tokens")
     parser.add_argument(
@@ -97,6 +97,8 @@ def _unescaped(text: str) -> str:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from tvm_attn.runtime.decoding import GenerationOptions, GenerationStats
+
     given: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
@@ -158,14 +160,14 @@ def _read_stdin() -> str:
         raise GenerationError(f"standard input is not UTF-8 text: {error}") from error
 
 
-def _shown(model: "Model", prompt: str | list[int]) -> str:
+def _shown(model: Model, prompt: str | list[int]) -> str:
     """How a prompt is printed: as text if there is a tokenizer, else as ids."""
     if isinstance(prompt, str):
         return prompt
     return ",".join(map(str, prompt)) if model.tokenizer is None else model.tokenizer.decode(prompt)
 
 
-def _print_stream(model: "Model", prompt: str | list[int], options: dict[str, Any]) -> None:
+def _print_stream(model: Model, prompt: str | list[int], options: dict[str, Any]) -> None:
     # Ask for the stream first: a prompt that it refuses should not be printed.
     pieces: Iterator[str]
     if model.tokenizer is None:
@@ -178,7 +180,7 @@ def _print_stream(model: "Model", prompt: str | list[int], options: dict[str, An
     print()
 
 
-def _print_batch(model: "Model", prompts: list[Any], completions: list[Completion]) -> None:
+def _print_batch(model: Model, prompts: list[Any], completions: list[Completion]) -> None:
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if index:
             print()

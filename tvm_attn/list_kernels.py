@@ -43,10 +43,12 @@ def _list(args: argparse.Namespace) -> int:
     # Names are checked first: the compiler takes seconds to import.
     from tvm_attn import targets
     from tvm_attn.model.layout import check_types
-    from tvm_attn.model.weights import open_config
 
     for target in targets.check_names(args.target):
         check_types(target, args.dtype, args.quant)
+
+    from tvm_attn.model.weights import open_config
+
     config, target = open_config(args.model), targets.resolve(args.target)
     check_types(target, args.dtype, args.quant)
     with progress(quiet=True) as show:

@@ -16,10 +16,13 @@ A byte of int4 holds inputs 2 i (low half) and 2 i + 1, each plus 8.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
 from tvm_attn.config import GPT2Config, param_shapes
 from tvm_attn.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "int4")
@@ -35,6 +38,8 @@ def numpy_dtype(name: str) -> np.dtype:
     Raises:
         TypeError: `name` is not a dtype.
     """
+    import numpy as np
+
     if name == "bfloat16":
         import ml_dtypes
 

@@ -67,12 +67,14 @@ def _parser() -> argparse.ArgumentParser:
 def _tune(args: argparse.Namespace) -> int:
     from tvm_attn import targets
     from tvm_attn.model.layout import check_types
-    from tvm_attn.model.weights import open_config
 
     start = time.perf_counter()
     # Names and paths first: importing the compiler takes seconds.
     for target in targets.check_names(args.target):
         check_types(target, args.dtype, args.quant)
+
+    from tvm_attn.model.weights import open_config
+
     config = open_config(args.model)
 
     from tvm_attn.tuning.tuner import tune

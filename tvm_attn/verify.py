@@ -26,9 +26,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    open_artifact(args.artifact, args.device)
+
     from tvm_attn.model.reference import require_torch
 
-    open_artifact(args.artifact, args.device)
     require_torch()
     with progress(quiet=args.json) as show:
         from tvm_attn.compiler.verification import verify_artifact
