@@ -217,8 +217,8 @@ def test_a_folder_that_is_no_artifact_is_not_replaced(place: Path, capsys: pytes
         (["--target", "cpu", "--model", LONG_NAME], "File name too long"),
         (["--target", "cpu", "--model", "empty"], "empty has no config.json"),
         (["--target", "cpu", "--frobnicate"], "unknown option '--frobnicate'; see"),
-        (["--traget", "cpu"], "unknown option '--traget'; did you mean --target?"),
-        (["--traget=cpu"], "unknown option '--traget'; did you mean --target?"),
+        (["--traget", "cpu"], "unknown option '--traget' (did you mean --target?); see"),
+        (["--traget=cpu"], "unknown option '--traget' (did you mean --target?); see"),
         (["--" + HUGE], "unknown option '--999"),
         (["--target", "cpu", "more"], "unrecognized arguments: more"),
         ([], "required: --target"),
@@ -234,6 +234,12 @@ def test_what_cannot_be_built(
 @pytest.mark.parametrize("given", ["", "1,,2", "1.5", "x", "1 2", HUGE])
 def test_what_are_no_token_ids(given: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a list of integers such as 1,2,3" in refused("generate", ["x", "--prompt-ids", given], capsys)
+
+
+@pytest.mark.parametrize("command", ["kernels", "tune"])
+def test_only_a_build_takes_several_targets(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(command, ["--target", "cpu,cuda", "--model", "checkpoint"], capsys)
+    assert line == "error: 'cpu,cuda' names several targets; name one of them"
 
 
 def test_an_artifact_is_no_checkpoint(demo_artifact: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
             # argparse takes the beginning of an option for the option, and words with a space for values
             if word.startswith("--") and " " not in word and not any(option.startswith(name) for option in known):
                 near = difflib.get_close_matches(name[:40], known, 1)
-                meant = f"; did you mean {near[0]}?" if near else ""
+                meant = f" (did you mean {near[0]}?)" if near else ""
                 self.error(f"unknown option {shorten(name)}{meant}")
         return super().parse_known_args(words, namespace)
 

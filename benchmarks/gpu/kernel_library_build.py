@@ -209,7 +209,7 @@ def _main(argv: list[str] | None) -> int:
         description="Compile every kernel's test cases for a CUDA target.",
     )
     parser.add_argument("target", help="e.g. cuda or cuda-sm90")
-    parser.add_argument("folder", type=Path, help="is made")
+    parser.add_argument("folder", type=Path, help="created if there is none")
     args = parser.parse_args(argv)
     with progress() as show:
         write_kernel_library(args.target, args.folder, show)

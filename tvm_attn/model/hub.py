@@ -85,7 +85,7 @@ def hub_snapshot(
             elif isinstance(error, RepositoryNotFoundError):
                 reason = "the hub has no such model, or it is private (`hf auth login`)"
             else:
-                reason = f"the hub cannot be reached ({type(error).__name__}: {one_line(error)})"
+                reason = f"the hub cannot be reached ({type(error).__name__}: {one_line(error)}): check the network"
             raise _unavailable(repo_id, reason) from None
 
 

@@ -91,8 +91,10 @@ def resolve(name: str) -> Target:
     the name of a file, including "cuda".
 
     Raises:
-        TargetError: the target is unknown, or no file fits this machine.
+        TargetError: the target is unknown, there are several, or no file fits this machine.
     """
+    if "," in name:
+        raise TargetError(f"{shorten(name)} names several targets; name one of them")
     if name == "cpu":
         return detect_cpu()
     return read("vulkan-generic" if name == "vulkan" else name)
