@@ -133,7 +133,6 @@ class RunningPeers:
     ) -> None:
         self.systems: list[SystemInfo] = []
         self.skipped: list[str] = []
-        self._ours = ours
         self._peers: dict[str, Peer] = {}
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tvm-attn-weights-")))
         on_gpu = ours.device.startswith("cuda")
@@ -161,7 +160,6 @@ class RunningPeers:
         case = measurement.case
         for label, peer in list(self._peers.items()):
             progress(f"{case}: {label}")
-            self._ours.settle()
             try:
                 if label not in measurement.rounds and not _prepare(peer, case):
                     continue
@@ -191,7 +189,6 @@ def check_same_model(label: str, ours: CompiledSystem, peer: Peer) -> PeerSystem
     ids: Int32Array = np.random.default_rng(0).integers(0, ours.vocabulary, tokens, dtype=np.int32)
     bound = max(_AGREEMENT[peer.precision], _AGREEMENT[ours.precision])
     agreement = compare_logits(ours.logits(ids), peer.logits(ids), bound)
-    ours.settle()
     if not agreement.nmse <= bound:
         raise PeerUnavailable(
             f"{label}: not the same model: its logits differ from ours, NMSE {agreement.nmse:.1e}, bound {bound:.0e}"

@@ -5,7 +5,7 @@ import dataclasses
 from tvm_attn import targets
 from tvm_attn.benchmark.counts import Work
 from tvm_attn.benchmark.probe import Limits, measure_limits
-from tvm_attn.runtime.machine import set_threads
+from tvm_attn.runtime.machine import thread_count
 
 LIMITS = Limits(
     threads=2, float32_gflops=200.0, read_gbytes=40.0, bfloat16_gflops=400.0, int8_gops=None, buffer_bytes=1 << 30
@@ -14,7 +14,7 @@ LIMITS = Limits(
 
 def test_limits_are_positive_and_the_buffer_is_read() -> None:
     target = targets.detect_cpu()
-    limits = measure_limits(target, set_threads(None), max_buffer_bytes=1 << 24)
+    limits = measure_limits(target, thread_count(None), max_buffer_bytes=1 << 24)
     assert limits.float32_gflops > 0
     assert limits.read_gbytes > 0
     assert 0 < limits.buffer_bytes <= 1 << 24
@@ -26,7 +26,7 @@ def test_limits_are_positive_and_the_buffer_is_read() -> None:
 
 def test_a_target_without_dot_products_has_no_such_limits() -> None:
     target = dataclasses.replace(targets.detect_cpu(), features=())
-    limits = measure_limits(target, set_threads(None), max_buffer_bytes=1 << 20)
+    limits = measure_limits(target, thread_count(None), max_buffer_bytes=1 << 20)
     assert limits.bfloat16_gflops is None and limits.int8_gops is None
 
 

@@ -152,46 +152,67 @@ def test_malformed_environment_variable(given: str, monkeypatch: pytest.MonkeyPa
         thread_count(None)
 
 
-# Prints how many threads did work while the model ran.
+# Prints how many threads computed something for each model.
 BUSY_THREADS = """
-import json, os, sys
+import json, os, sys, threading, time
 import tvm_attn
+# A thread of the runtime makes the calls; who asks for them waits.
 
 def user_ticks():
     ticks = {}
-    for task in set(os.listdir("/proc/self/task")) - {str(os.getpid())}:  # the main thread only waits
+    for task in set(os.listdir("/proc/self/task")) - {str(os.getpid()), str(threading.get_native_id())}:
         with open(f"/proc/self/task/{task}/stat") as file:
             ticks[task] = int(file.read().rpartition(")")[2].split()[11])  # utime; a thread that waits has system time
     return ticks
 
-model = tvm_attn.load(sys.argv[1], threads=json.loads(sys.argv[2]))
-ids = [list(range(model.config.n_positions))]
-model.logits(ids)
-before = user_ticks()
-spent = {}
-while max(spent.values(), default=0) < 30:
+def run(model):
+    ids = [list(range(model.config.n_positions))]
     model.logits(ids)
-    spent = {task: ticks - before.get(task, 0) for task, ticks in user_ticks().items()}
-print(sum(ticks >= 6 for ticks in spent.values()))
+    before, spent, deadline = user_ticks(), {}, time.monotonic() + 60
+    # A busy machine may give the helpers little, and a wrong number is seen once the caller has worked for a while.
+    while max(spent.values(), default=0) < 30 or (len(spent) < model.engine._threads and time.monotonic() < deadline):
+        model.logits(ids)
+        spent = {task: ticks - before.get(task, 0) for task, ticks in user_ticks().items()}
+        spent = {task: ticks for task, ticks in spent.items() if ticks >= 6}
+    counts.append(len(spent))
+
+counts = []
+models = [tvm_attn.load(sys.argv[1], threads=threads) for threads in json.loads(sys.argv[2])]
+for model in models:
+    thread = threading.Thread(target=run, args=[model])
+    thread.start()
+    thread.join()
+print(json.dumps(counts))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("argument", "variable", "wanted"),
-    [(1, "2", 1), (2, "1", 2), (None, "1", 1), (None, None, None), (10_000, None, None)],
+    ("given", "variable", "wanted"),
+    [
+        ([1], "2", [1]),
+        ([2], "1", [2]),
+        ([None], "1", [1]),
+        ([None], None, None),
+        ([10_000], None, None),
+        ([2, 1, 2], None, [2, 1, 2]),
+    ],
 )
 def test_threads_that_work(
-    demo_artifact: Path, argument: int | None, variable: str | None, wanted: int | None, monkeypatch: pytest.MonkeyPatch
+    demo_artifact: Path,
+    given: list[int | None],
+    variable: str | None,
+    wanted: list[int] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
     if wanted is None:
-        wanted = len(os.sched_getaffinity(0)) if argument else usable_cores()
-    if wanted > usable_cores():
+        wanted = [len(os.sched_getaffinity(0)) if given[0] else usable_cores()]
+    if max(wanted) > usable_cores():
         pytest.skip("needs more cores")
     environment = {name: value for name, value in os.environ.items() if name != "TVM_NUM_THREADS"}
     environment |= {"TVM_USE_RUNTIME_LIB": "1"} | ({"TVM_NUM_THREADS": variable} if variable else {})
-    command = [sys.executable, "-c", BUSY_THREADS, str(demo_artifact), json.dumps(argument)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", BUSY_THREADS, str(demo_artifact), json.dumps(given)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == wanted
+    assert json.loads(done.stdout) == wanted

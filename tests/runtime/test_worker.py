@@ -144,21 +144,6 @@ def test_a_stream_goes_on_in_another_thread(model: Model) -> None:
     assert "".join(pieces) == expected.text
 
 
-def test_threads_number_holds_in_every_thread(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_to: list[int] = []
-    monkeypatch.setattr("tvm_attn.runtime.worker.set_threads", set_to.append)
-    first, second = (tvm_attn.load(demo_artifact, "cpu", threads=threads) for threads in (1, 2))
-    del set_to[:]
-    for used in (first, second, second, first):
-        thread = threading.Thread(target=used.logits, args=([[1, 2]],))
-        thread.start()
-        thread.join()
-    counts = [model.engine._threads for model in (first, second)]
-    assert set_to == ([] if counts[0] == counts[1] else counts * 1 + counts[:1])
-    monkeypatch.undo()
-    first.engine._worker._threads = None  # the pool was not told
-
-
 def test_interrupted_steps_disturb_nobody(model: Model) -> None:
     expected = [model.generate(prompt, **SAMPLED) for prompt in PROMPTS]
     main = threading.main_thread().ident or 0

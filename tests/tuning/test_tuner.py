@@ -126,7 +126,7 @@ def test_check_and_time_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = [workers._Prepared(call) for call in calls_of(TINY)]
     assert all(len(entry.arguments) > 1 for entry in prepared)
     monkeypatch.setattr(workers, "_prepared", prepared)
-    times = workers.measure({"main": good}, None, None, [])
+    times = workers.measure({"main": good, "set_threads": int}, None, None, [])
     assert len(times) == len(calls_of(TINY)) == 3
     assert all(0 < time < 1 for time in times)
 
@@ -138,7 +138,7 @@ def test_check_and_time_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for bad in (nothing, infinite):
         with pytest.raises(VerificationError, match="disagrees"):
-            workers.measure({"main": bad}, None, None, [])
+            workers.measure({"main": bad, "set_threads": int}, None, None, [])
 
 
 def test_what_cannot_be_searched_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

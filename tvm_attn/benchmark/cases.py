@@ -21,12 +21,12 @@ class Options:
 
     Attributes:
         artifact: folder of the artifact.
-        prefill, decode: prompt lengths and contexts; None for the defaults that fit the model.
-        batch: sequences per decode call.
-        threads: CPU threads of every system; None for the default of `set_threads`.
-        rounds: turns of each system per case.
-        kernels: whether to measure single kernels as well; only on the processor.
-        device: device of our model, as `tvm_attn.load` takes it.
+        prefill, decode: prompt lengths and contexts; None takes the defaults that fit the model.
+        batch: sequences of a decode call.
+        threads: CPU threads of every system; None takes what `thread_count` does.
+        rounds: turns of each system a case.
+        kernels: measure single kernels as well; of the processor only.
+        device: where our model runs, as `tvm_attn.load` takes it.
     """
 
     artifact: Path

@@ -18,6 +18,7 @@ from tvm_attn import targets
 from tvm_attn.benchmark.counts import Storage, Work, kernel_work
 from tvm_attn.benchmark.system import MAX_CALLS, MIN_CALLS
 from tvm_attn.runtime.artifact import Artifact, Library
+from tvm_attn.runtime.engine import threads_setter
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class SingleKernels:
 
     Attributes:
         machine: the functions of the library, unfused; takes the packed parameters and the cache of the library.
+        set_threads: sets their number of threads.
 
     Raises:
         TargetError: the library's target is unknown.
@@ -75,7 +77,8 @@ class SingleKernels:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / library.file
             compile_program(program, target, file)
-            self.machine = VirtualMachine(tvm.runtime.load_module(str(file)), tvm.cpu())
+            module = tvm.runtime.load_module(str(file))
+        self.machine, self.set_threads = VirtualMachine(module, tvm.cpu()), threads_setter(module)
 
     def times(self, call: Callable[[], object], seconds: float) -> list[KernelTime]:
         """Time of each kernel within a call of the model, longest first.

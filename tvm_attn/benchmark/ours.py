@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +16,6 @@ from tvm_attn.benchmark.system import CachedSystem, Case, Float32Array, GreedySy
 from tvm_attn.errors import ArtifactError
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.logits import DeviceLogits
-
-_SETTLED = 0.1
-"""Share of one core's time below which the thread pool counts as asleep."""
 
 
 class CompiledSystem(CachedSystem):
@@ -79,15 +75,6 @@ class CompiledSystem(CachedSystem):
             self._engine.prefill([inputs[slot]], [slot])
             self._filled[slot] = case.tokens
 
-    def settle(self) -> None:
-        """Waits until the thread pool sleeps: its threads spin for a while after work, on the next system's cores."""
-        deadline, used = time.monotonic() + 2.0, time.process_time()
-        while time.monotonic() < deadline:
-            time.sleep(0.02)
-            before, used = used, time.process_time()
-            if used - before < _SETTLED * 0.02:
-                return
-
     def kernel_times(self, case: Case, seconds: float) -> list[KernelTime]:
         """Time of each kernel within the calls of a case, longest first; only on the processor.
 
@@ -99,7 +86,7 @@ class CompiledSystem(CachedSystem):
             TargetError, CompileError: see `SingleKernels`.
         """
         inputs, engine, single = prompts(case, self.vocabulary), self._engine, self._single_kernels
-        self._engine = engine.on(single.machine)
+        self._engine = engine.on(single.machine, single.set_threads)
         try:
             return single.times(lambda: self.call(case, inputs), seconds)
         finally:

@@ -10,9 +10,11 @@ calls of those intrinsics into something that LLVM rejects.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tvm
@@ -20,6 +22,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.benchmark.limits import Limits
+from tvm_attn.compiler.threads import export_with_threads
 from tvm_attn.targets import CpuTarget
 
 # About 0.05 s of work per thread at 4 GHz: long compared with starting threads, short compared with a time slice.
@@ -34,8 +37,8 @@ def measure_limits(target: CpuTarget, threads: int, max_buffer_bytes: int = _MAX
 
     Args:
         target: a target of this machine; its vector width and instruction sets are used.
-        threads: threads of TVM's pool; the pool must already have this size.
-        max_buffer_bytes: most memory to read; never more than a quarter of the free memory.
+        threads: threads that run.
+        max_buffer_bytes: most memory to read; a quarter of the free memory is never passed.
     """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     features = set(target.features)
@@ -54,14 +57,19 @@ def _accumulators(target: CpuTarget) -> int:
     return max(1, target.tile_rows * target.tile_columns // target.lanes)
 
 
-def _build(function: tirx.PrimFunc, target: CpuTarget) -> Callable[..., None]:
+def _build(function: tirx.PrimFunc, target: CpuTarget, threads: int) -> Callable[..., None]:
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    compiled: Callable[..., None] = tvm.tirx.build(module, target=tvm.target.Target(target.tvm))["main"]
-    return compiled
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "probe.so"
+        export_with_threads(tvm.tirx.build(module, target=tvm.target.Target(target.tvm)), file)
+        library = tvm.runtime.load_module(str(file))
+    library["set_threads"](threads)
+    main: Callable[..., None] = library["main"]
+    return main
 
 
 def _best_seconds(call: Callable[[], None]) -> float:
-    call()  # starts the thread pool
+    call()  # starts the threads
     seconds = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
@@ -98,7 +106,7 @@ def _multiply_add(target: CpuTarget, threads: int) -> float:
                     for lane in T.vectorized(lanes):
                         out[vt, i, lane] = acc[i, lane]
 
-    run = _build(multiply_add, target)
+    run = _build(multiply_add, target, threads)
     # Converges to 2: no overflow, and no denormal numbers, which are slow.
     x, y = tvm.runtime.tensor(np.full(lanes, 0.5, np.float32)), tvm.runtime.tensor(np.ones(lanes, np.float32))
     out = tvm.runtime.empty((threads, count, lanes), "float32")
@@ -132,8 +140,8 @@ def _read(target: CpuTarget, threads: int, buffer_bytes: int) -> tuple[float, in
                     for lane in T.vectorized(lanes):
                         out[vt, i, lane] = acc[i, lane]
 
-    run = _build(read, target)
-    # Write every page: pages that were never written all map to one page of zeros.
+    run = _build(read, target, threads)
+    # Written once: pages that never were all map to one page of zeros.
     data = tvm.runtime.empty((threads, steps, count, lanes), "float32")
     np.from_dlpack(data).fill(1.0)
     out = tvm.runtime.empty((threads, count, lanes), "float32")
@@ -172,7 +180,7 @@ def _dot_product(target: CpuTarget, threads: int, dot: _Dot) -> float:
                     )
                 )
 
-    run = _build(dot_product, target)
+    run = _build(dot_product, target, threads)
     x = tvm.runtime.tensor(np.full(words, dot.ones, np.int32))
     out = tvm.runtime.empty((threads, count, words), "int32")
     return 1e-9 * dot.operations * threads * count * steps / _best_seconds(lambda: run(x, out))

@@ -22,7 +22,7 @@ from tvm_attn.benchmark.machine import describe_machine, describe_versions
 from tvm_attn.benchmark.ours import CompiledGpuSystem, CompiledSystem
 from tvm_attn.benchmark.system import Case
 from tvm_attn.config import GPT2Config
-from tvm_attn.runtime.machine import set_threads
+from tvm_attn.runtime.machine import thread_count
 from tvm_attn.targets import CpuTarget
 
 OURS = "tvm_attn"
@@ -134,7 +134,7 @@ def run(options: Options, progress: Callable[[str, float], None], start_peers: S
         ArtifactError, DeviceError, TargetError: our own model cannot be run.
     """
     artifact, cases = open_artifact(options)
-    threads = set_threads(options.threads)
+    threads = thread_count(options.threads)
     machine = describe_machine(threads)
     limits = _limits(options.device, threads, artifact.dtype, progress)
     progress("loading the artifact", 0.02)

@@ -1,9 +1,9 @@
-"""Merges consecutive kernels into one that starts the threads only once.
+"""Merging kernels that run one after the other into one.
 
-Starting threads takes 6 us and a call through Relax's virtual machine about 4 us; a decode layer has eleven kernels,
-most of them shorter than that. A Relax function with the attribute "Primitive" becomes one TensorIR function here: its
-kernels follow each other inside one parallel region, with a barrier after each parallel loop. One thread does the
-serial parts of a kernel while the others wait at the barrier.
+A call through Relax's virtual machine takes about 4 us; a layer of decode is eleven kernels, most of them little more.
+A Relax function with the attribute "Primitive" becomes one TensorIR function here: the loops of its kernels follow each
+other. A parallel loop is over when its pieces are done, so there are no barriers, and what a kernel does serially, the
+thread that calls does.
 
 Relax's own FuseTIR does not accept a call that updates an argument in place and also returns another tensor.
 """
@@ -52,7 +52,7 @@ class _Fusion:
         self._sizes: dict[str, tirx.Var] = {}
         self._values: dict[relax.Var, Any] = {}  # a buffer, or a list of them for a tuple
         self._temporaries: list[Any] = []
-        self._stages: list[tirx.Stmt] = []
+        self._statements: list[tirx.Stmt] = []
         for parameter in function.params:
             self._values[parameter] = self._buffer(parameter.ty, parameter.name)
         parameters = [self._values[parameter] for parameter in function.params]
@@ -63,9 +63,7 @@ class _Fusion:
         self.in_place = [next((i for i, p in enumerate(parameters) if p.same_as(result)), -1) for result in results]
         fresh = [result for result, place in zip(results, self.in_place, strict=True) if place < 0]
         inner = [buffer for buffer in self._temporaries if not any(buffer.same_as(result) for result in fresh)]
-        zero, one = tirx.IntImm("int32", 0), tirx.IntImm("int32", 1)
-        region = tirx.AttrStmt(zero, "pragma_parallel_launch_point", one, tirx.SeqStmt(self._stages))
-        root = s_tir.SBlock([], [], [], "root", region, alloc_buffers=inner)
+        root = s_tir.SBlock([], [], [], "root", tirx.SeqStmt(self._statements), alloc_buffers=inner)
         body = s_tir.SBlockRealize([], tirx.const(True), root)
         self.function = tirx.PrimFunc([*parameters, *fresh], body).with_attr("s_tir", True)
 
@@ -112,41 +110,13 @@ class _Fusion:
         }
         root = _substitute(kernel.body, {**buffers, **sizes}).block
         self._temporaries += list(root.alloc_buffers)
-        self._stages += _stages(root.body)
+        self._statements += list(root.body.seq) if isinstance(root.body, tirx.SeqStmt) else [root.body]
         return results if isinstance(kind, relax.TupleType) else results[0]
-
-
-def _stages(body: tirx.Stmt) -> list[tirx.Stmt]:
-    """The statements of a kernel, each followed by a barrier; those that start no threads run on one thread."""
-    stages: list[tirx.Stmt] = []
-    serial: list[tirx.Stmt] = []
-
-    def finish_serial() -> None:
-        if serial:
-            one = tirx.IntImm("int32", 1)
-            statement = tirx.SeqStmt(serial) if len(serial) > 1 else serial[0]
-            stages.append(_loop(tirx.Var("thread", "int32"), one, statement, {}))
-            serial.clear()
-
-    for statement in body.seq if isinstance(body, tirx.SeqStmt) else [body]:
-        if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.PARALLEL:
-            finish_serial()
-            stages.append(_loop(statement.loop_var, statement.extent, statement.body, statement.annotations))
-        else:
-            serial.append(statement)
-    finish_serial()
-    return stages
 
 
 def _substitute(body: tirx.Stmt, variables: dict[Any, Any]) -> Any:
     """The statement with variables replaced (buffers are variables too)."""
     return structural_map(body, (ir.Var, lambda variable: variables.get(variable, variable)))
-
-
-def _loop(variable: tirx.Var, extent: Any, body: tirx.Stmt, annotations: Any) -> tirx.For:
-    barrier = {"pragma_parallel_barrier_when_finish": tirx.IntImm("int32", 1)}
-    zero = tirx.IntImm("int32", 0)
-    return tirx.For(variable, zero, extent, tirx.ForKind.PARALLEL, body, annotations={**annotations, **barrier})
 
 
 @mutator

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from tvm_attn.compiler.cuda_graph import capture_graphs, plan_results
 from tvm_attn.compiler.devices import backend_for
 from tvm_attn.compiler.dump import Dump
 from tvm_attn.compiler.fusion import fuse_primitive_functions
+from tvm_attn.compiler.threads import require_cxx
 from tvm_attn.compiler.workspaces import plan_workspaces
 from tvm_attn.errors import CompileError
 from tvm_attn.model.module import Program
@@ -112,11 +111,7 @@ def compile_program(
         ScheduleError: a kernel has no template, or a record does not fit.
         CompileError: TVM, the C++ compiler or the CUDA compiler failed, or a compiler is missing.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or shutil.which(compiler) is None:
-        raise CompileError(
-            f"no C++ compiler ({compiler or 'g++, clang++'}) to link the library: install g++ or set CXX"
-        )
+    require_cxx()
     backend = backend_for(target)
     backend.check(target)  # refuses to start what it cannot finish
     dump = Dump(library.stem)

@@ -34,8 +34,9 @@ from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 MANIFEST = "manifest.json"
 PARAMS_INDEX = "params/tensor-cache.json"
 FORMAT = 5
-"""Version of the artifact's format; a reader accepts only its own. From 5 on, a model may have several end tokens,
-which are not compiled into its libraries, and the checkpoint's sampling options are recorded."""
+"""Version of the artifact's format; a reader accepts its own version only. In 5, a model has several end tokens, and no
+library is compiled for them; the checkpoint's sampling options are recorded; libraries for processors have threads of
+their own."""
 
 
 _LIBRARY_BYTES = 1 << 30

@@ -10,7 +10,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ from tvm_attn.storage import numpy_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")
+SetThreads = Callable[[int], None]
+"""Sets the number of threads that compute what the calling thread calls in a library."""
 
 
 def _in_turn(
@@ -58,9 +60,9 @@ class CompiledEngine:
         library: the library of the artifact to run.
         device: TVM's device.
         max_batch: number of KV-cache slots.
-        graph: whether `decode` runs the library's steps, as CUDA graphs, if it has them.
-        stream: a CUDA stream, as an integer; see `tvm_attn.runtime.stream`.
-        threads: number of CPU threads, as in `tvm_attn.runtime.machine.thread_count`.
+        graph: whether `decode` runs the steps of the library, as CUDA graphs, where it has them.
+        stream: of a CUDA device, as an integer; see `tvm_attn.runtime.stream`.
+        threads: threads of a processor that compute a call; see `tvm_attn.runtime.machine.thread_count`.
 
     Attributes:
         library: the library that runs.
@@ -109,15 +111,10 @@ class CompiledEngine:
         if self._process != os.getpid() and self.library.device != "cpu":
             message = f"{self.library.device} was in use when this process was forked, and drivers do not survive that"
             raise DeviceError(f'{message}; start processes with multiprocessing\'s "spawn", and load the model there')
-        return self._worker.run(self._stream.carry(self._call_prepared), function, *args, **kwargs)
-
-    def _call_prepared(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        if self.library.device == "cpu":
-            self._worker.set_threads(self._threads)
-        return function(*args, **kwargs)
+        return self._worker.run(self._stream.carry(function), *args, **kwargs)
 
     def _load(self, artifact: Artifact, stream: int | None) -> None:
-        self._bind(_virtual_machine(artifact, self.library, self._device, stream))
+        self._bind(*_load(artifact, self.library, self._device, stream))
         self._require_memory(artifact)
         self._params = self._pack(artifact)
         self._kv = self._new_cache(artifact.dtype)
@@ -128,14 +125,14 @@ class CompiledEngine:
         """Whether `decode` runs the library's steps."""
         return self._steps is not None
 
-    def on(self, machine: VirtualMachine) -> CompiledEngine:
-        """An engine with the same parameters and cache, whose functions come from another build."""
+    def on(self, machine: VirtualMachine, set_threads: SetThreads | None = None) -> CompiledEngine:
+        """An engine with the same parameters and cache that calls another build of the same functions."""
         engine = copy.copy(self)
-        engine._bind(machine)
+        engine._bind(machine, set_threads)
         return engine
 
-    def _bind(self, machine: VirtualMachine) -> None:
-        self._vm = machine
+    def _bind(self, machine: VirtualMachine, set_threads: SetThreads | None) -> None:
+        self._vm, self._set_threads = machine, set_threads
         has = machine.module.implements_function
         self._groups_alone = {kind for kind in ("decode", "step") if has(f"{kind}_group")}
         self._steps = None
@@ -145,7 +142,12 @@ class CompiledEngine:
 
     def _call(self, name: str, *rows: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         """Calls a function of the library that takes the KV cache and the parameters."""
-        return self._stream.run(self._vm[name], *rows, self._kv, self._params)
+        return self._run(name, *rows, self._kv, self._params)
+
+    def _run(self, name: str, *arguments: Any) -> Any:
+        if self._set_threads is not None:
+            self._set_threads(self._threads)
+        return self._stream.run(self._vm[name], *arguments)
 
     def _require_memory(self, artifact: Artifact) -> None:
         free = device_class(self.library.device).free_memory(self._device)
@@ -166,7 +168,7 @@ class CompiledEngine:
                 raise
 
         try:
-            return self._stream.run(self._vm["transform_params"], get)
+            return self._run("transform_params", get)
         except Exception as error:
             # The error crosses TVM's virtual machine, which may wrap it.
             raise (failure[0] if failure else _misfit(artifact, self.library, error)) from error
@@ -283,7 +285,7 @@ class CompiledEngine:
     def argmax(self, logits: tvm.runtime.Tensor) -> Int32Array:
         """argmax of logits (g, R, V') over the vocabulary, as (g * R,) int32."""
         name = "argmax_one" if tuple(logits.shape[:2]) == (1, 1) else "argmax"
-        return self._stream.read(self._stream.run(self._vm[name], logits))
+        return self._stream.read(self._run(name, logits))
 
     def _calls(self, prompts: Sequence[Int32Array]) -> list[tuple[int, int]]:
         """Ranges of prompts that fit one call, in order."""
@@ -328,10 +330,11 @@ def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Ten
     return tensor
 
 
-def _virtual_machine(
+def _load(
     artifact: Artifact, library: Library, device: tvm.runtime.Device, stream: int | None
-) -> VirtualMachine:
-    # TVM has one pool for all models of a device and it ignores streams: it would give memory that one stream still
+) -> tuple[VirtualMachine, SetThreads | None]:
+    """The library's functions, and what sets its number of threads; None on GPUs."""
+    # TVM's pool is one for all models of a device and knows no streams: it would give memory that one stream still
     # reads to a model on another. Freeing without a pool waits for the device.
     allocator = None if stream is None else "naive"
     content = artifact.read_array(library.file)
@@ -340,12 +343,19 @@ def _virtual_machine(
         device_class(library.device).require(module, device.index, library.file)
         machine = VirtualMachine(module, device, allocator)
         identity = str(machine["identity"]())
+        set_threads = threads_setter(module) if library.device == "cpu" else None
     except DeviceError:
         raise
     except Exception as error:
         raise _misfit(artifact, library, error) from error
     artifact.check_identity(library, identity)
-    return machine
+    return machine, set_threads
+
+
+def threads_setter(module: tvm.runtime.Module) -> SetThreads:
+    """`set_threads` of a library for processors."""
+    found: SetThreads = module.get_function("set_threads", query_imports=True)
+    return found
 
 
 def _misfit(artifact: Artifact, library: Library, error: Exception) -> ArtifactError:

@@ -41,8 +41,12 @@ def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), process: Path = Pat
     Follows Linux's documentation of control groups: `cpu.max` (version 2) of the process's own group and of every group
     above it, or `cpu.cfs_quota_us` and `cpu.cfs_period_us` (version 1).
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([affinity, *_quotas(cgroup_root, process)]))
+    return max(1, min([_affinity(), *_quotas(cgroup_root, process)]))
+
+
+def _affinity() -> int:
+    """The cores of this thread's affinity mask."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quotas(root: Path, process: Path) -> list[int]:
@@ -77,11 +81,9 @@ def _read_quota(folder: Path) -> list[int]:
         return []
 
 
-def thread_count(threads: int | None) -> int:
-    """The number of threads for TVM's pool, at most one per core.
-
-    TVM's own default is half of the hardware threads. `None` means TVM_NUM_THREADS if it is set, else all cores that
-    the process may use.
+def thread_count(threads: int | None = None) -> int:
+    """The number of threads that compute a call, at most one a core: `threads`, else TVM_NUM_THREADS, else all cores
+    that the process may use.
 
     Raises:
         DeviceError: `threads`, or TVM_NUM_THREADS, is not an integer from 1 to 65536.
@@ -92,19 +94,4 @@ def thread_count(threads: int | None) -> int:
         if not given:
             return usable_cores()
         threads = int(given) if given.isdecimal() and len(given) < 10 else given  # type: ignore[assignment]
-    return min(integer(name, threads, 1, _MOST_THREADS, DeviceError), len(_cores()))
-
-
-def _cores() -> list[int]:
-    """The cores of this thread's affinity mask."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def set_threads(threads: int | None) -> int:
-    """Sets the size of TVM's pool, which belongs to this thread, to `thread_count(threads)`, and returns it."""
-    import tvm_ffi
-
-    count = thread_count(threads)
-    # Affinity mode -3: the threads share the listed cores. The list also lifts TVM's own limit, half of the cores.
-    tvm_ffi.get_global_func("runtime.config_threadpool")(-3, count, [str(core) for core in _cores()])
-    return count
+    return min(integer(name, threads, 1, _MOST_THREADS, DeviceError), _affinity())

@@ -1,15 +1,12 @@
 """The thread that calls TVM for a device.
 
-TVM's functions must be called by one thread at a time, and its pool of CPU threads belongs to the calling thread. So
-each device has one thread that makes all calls:
+TVM's functions are for one thread at a time, so each device has one thread that makes all calls:
 
 - Calls from several Python threads run one after the other, in the order in which they were made.
-- There is one pool, whatever the number of Python threads, and its size is what the model was loaded with.
-- A signal's exception, such as KeyboardInterrupt, ends the caller's wait but not the call.
-- A fork waits until no call runs. The child starts its own thread, and with it a pool, when it needs them.
-- At the end of the interpreter, the running call is waited for, and none starts after it. By then Python would end a
-  thread that returns from TVM, and C++ answers that with abort(). As this thread never ends, the process need not wait
-  for the pool's threads either.
+- A signal's exception, such as KeyboardInterrupt, ends the wait of the caller and not the call.
+- A fork waits until no call runs. The child starts a thread of its own when it needs one.
+- The end of the interpreter waits for the call that runs, and none starts after it. Python would end a thread that
+  comes back from TVM by then, and C++ answers that with abort().
 """
 
 from __future__ import annotations
@@ -23,7 +20,6 @@ from threading import Thread, get_ident
 from typing import Any, ParamSpec, TypeVar
 
 from tvm_attn.errors import DeviceError
-from tvm_attn.runtime.machine import set_threads
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,8 +37,7 @@ class Worker:
 
     def _reset(self) -> None:
         self._calls: SimpleQueue[_Call] = SimpleQueue()
-        self._ident: int | None = None  # of the device's thread
-        self._threads: int | None = None  # size of TVM's pool
+        self._ident: int | None = None  # of the thread
         self._is_started = False
         self._starting, self._running, self._parked = allocate_lock(), allocate_lock(), _taken_lock()
         self._holds: dict[int, LockType] = {}
@@ -61,13 +56,6 @@ class Worker:
         self._calls.put(call)
         result: R = call.wait()
         return result
-
-    def set_threads(self, threads: int) -> None:
-        """Sets the size of the pool; must be called in the thread."""
-        if self._threads != threads:
-            self._threads = None
-            set_threads(threads)
-            self._threads = threads
 
     def _start(self) -> None:
         if not self._is_started:

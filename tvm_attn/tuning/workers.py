@@ -10,15 +10,17 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm.tirx import build as build_module
 
+from tvm_attn.compiler.threads import export_with_threads
 from tvm_attn.errors import VerificationError
 from tvm_attn.kernels import Case, Kernel
-from tvm_attn.runtime.machine import set_threads
+from tvm_attn.runtime.machine import thread_count
 from tvm_attn.tuning.calls import Call, calls_of
 
 # Calls cycle through copies of their inputs that are larger than a cache in total: in a model, weights and KV cache
@@ -67,14 +69,12 @@ def limit_processor_time(seconds: int = PROCESSOR_SECONDS) -> None:
 def start_runner(log: str, kernel: Kernel) -> None:
     """Starts a worker that measures candidates of a kernel, and creates the inputs."""
     start(log)
-    set_threads(None)
     _prepared.extend(_Prepared(call) for call in calls_of(kernel))
 
 
 def build(module: tvm.IRModule, target: tvm.target.Target, library: str) -> str:
     """Compiles a candidate into a shared library."""
-    limit_processor_time()
-    build_module(module, target=target).export_library(library)
+    export_with_threads(build_module(module, target=target), Path(library))
     return library
 
 
@@ -89,7 +89,7 @@ def measure(library: Any, _device: Any, _config: Any, _arguments: Any) -> list[f
     Raises:
         VerificationError: a result disagrees with the float64 reference.
     """
-    limit_processor_time()
+    library["set_threads"](thread_count())
     function = library["main"]
     for prepared in _prepared:
         _check(function, prepared.case, prepared.arguments[0])

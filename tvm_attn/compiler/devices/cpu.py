@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tvm_attn.compiler.devices.base import Backend
+from tvm_attn.compiler.threads import export_with_threads
 from tvm_attn.config import GPT2Config
 from tvm_attn.model.layout import Layout
 
 
 class CpuBackend(Backend):
-    """Code that LLVM generates."""
+    """Code of LLVM, with threads of its own."""
 
     def layout(self, config: GPT2Config, target: Any, dtype: str, quant: str) -> Layout:
         """See `Backend`."""
@@ -20,6 +23,12 @@ class CpuBackend(Backend):
         if layout.weights == "bfloat16" and "avx512_bf16" in target.features and even:
             return replace(layout, weights="bfloat16_pairs")
         return layout
+
+    def link(
+        self, build: Callable[[], Any], target: Any, library: Path, progress: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """See `Backend`."""
+        export_with_threads(build(), library)
 
     def host(self, target: Any) -> dict[str, str] | None:
         """None: the processor is the device."""
