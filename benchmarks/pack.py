@@ -59,7 +59,13 @@ _OTHERS = {
 # The library that TVM's CUDA runtime is linked with; PyTorch for CUDA 13 and CUDA toolkits have it too.
 _CUDA_RUNTIME = ("nvidia-cuda-runtime", "nvidia.cu13")
 _OURS = ("pyproject.toml", "LICENSE", "tvm_attn", "targets", "benchmarks", "tests/gpu", "docs/cuda.md")
-_LEFT_OUT = ("__pycache__", "results", "vulkan.py", "pack.py", "pack_run.py", "*.so", "*.so.*", "src")
+_LEFT_OUT = (
+    "benchmarks/pack.py",
+    "benchmarks/pack_run.py",
+    "benchmarks/results",
+    "benchmarks/vulkan.py",
+    "tvm_attn/vulkan/src",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -225,7 +231,12 @@ def _extract_extensions(wheel: Path, folder: Path, version: str) -> None:
 
 
 def _collect_ours(top: Path) -> None:
-    ignore = shutil.ignore_patterns(*_LEFT_OUT)
+    built = shutil.ignore_patterns("__pycache__", "*.so", "*.so.*")
+    left_out = {ROOT / path for path in _LEFT_OUT}
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        return built(folder, names) | {name for name in names if Path(folder, name) in left_out}
+
     for name in _OURS:
         source = ROOT / name
         if source.is_dir():

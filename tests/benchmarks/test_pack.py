@@ -67,6 +67,13 @@ def _run(python: Path, bundle: Path, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PATH": "/usr/bin:/bin"}, cwd="/")
 
 
+def test_a_bundle_holds_every_module(bundle: Path) -> None:
+    package = Path(tvm_attn.__file__).parent
+    assert (bundle / "benchmarks" / "gpu").is_dir() and not (bundle / "benchmarks" / "pack.py").exists()
+    packed = {path.relative_to(bundle / "tvm_attn") for path in (bundle / "tvm_attn").rglob("*.py")}
+    assert packed == {path.relative_to(package) for path in package.rglob("*.py")}
+
+
 def test_generating_in_a_bundle_needs_numpy_alone(bundle: Path, numpy_python: Path, demo_artifact: Path) -> None:
     done = _run(numpy_python, bundle, "-m", "tvm_attn.generate", "artifacts/artifact", "--prompt", PROMPT)
     assert done.returncode == 0, done.stderr
