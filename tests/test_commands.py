@@ -161,6 +161,7 @@ FILES = {
     "empty": "'empty' is a folder",
     "file/x": "no such folder: 'file'",
     "": "the file's name is empty",
+    "x" * 300: "'xxx",  # too long: a measurement of minutes would be lost
 }
 
 

@@ -147,8 +147,13 @@ def output_file(text: str) -> Path:
     problem = None
     if not text:
         problem = "the file's name is empty"
+    elif error := _name_error(path):
+        problem = f"{shorten(text, 120)} cannot be written ({error})"
     elif os.path.isdir(path):
         problem = f"{shorten(text, 120)} is a folder"
+    elif path.exists() and not path.is_file():  # a device or a pipe, which is written in place
+        if not os.access(path, os.W_OK):
+            problem = f"{shorten(text, 120)} cannot be written to"
     elif not os.path.isdir(path.parent):
         problem = f"no such folder: {shorten(str(path.parent), 120)}"
     elif not os.access(path.parent, os.W_OK | os.X_OK):
@@ -156,6 +161,19 @@ def output_file(text: str) -> Path:
     if problem:
         raise argparse.ArgumentTypeError(f"{problem}; name another file")
     return path
+
+
+def _name_error(path: Path) -> str | None:
+    """Why no file can have this name, e.g. because it is too long; None if one can."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):  # the folder is checked on its own
+        return None
+    except OSError as error:
+        return error.strerror
+    except ValueError as error:  # a NUL
+        return str(error)
+    return None
 
 
 def output_folder(text: str) -> str:

@@ -17,6 +17,7 @@ from tvm_attn.benchmark.counts import Work
 from tvm_attn.benchmark.kernels import KernelTime
 from tvm_attn.benchmark.session import OURS, Benchmark, Measurement, SystemInfo
 from tvm_attn.benchmark.system import Case
+from tvm_attn.cli import output_file
 from tvm_attn.config import PRESETS
 from tvm_attn.errors import BenchmarkError
 
@@ -123,6 +124,31 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BenchmarkError, match="cannot be written"):
         report.write_file(tmp_path / "file" / "figures.json", b"")
+
+
+def test_what_is_not_a_regular_file_stays_in_place(tmp_path: Path) -> None:
+    """Replacing it would, for root, turn /dev/null into a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert output_file(str(pipe)) == pipe
+        report.write_file(pipe, b"{}")
+        assert pipe.is_fifo() and os.read(reader, 100) == b"{}"
+    finally:
+        os.close(reader)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_its_target_is_written(exists: bool, tmp_path: Path) -> None:
+    target, link = tmp_path / "folder" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    if exists:
+        target.write_text("old")
+    link.symlink_to(target)
+    report.write_file(link, b"{}")
+    assert link.is_symlink() and target.read_bytes() == b"{}"
 
 
 def test_default_cases_fit_the_model() -> None:

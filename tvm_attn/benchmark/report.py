@@ -206,12 +206,18 @@ def write_json(benchmark: Benchmark, path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it.
+    """Writes a file under a temporary name and renames it; a link's target is written, and the link stays.
+
+    What is not a regular file, such as /dev/null or a pipe, is written to: renaming would replace the device.
 
     Raises:
         BenchmarkError: it cannot be written.
     """
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        path = Path(os.path.realpath(path))
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             try:
                 file.write(content)
