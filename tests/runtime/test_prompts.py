@@ -83,6 +83,16 @@ def test_fields_beside_the_ids(model: Model) -> None:
 IDS = [5, 6, 7]
 
 
+class OnlyArray:
+    """An array that NumPy can read and that has no `ndim`, as PyArrow's have none."""
+
+    def __init__(self, values: list[int]) -> None:
+        self.values = values
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.array(self.values, dtype)
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -101,6 +111,7 @@ IDS = [5, 6, 7]
         torch.tensor(IDS),
         torch.tensor([5, 0, 6, 0, 7])[::2],
         torch.tensor(IDS, dtype=torch.int16),
+        OnlyArray(IDS),
     ],
 )
 def test_one_prompt_of_ids(model: Model, given: Any) -> None:
@@ -134,6 +145,9 @@ def mask(*values: Any, ids: Any = (5, 6, 7)) -> dict[str, Any]:
 
 
 WRONG = [
+    (range(10**12), "the prompt has more than 1048576 tokens"),
+    ([[1], range(2**70)], "prompt 2 of 2 has more than 1048576 tokens"),
+    ({"input_ids": range(2**70)}, "more than 1048576 tokens"),
     (None, "there is no prompt; pass text"),
     (5, "the prompt is 5; pass text"),
     (True, "the prompt is True"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -35,6 +36,7 @@ FIELDS = ("input_ids", "attention_mask", "token_type_ids")
 """Fields of a mapping that say something about the prompt; also keywords of `Model.generate` and similar methods."""
 
 _IGNORED = ("special_tokens_mask", "offset_mapping", "length")
+_MOST_TOKENS = 1 << 20  # beyond any model's context: a range may be too long to read
 _HINT = "pass text, a list of token ids, an array or tensor of integers, or what a tokenizer returns"
 
 
@@ -88,6 +90,7 @@ def read_prompts(given: Any, fields: Mapping[str, Any] | None = None) -> Prompts
         GenerationError: the value is none of the above; the message says what it is.
     """
     fields = {name: value for name, value in (fields or {}).items() if value is not None}
+    given = _with_ndim("the prompt", given)
     if fields and given is not None:
         if "input_ids" in fields:
             raise GenerationError("prompts and input_ids are both given; pass one of them")
@@ -136,7 +139,7 @@ def _is_prompt(value: Any) -> bool:
         return True
     if _is_array(value):
         return getattr(value, "ndim", None) == 1
-    return _is_list(value) and len(value) > 0 and _is_id(value[0])
+    return _is_list(value) and bool(value) and _is_id(value[0])  # len fails for ranges beyond 2**63
 
 
 def _rows(name: str, given: Any) -> Sequence[Any]:
@@ -169,7 +172,10 @@ def _item(name: str, given: Any) -> tuple[str | IdArray | list[int], npt.NDArray
         return _id_array(name, given, 1), None
     if not _is_list(given):
         raise GenerationError(f"{name} is {_described(given)}; {_HINT}")
-    return [_id(name, index, value) for index, value in enumerate(given)], None
+    ids = [_id(name, index, value) for index, value in enumerate(islice(given, _MOST_TOKENS + 1))]
+    if len(ids) > _MOST_TOKENS:
+        raise GenerationError(f"{name} has more than {_MOST_TOKENS} tokens; shorten the prompt")
+    return ids, None
 
 
 def _id(name: str, index: int, value: Any) -> int:
@@ -197,6 +203,12 @@ def read_array(name: str, given: Any) -> npt.NDArray[Any]:
     return array
 
 
+def _with_ndim(name: str, given: Any) -> Any:
+    """An array that does not say how many dimensions it has, such as PyArrow's, as NumPy's; others unchanged."""
+    is_silent = _is_array(given) and not isinstance(given, Mapping) and not hasattr(given, "ndim")
+    return read_array(name, given) if is_silent else given
+
+
 def _id_array(name: str, given: Any, ndim: int) -> IdArray:
     """Ids (T,) of one prompt, or (B, T)."""
     array = read_array(name, given)
@@ -215,6 +227,7 @@ def _from_mapping(name: str, given: Mapping[str, Any]) -> Prompts:
         if key not in FIELDS + _IGNORED:
             raise GenerationError(f"{name} holds {shorten(key)}, which is not supported; leave it out")
     ids, mask, types = (given.get(key) for key in FIELDS)
+    ids = _with_ndim("input_ids", ids)
     if isinstance(ids, str) or ids is None or _is_mapping(ids):
         raise GenerationError(f"{name}: input_ids is {_described(ids)}; it must be token ids")
     if types is not None and read_array("token_type_ids", types).any():
