@@ -225,6 +225,14 @@ def test_default_folder_has_the_checkpoints_name(
     assert (folder / "dist" / name / "manifest.json").is_file()
 
 
+def test_demo_can_be_built_beside_an_artifact_of_its_name(
+    ready_library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert tvm_attn.build("demo", "cpu", out="demo", verify=False).folder == Path("demo")
+
+
 def test_checkpoint_as_old_ones_are(
     ready_library: None, demo_model_dir: Path, demo_artifact: Path, tmp_path: Path
 ) -> None:

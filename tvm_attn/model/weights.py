@@ -76,7 +76,8 @@ def open_weights(model: str | Path, random: bool = False, on_download: Callable[
     name = Path(os.path.abspath(model)).name  # "." and ".." have names too
     if str(model) == "":
         raise CheckpointError("the model's name is empty; name a size such as gpt2, a folder, or demo")
-    if str(model) == "demo" and not Path(model).is_dir():
+    # As for a published size: only a checkpoint of that name is meant instead, not an artifact built there.
+    if str(model) == "demo" and not os.path.isfile(Path(model) / "config.json"):
         model = resource_dir("models/demo")
     try:
         if random:
