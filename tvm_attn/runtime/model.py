@@ -24,8 +24,10 @@ from tvm_attn.runtime.tvm_import import import_tvm
 class Model:
     """A loaded artifact, created by `tvm_attn.load`.
 
-    Any number of threads may use it: they take turns, a step each, and each gets what it would get on its own. After a
-    fork the child has a copy; a model on a GPU must be loaded in the child instead.
+    Any number of threads may use it: they take turns, a step each, and each gets what it would get on its own. Calls
+    wait for each other's KV-cache slots, but not for those of unfinished streams: if these hold all slots, a call
+    raises GenerationError, so load the model with a larger `max_batch` than there are open streams. After a fork the
+    child has a copy; a model on a GPU must be loaded in the child instead.
 
     Attributes:
         config: the model's hyperparameters.
