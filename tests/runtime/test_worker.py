@@ -60,6 +60,7 @@ def test_calls_are_made_by_one_thread_in_their_order() -> None:
         assert own == sorted(own)
 
 
+@pytest.mark.usefixtures("demo_artifact")  # a build in this process, whose compiler meddles with signals
 def test_a_call_goes_on_when_its_caller_is_interrupted() -> None:
     worker, log = Worker("test"), list[str]()
     started, go = threading.Event(), threading.Event()

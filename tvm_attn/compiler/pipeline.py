@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,9 @@ def compile_program(
         except Exception as error:  # TVM raises whatever its C++ code maps to
             last_line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise CompileError(f"compiling for {target.name} failed: {last_line}") from error
+        finally:
+            # TVM puts SIGINT's handler back so that it restarts what it interrupts: Ctrl-C would end no wait any more.
+            signal.siginterrupt(signal.SIGINT, True)
         temporary.replace(library)
     return records
 
