@@ -278,6 +278,7 @@ QUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized(name: str, tmp_path: Path) -> None:
     """Against transformers in float32 on the dequantized weights.
@@ -312,6 +313,7 @@ def assert_decodes_within(quant: str, pair: Pair, ids: list[int], expected: np.n
             assert_within(quant, np.stack(rows)[:, index], expected[start:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_quantized_trained_model(quant: str, demo_model_dir: Path, tmp_path: Path) -> None:
     """The demo model reads text like what it was trained on, up to the end of its context."""

@@ -350,6 +350,7 @@ def test_a_format_that_does_not_hold_the_model(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_activations_that_8_bits_do_not_hold(tmp_path: Path) -> None:
     """Channels that nothing reads take the whole range of a scale."""
     with pytest.raises(VerificationError, match=r"int8 is too coarse for this model's activations: .* --quant$"):

@@ -150,6 +150,7 @@ def test_target_with_subgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert f'"subgroup_size":{size}'.encode() in (built.folder / f"lib-{known.name}.so").read_bytes()
 
 
+@pytest.mark.slow
 def test_ten_thousand_decode_steps_leak_nothing(tmp_path: Path) -> None:
     """Uploads of the inputs, a layer and the head, the choice of the token and its way back, in few submissions."""
     config = replace(SMALL, vocab_size=96, n_embd=32, n_inner=64)

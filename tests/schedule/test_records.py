@@ -376,6 +376,7 @@ def others() -> list[str]:
     return [target.name for target in fitting if target.name != here.name]
 
 
+@pytest.mark.slow
 def test_all_targets_of_this_architecture_in_one_artifact(checkpoint: Path, tmp_path: Path) -> None:
     """Each is compiled, and checked where this machine can run it; the widest is loaded."""
     names = others()

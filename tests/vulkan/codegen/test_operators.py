@@ -94,7 +94,7 @@ def test_functions_float16(name: str, elementwise: Elementwise) -> None:
     assert _units(got[normal], reference(x.astype("float64"))[normal], "float16") <= HALF_BOUNDS.get(name, 1)
 
 
-@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("lanes", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("name", ["sin", "cos", "tan"])
 def test_angles_of_every_magnitude(name: str, dtype: str, lanes: int, elementwise: Elementwise) -> None:
