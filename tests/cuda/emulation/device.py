@@ -23,7 +23,7 @@ from unittest import mock
 import tvm
 import tvm_ffi
 
-from tvm_attn.compiler import pipeline
+from tvm_attn.compiler.devices import cuda as backend
 
 from .build import compile_kernels, runtime
 
@@ -34,8 +34,8 @@ _PREFIX = "tests.cuda.emulation"
 def source_in_libraries() -> Iterator[None]:
     """A context in which libraries for CUDA hold CUDA C instead of machine code, so that no CUDA compiler is needed."""
     with (
-        mock.patch.object(pipeline, "find_compiler"),
-        mock.patch.object(pipeline, "compile_fatbin", lambda source, architectures: source.encode()),
+        mock.patch.object(backend, "find_compiler"),
+        mock.patch.object(backend, "compile_fatbin", lambda source, architectures: source.encode()),
     ):
         yield
 
