@@ -110,6 +110,17 @@ workers.limit_processor_time(1)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == status
 
 
+def test_workers_limit_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(workers, "limit_processor_time", lambda: done.append("limit"))
+    monkeypatch.setattr(workers, "build_module", lambda *_, **__: done.append("compile"))
+    monkeypatch.setattr(workers, "export_with_threads", lambda *_: None)
+    monkeypatch.setattr(workers, "measure", lambda *_: done.append("measure"))
+    workers.build(None, None, "candidate.so")
+    workers.run(None, None, None, None)
+    assert done == ["limit", "compile", "limit", "measure"]
+
+
 def test_nothing_could_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # An empty path finds no C++ compiler to link with.
     monkeypatch.setenv("PATH", "")

@@ -196,7 +196,7 @@ class Session:
         runner = ms.runner.LocalRunner(
             timeout_sec=_HANG_SECONDS,
             f_alloc_argument=workers.no_arguments,
-            f_run_evaluator=workers.measure,
+            f_run_evaluator=workers.run,
             initializer=partial(workers.start_runner, str(self._log), space.kernel),
         )
         try:

@@ -73,7 +73,8 @@ def start_runner(log: str, kernel: Kernel) -> None:
 
 
 def build(module: tvm.IRModule, target: tvm.target.Target, library: str) -> str:
-    """Compiles a candidate into a shared library."""
+    """Compiles a candidate into a shared library, within the limit of processor time."""
+    limit_processor_time()
     export_with_threads(build_module(module, target=target), Path(library))
     return library
 
@@ -81,6 +82,12 @@ def build(module: tvm.IRModule, target: tvm.target.Target, library: str) -> str:
 def no_arguments(_device: Any, _args_info: Any, _repeats: int) -> list[Any]:
     """Stands in for MetaSchedule's random inputs; `start_runner` has made better ones."""
     return []
+
+
+def run(library: Any, device: Any, config: Any, arguments: Any) -> list[float]:
+    """As `measure`, within the limit of processor time."""
+    limit_processor_time()
+    return measure(library, device, config, arguments)
 
 
 def measure(library: Any, _device: Any, _config: Any, _arguments: Any) -> list[float]:

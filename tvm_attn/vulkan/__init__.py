@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tvm_attn.errors import ArtifactError, DeviceError
+from tvm_attn.errors import ArtifactError, CompileError, DeviceError
 
 LIBRARY = Path(__file__).with_name("libtvm_attn_vulkan.so")
 
@@ -34,8 +34,8 @@ def autoload() -> None:
     import tvm_ffi
 
     # The runtime library's errors arrive as these types.
-    tvm_ffi.register_error("ArtifactError", ArtifactError)
-    tvm_ffi.register_error("DeviceError", DeviceError)
+    for error in (ArtifactError, CompileError, DeviceError):
+        tvm_ffi.register_error(error.__name__, error)
     if is_built() and not _registered("tvm_attn.vulkan.devices"):
         ctypes.CDLL(str(LIBRARY))  # registers its functions when it is loaded
         atexit.register(_global("tvm_attn.vulkan.flush"))

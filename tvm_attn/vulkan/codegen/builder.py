@@ -153,10 +153,6 @@ class Builder:
     def true(self) -> int:
         return self.constant(self.bool_(), True)
 
-    def null(self, type_id: int) -> int:
-        """The constant of any type whose bits are all zero."""
-        return self._once("ConstantNull", type_id)
-
     def composite(self, type_id: int, parts: Sequence[int]) -> int:
         """A vector of scalars: a constant if all of them are."""
         if all(part in self.constants for part in parts):
