@@ -192,11 +192,11 @@ def load(
     """Loads an artifact.
 
     Args:
-        folder: what `tvm_attn.build` wrote.
-        device: "cpu", "cuda:0" or "vulkan:0", where the artifact has a library for it; "auto" is a GPU where there is
-            one, else the processor.
-        threads: threads of a processor, at most one a core; None takes TVM_NUM_THREADS, else all cores that this
-            process may use. They are the model's own: another one may have more or fewer.
+        folder: a folder written by `tvm_attn.build`.
+        device: "cpu", "cuda:0" or "vulkan:0", if the artifact has a library for it; "auto" is a GPU if there is one,
+            else the CPU.
+        threads: CPU threads, at most one per core; None takes TVM_NUM_THREADS, else all cores that this process may
+            use. Models may have different numbers of threads.
         max_batch: KV-cache slots, the most sequences that are decoded together. A GPU's memory is taken at once, the
             CPU's as it is used.
         graph: whether each decoded token is one launch of a CUDA graph, if the library has been compiled for it;
