@@ -231,7 +231,7 @@ def _extract_extensions(wheel: Path, folder: Path, version: str) -> None:
 
 
 def _collect_ours(top: Path) -> None:
-    built = shutil.ignore_patterns("__pycache__", "*.so", "*.so.*")
+    built = shutil.ignore_patterns("__pycache__")
     left_out = {ROOT / path for path in _LEFT_OUT}
 
     def ignore(folder: str, names: list[str]) -> set[str]:
@@ -245,6 +245,12 @@ def _collect_ours(top: Path) -> None:
             (top / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, top / name)
     shutil.copy(ROOT / "benchmarks" / "pack_run.py", top / "run.py")
+    # TVM finds the Vulkan runtime through the entry points of an installed package.
+    described = _installed("tvm-attn")
+    folder = top / "site" / f"tvm_attn-{described.version}.dist-info"
+    folder.mkdir(parents=True)
+    for name in ("METADATA", "entry_points.txt"):
+        (folder / name).write_text(described.read_text(name) or "", encoding="utf-8")
 
 
 def collect_artifact(folder: Path, top: Path) -> dict[str, str]:

@@ -76,7 +76,8 @@ def _decode(
     """The best value over the contexts of float16 decode."""
 
     def reached(entries: list[Entry]) -> float | None:
-        found = _chosen(entries, what="model", phase="decode", batch=batch, dtype="float16", quantization="none")
+        kind = {"device": "cuda", "dtype": "float16", "quantization": "none"}
+        found = _chosen(entries, what="model", phase="decode", batch=batch, **kind)
         values = [value(entry) for entry in found if 0.8 < entry["parameters"] / parameters < 1.25]
         return max((number for number in values if number is not None), default=None)
 
@@ -154,14 +155,23 @@ def _entry_tables(entries: list[Entry]) -> Iterator[Table]:
                 table.add_row(str(entry["batch"]), name, f"{rate:.0f}", _number(entry["of"].get(name)))
         yield table
     if models := list(_chosen(entries, what="model")):
-        table = new_table("Models", ("artifact", "case", "system"), ("ms", "tokens/s", "its time / ours", "of limit"))
+        table = new_table(
+            "Models", ("artifact", "device", "case", "system"), ("ms", "tokens/s", "its time / ours", "of limit")
+        )
         for entry in models:
             case = f"{entry['phase']} {entry['tokens']} x {entry['batch']}"
             for name, seconds in entry["seconds"].items():
                 limit = _number(entry["of_limit"]) if name == "tvm_attn" else ""
                 rate = f"{entry['tokens_per_second'][name]:.0f}"
                 table.add_row(
-                    entry["artifact"], case, name, f"{seconds * 1e3:.3f}", rate, _number(entry["of"].get(name)), limit
+                    entry["artifact"],
+                    entry["device"],
+                    case,
+                    name,
+                    f"{seconds * 1e3:.3f}",
+                    rate,
+                    _number(entry["of"].get(name)),
+                    limit,
                 )
         yield table
 

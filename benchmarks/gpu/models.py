@@ -70,7 +70,8 @@ def measure(
         folder: the artifact.
         device: "cuda:0".
         cases: the cases to run.
-        peers: names in `GPU_PEERS`; a peer that fails is named and left out.
+        peers: names in `GPU_PEERS`, or another device for the same artifact, "cuda:0"; a peer that fails is named and
+            left out.
         limits: the limits of the device.
         round_seconds: about how long each system runs a case in each of two rounds.
     """
@@ -80,7 +81,7 @@ def measure(
     failed: dict[str, str] = {}
     for name in peers:
         try:
-            peer = _peer(name, ours, device, batch)
+            peer = open_compiled(folder, name, batch) if ":" in name else _peer(name, ours, device, batch)
             error = _disagreement(ours, peer)
         except Exception as problem:  # whatever PyTorch raises is the reason for leaving it out
             failed[name] = _line(problem)

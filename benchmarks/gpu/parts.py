@@ -16,6 +16,7 @@ from tvm_attn.config import param_shapes
 from tvm_attn.errors import TvmAttnError
 from tvm_attn.runtime.artifact import Artifact
 
+_VULKAN = "vulkan:0"
 _TINY, _LARGE = 50_000_000, 500_000_000
 """Numbers of parameters: smaller models are tiny, larger ones large."""
 _LEAST_SECONDS = 5.0
@@ -55,16 +56,21 @@ class Part:
 
 
 def artifacts_of(folder: Path) -> list[Artifact]:
-    """The artifacts in a folder that have a library for CUDA, smallest model first."""
+    """The artifacts in a folder that have a library for CUDA or Vulkan, smallest model first."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:
             artifact = Artifact(path)
         except TvmAttnError:
             continue  # not an artifact, or one of another version
-        if any(library.device == "cuda" for library in artifact.libraries):
+        if has_library(artifact, "cuda") or has_library(artifact, "vulkan"):
             found.append(artifact)
     return sorted(found, key=parameter_count)
+
+
+def has_library(artifact: Artifact, device: str) -> bool:
+    """Whether an artifact has a library for a class of devices, e.g. "cuda"."""
+    return any(library.device == device for library in artifact.libraries)
 
 
 def parameter_count(artifact: Artifact) -> int:
@@ -81,18 +87,20 @@ def plan(settings: Settings, artifacts: Sequence[Artifact], sanitize: bool = Fal
     parts = [Part("device", 40)]
     if (settings.kernels / "kernels.json").is_file():
         parts.append(Part("kernels", 120, correctness=True))
-    checks = [Part(f"check:{name(artifact)}", 90 if is_large(artifact) else 60, True) for artifact in artifacts]
-    parts += checks
+    cuda = [artifact for artifact in artifacts if has_library(artifact, "cuda")]
+    vulkan = [artifact for artifact in artifacts if has_library(artifact, "vulkan")]
+    parts += [Part(f"check:{name(artifact)}", 90 if is_large(artifact) else 60, True) for artifact in cuda]
     if (settings.kernels / "kernels.json").is_file():
         parts += [Part("products", 60), Part("attention", 40)]
     # Tiny models say nothing about speed; float16 comes first, then other models that are not quantized.
-    measured = [artifact for artifact in artifacts if parameter_count(artifact) >= _TINY] or list(artifacts)
+    measured = [artifact for artifact in cuda if parameter_count(artifact) >= _TINY] or list(cuda)
     measured.sort(key=lambda artifact: (artifact.quantization != "none", artifact.dtype != "float16"))
     plain = [artifact for artifact in measured if artifact.quantization == "none" and artifact.dtype == "float16"]
     parts += [Part(f"load:{name(artifact)}", 40) for artifact in plain]
     parts += [Part(f"model:{name(artifact)}", 100) for artifact in measured]
     if not settings.quick:
         parts += [Part(f"compiled:{name(artifact)}", 100) for artifact in plain[:1]]
+    parts += [Part(f"vulkan:{name(artifact)}", 60, True) for artifact in vulkan]
     if sanitize and (settings.kernels / "kernels.json").is_file():
         parts.append(Part("sanitize", 400, correctness=True))
     return parts
@@ -211,9 +219,14 @@ def _run_model(kind: str, folder: Path, settings: Settings) -> Iterator[Entry]:
         "parameters": parameter_count(artifact),
         "dtype": artifact.dtype,
         "quantization": artifact.quantization,
+        "device": "vulkan" if kind == "vulkan" else "cuda",
     }
     entries: Iterator[Entry]
-    if kind == "check":
+    if kind == "vulkan":
+        tvm_device(_VULKAN)
+        cases = model_cases(artifact, quick=True)
+        entries = chain(models.verify(folder, _VULKAN), models.measure(folder, _VULKAN, cases, [device], None, 0.2))
+    elif kind == "check":
         entries = chain(models.verify(folder, device), models.compare_graph(folder, device))
     elif kind == "load":
         entries = models.measure_load(folder, device)

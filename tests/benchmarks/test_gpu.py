@@ -115,17 +115,20 @@ def test_a_run_fails_where_something_is_not_right(
     assert parts.has_failed({"part": {"error": error, "entries": entries, "correctness": correctness}}) is failed
 
 
-def test_correctness_comes_first_and_all_parts_fit_eight_minutes(demo_artifact: Path, tmp_path: Path) -> None:
+def test_correctness_comes_first_and_all_parts_fit_eight_minutes(
+    demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert parts.artifacts_of(demo_artifact.parent) == []  # it has no library for a GPU
+    assert parts.artifacts_of(tmp_path / "absent") == []
+    monkeypatch.setattr(parts, "has_library", lambda artifact, device: True)
     (tmp_path / "kernels.json").write_text("{}")
     settings = Settings("cuda:0", tmp_path, tmp_path, quick=False)
     planned = parts.plan(settings, [Artifact(demo_artifact)], sanitize=True)
     names = [part.name for part in planned]
     checks = ["kernels", "check:artifact"]
-    assert names == ["device", *checks, "products", "attention", "model:artifact", "sanitize"]
-    assert [part.name for part in planned if part.correctness] == [*checks, "sanitize"]
+    assert names == ["device", *checks, "products", "attention", "model:artifact", "vulkan:artifact", "sanitize"]
+    assert [part.name for part in planned if part.correctness] == [*checks, "vulkan:artifact", "sanitize"]
     assert gpu.SECONDS < 480
-    assert parts.artifacts_of(demo_artifact.parent) == []  # it has no library for CUDA
-    assert parts.artifacts_of(tmp_path / "absent") == []
 
 
 # ---- kernels on the processor ----
@@ -375,8 +378,10 @@ def entries() -> Iterator[dict[str, Any]]:
     yield {**product, "purpose": "head", "m": 1024, "of_cublas": 0.79}
     yield {"what": "attention", "batch": 1, "tflops": {"ours": 200.0, "flash": 190.0}, "of": {"flash": 200 / 190}}
     model = {"what": "model", "artifact": "gpt2", "phase": "decode", "dtype": "float16", "quantization": "none"}
+    model |= {"device": "cuda"}
     model |= {"tokens": 128, "batch": 1, "parameters": 124e6, "of_limit": 0.5, "seconds": {"tvm_attn": 1.7e-4}}
     yield {**model, "tokens_per_second": {"tvm_attn": 5882.0}, "of": {"torch": 4.0, "transformers": 2.9}}
+    yield {**model, "device": "vulkan", "tokens_per_second": {"tvm_attn": 9000.0}, "of": {"cuda:0": 0.5}}
     yield {**model, "tokens": 1000, "tokens_per_second": {"tvm_attn": 4000.0}, "of": {}}
     yield {
         **model,
@@ -463,7 +468,7 @@ def test_tables_fit_their_width() -> None:
     lines = [line.split() for line in capture.get().splitlines()]
     assert ["head", "float16", "1024", "8192", "8192", "440", "800", "0.79", "0.56"] in lines
     assert ["1", "flash", "190", "1.05"] in lines
-    assert ["gpt2", "decode", "128", "x", "1", "tvm_attn", "0.170", "5882", "-", "0.50"] in lines
+    assert ["gpt2", "cuda", "decode", "128", "x", "1", "tvm_attn", "0.170", "5882", "-", "0.50"] in lines
 
 
 def test_peers_on_cuda_are_pytorch() -> None:

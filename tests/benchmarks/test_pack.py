@@ -20,6 +20,7 @@ from tvm_attn.compiler.artifact import packed_first, write_manifest, write_param
 from tvm_attn.errors import ArtifactError, BenchmarkError
 from tvm_attn.model.checkpoint import RANDOM_SOURCE, random_params
 from tvm_attn.runtime.artifact import Artifact
+from tvm_attn.vulkan import LIBRARY
 
 PROMPT = "Return the"
 
@@ -135,6 +136,9 @@ def test_a_bundle_has_neither_the_compiler_nor_parameters_that_can_be_made(bundl
     names = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*")}
     assert {"run.py", "site/tvm/lib/libtvm_runtime.so", "tvm_attn/runtime/engine.py", "docs/cuda.md"} <= names
     assert not any("libtvm_compiler" in name or name.endswith("/3rdparty") for name in names)
+    (described,) = (bundle / "site").glob("tvm_attn-*.dist-info")
+    assert "tvm_attn_vulkan = tvm_attn.vulkan:autoload" in (described / "entry_points.txt").read_text()
+    assert (bundle / "tvm_attn/vulkan" / LIBRARY.name).exists() == LIBRARY.exists()
     packed = json.loads((bundle / "bundle.json").read_text())["artifacts"]
     assert packed == [{"name": "artifact", "parameters": "packed"}, {"name": "random", "parameters": "restored"}]
 
