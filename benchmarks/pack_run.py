@@ -30,9 +30,9 @@ def main() -> int:
         return 2
     os.environ.update(environment(facts, dict(os.environ)))
     os.chdir(ROOT)
-    for artifact in facts["artifacts"]:
-        if artifact["parameters"] == "restored" and not _restore(Path("artifacts") / artifact["name"]):
-            return 2
+    restored = [artifact["name"] for artifact in facts["artifacts"] if artifact["parameters"] == "restored"]
+    if not restore([Path("artifacts") / name for name in restored]):
+        return 2
     if len(sys.argv) == 1:
         names = ", ".join(artifact["name"] for artifact in facts["artifacts"]) or "none"
         print(f"{__doc__}\nartifacts: {names}; kernels: {'yes' if Path('kernels').is_dir() else 'no'}")
@@ -75,19 +75,29 @@ def _has(module: str) -> bool:
         return False
 
 
-def _restore(folder: Path) -> bool:
-    if (folder / "params" / "tensor-cache.json").is_file():
-        return True
-    code = "import sys; from benchmarks.restore import restore_params; r = restore_params(sys.argv[1]); "
-    code += "print(*r.different, sep=', ')"
-    print(f"making the parameters of {folder}", file=sys.stderr)
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        print(f"error: the parameters of {folder} cannot be made", file=sys.stderr)
-        return False
-    if different := done.stdout.strip():
-        print(f"note: not bit for bit the builder's (another NumPy or C library): {different}", file=sys.stderr)
-    return True
+_RESTORE = """
+import sys
+from benchmarks.restore import restore_params
+print(*restore_params(sys.argv[1]).different, sep=", ")
+"""
+
+
+def restore(folders: list[Path]) -> bool:
+    """Makes the parameters that these artifacts lack, all at once; returns whether all could be made."""
+    lacking = [folder for folder in folders if not (folder / "params" / "tensor-cache.json").is_file()]
+    if lacking:
+        print(f"making the parameters of {', '.join(map(str, lacking))}", file=sys.stderr)
+    command = [sys.executable, "-c", _RESTORE]
+    makers = [subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE, text=True) for folder in lacking]
+    made = True
+    for folder, maker in zip(lacking, makers, strict=True):
+        different = maker.communicate()[0].strip()
+        if maker.returncode:
+            print(f"error: the parameters of {folder} cannot be made", file=sys.stderr)
+            made = False
+        elif different:
+            print(f"note: not bit for bit the builder's (another NumPy or C library): {different}", file=sys.stderr)
+    return made
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,18 @@ def restore_params(folder: str | Path) -> Restored:
 
 def _described(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name, size and SHA-256 of each file in `folder`/params, in the manifest's form."""
-    for path in sorted((folder / "params").iterdir()):
-        state = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                state.update(chunk)
-        yield f"params/{path.name}", {"bytes": path.stat().st_size, "sha256": state.hexdigest()}
+    paths = sorted((folder / "params").iterdir())
+    with ThreadPoolExecutor() as pool:
+        for path, digest_ in zip(paths, pool.map(_sha256, paths), strict=True):
+            yield f"params/{path.name}", {"bytes": path.stat().st_size, "sha256": digest_}
+
+
+def _sha256(path: Path) -> str:
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
 
 
 def _replace_entries(artifact: Artifact, written: dict[str, dict[str, Any]]) -> None:

@@ -5,8 +5,8 @@
 Correctness first: single kernels against NumPy float64, artifacts against PyTorch, decoding with and without graphs.
 Then speed: matrix products against cuBLAS, attention against PyTorch's, whole models against PyTorch (eager, with CUDA
 graphs, and compiled), and the time from process start to the first token. Every part runs in its own process with a
-time limit: if it crashes or hangs, its error is recorded, and the others still run. The result is a JSON file. The
-exit status is 1 if a check failed.
+time limit: if it crashes or hangs, its error is recorded, and the others still run. The result is a JSON file, which is
+complete up to the latest entry at any time. The exit status is 1 if a check failed.
 
 Needs TVM's runtime, PyTorch, artifacts and kernels that were compiled elsewhere; `python -m benchmarks.pack` packs
 them.
@@ -15,6 +15,7 @@ them.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from datetime import date
@@ -23,7 +24,7 @@ from typing import Any
 
 from benchmarks.gpu import parts as gpu_parts
 from benchmarks.gpu.figures import FIGURES, tables
-from benchmarks.gpu.processes import emit
+from benchmarks.gpu.processes import emit_all
 from tvm_attn.cli import Parser, output_file, print_tables, real, run
 from tvm_attn.errors import BenchmarkError, DeviceError
 
@@ -57,8 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 def _main(args: argparse.Namespace) -> int:
     settings = gpu_parts.Settings(args.device, args.artifacts, args.kernels, args.quick)
     if args.part:
-        for entry in gpu_parts.run_part(args.part, settings, args.seconds):
-            emit(entry)
+        emit_all(gpu_parts.run_part(args.part, settings, args.seconds))
         return 0
     artifacts = gpu_parts.artifacts_of(settings.artifacts)
     planned = gpu_parts.plan(settings, artifacts, args.sanitize)
@@ -71,24 +71,46 @@ def _main(args: argparse.Namespace) -> int:
             "python -m benchmarks.pack brings both"
         )
     begin = time.monotonic()
+    results: dict[str, Any] = {}
 
     def command(part: gpu_parts.Part, limit: float) -> list[str]:
         return _command(args, part.name, limit)
 
-    ran = gpu_parts.run_parts(planned[:1], command, args.seconds, _say)
-    first_error = ran[planned[0].name]["error"] or ""
-    if first_error.startswith("error: device"):  # there is no device: every part would fail with this error
-        raise DeviceError(first_error.removeprefix("error: "))
-    left = args.seconds - (time.monotonic() - begin)
-    ran |= gpu_parts.run_parts(planned[1:], command, left, _say)
-    result = summary(ran, args.quick, time.monotonic() - begin)
-    results = ROOT / "benchmarks" / "results"  # a bundle has none
-    path = args.json or results / f"gpu-{_device_name(result)}.json"
-    path.parent.mkdir(exist_ok=True)
-    gpu_parts.write_json(result, path)
-    print_tables(tables(result))
-    print(f"{'FAILED' if result['failed'] else 'passed'} in {result['seconds']:.0f} s; written to {path}")
-    return int(result["failed"])
+    def changed(ran: dict[str, dict[str, Any]]) -> None:
+        error = ran[planned[0].name]["error"] or ""
+        if error.startswith(_NO_DEVICE):  # every part would fail with it
+            raise DeviceError(error.partition(": ")[2])
+        results.update(summary(ran, args.quick, time.monotonic() - begin))
+        gpu_parts.write_json(results, _path(args, results))
+
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        gpu_parts.run_parts(planned, command, args.seconds, _say, changed)
+        ending = "FAILED" if results["failed"] else "passed"
+    except _Terminated:
+        ending = "terminated"
+    print_tables(tables(results))
+    print(f"{ending} in {results['seconds']:.0f} s; written to {_path(args, results)}")
+    return 128 + signal.SIGTERM if ending == "terminated" else int(results["failed"])
+
+
+_NO_DEVICE = f"{DeviceError.__name__}: device "
+
+
+class _Terminated(BaseException):
+    """SIGTERM came, as from `timeout`: the tables of what there is are still printed."""
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise _Terminated
+
+
+def _path(args: argparse.Namespace, result: dict[str, Any]) -> Path:
+    """The file of the result; its folder exists then."""
+    path: Path = args.json or ROOT / "benchmarks" / "results" / f"gpu-{_device_name(result)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)  # a bundle has no results
+    return path
 
 
 def _command(args: argparse.Namespace, part: str, limit: float) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.gpu.kernel_library import CaseResult, KernelLibrary
-from benchmarks.gpu.processes import emit, run_child
+from benchmarks.gpu.processes import emit_all, run_child
 from tvm_attn.runtime.tvm_import import runtime_only
 
 MOST_CRASHES = 10
@@ -105,8 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with runtime_only():  # starts in a second
         library, device = KernelLibrary(args.folder), tvm_device(args.device)
-    for case in library.cases[args.first : args.last]:
-        emit(asdict(library.check(case, device)))
+    emit_all(asdict(library.check(case, device)) for case in library.cases[args.first : args.last])
     return 0
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import tvm_attn
 from benchmarks.gpu.kernel_library import normalised_error
-from benchmarks.gpu.processes import Entry
+from benchmarks.gpu.processes import Entry, first_error
 from benchmarks.gpu.systems import make_peer, open_compiled
 from tvm_attn.benchmark.counts import decode_work, prefill_work
 from tvm_attn.benchmark.device import DeviceLimits
@@ -183,6 +183,6 @@ def measure_load(folder: Path, device: str, runs: int = 3) -> Iterator[Entry]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         whole = time.perf_counter() - start
         if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["the process failed"])[-1])
+            raise RuntimeError(first_error(done.stderr))
         measured = json.loads(done.stdout.strip().splitlines()[-1])
         yield {"what": "load", "artifact": folder.name, "run": run, **measured, "process_seconds": whole}

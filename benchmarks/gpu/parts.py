@@ -84,7 +84,7 @@ def plan(settings: Settings, artifacts: Sequence[Artifact], sanitize: bool = Fal
     def name(artifact: Artifact) -> str:
         return artifact.folder.name
 
-    parts = [Part("device", 40)]
+    parts = [Part("device", 90)]  # importing PyTorch for the first time takes long
     if (settings.kernels / "kernels.json").is_file():
         parts.append(Part("kernels", 120, correctness=True))
     cuda = [artifact for artifact in artifacts if has_library(artifact, "cuda")]
@@ -111,6 +111,7 @@ def run_parts(
     command: Callable[[Part, float], Sequence[str]],
     seconds: float,
     progress: Callable[[str], None] = lambda message: None,
+    changed: Callable[[dict[str, dict[str, Any]]], None] = lambda result: None,
 ) -> dict[str, dict[str, Any]]:
     """Runs each part in its own process.
 
@@ -119,6 +120,8 @@ def run_parts(
         command: returns the command of a part with a time limit; it prints entries, see `benchmarks.gpu.processes`.
         seconds: time limit of all parts together; when it is used up, the remaining parts are left out.
         progress: called with a description of each step.
+        changed: called with what there is of the result after every entry and every part, the last one too if an
+            exception such as KeyboardInterrupt ends it.
 
     Returns:
         For each part "seconds", "error" (None if it went well), "entries", and "correctness".
@@ -126,13 +129,21 @@ def run_parts(
     start, result = time.monotonic(), {}
     for part in parts:
         left = seconds - (time.monotonic() - start)
-        if left < _LEAST_SECONDS:
-            outcome = Outcome(error="left out: no time was left")
-        else:
-            limit = min(part.seconds, left)
-            progress(f"{time.monotonic() - start:6.1f} s  {part.name}, at most {limit:.0f} s")
-            outcome = run_child(command(part, limit), limit)
-        result[part.name] = {**asdict(outcome), "correctness": part.correctness}
+        outcome = Outcome()
+
+        def update(_: Entry | None = None, part: Part = part, outcome: Outcome = outcome) -> None:
+            result[part.name] = {**asdict(outcome), "correctness": part.correctness}
+            changed(result)
+
+        try:
+            if left < _LEAST_SECONDS:
+                outcome.error = "left out: no time was left"
+            else:
+                limit = min(part.seconds, left)
+                progress(f"{time.monotonic() - start:6.1f} s  {part.name}, at most {limit:.0f} s")
+                run_child(command(part, limit), limit, update, outcome)
+        finally:
+            update()
     return result
 
 
@@ -238,7 +249,7 @@ def _run_model(kind: str, folder: Path, settings: Settings) -> Iterator[Entry]:
         )
         peers = ["torch-compile"] if kind == "compiled" else model_peers(artifact, settings.quick)
         cases = model_cases(artifact, settings.quick)
-        entries = models.measure(folder, device, cases, peers, limits, 0.2 if settings.quick else 0.4)
+        entries = models.measure(folder, device, cases, peers, limits, 0.2 if settings.quick else 0.25)
     yield from ({**entry, **facts} for entry in entries)
 
 

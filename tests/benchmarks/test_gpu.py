@@ -22,7 +22,7 @@ from benchmarks.gpu.kernel_library import INDEX, KernelLibrary, normalised_error
 from benchmarks.gpu.kernel_library_build import Timed, write_kernel_library
 from benchmarks.gpu.parts import Part, Settings
 from benchmarks.gpu.peer import GpuPeer
-from benchmarks.gpu.processes import run_child
+from benchmarks.gpu.processes import first_error, run_child
 from benchmarks.gpu.systems import TorchGpuSystem
 from benchmarks.gpu.torch_model import TorchModel
 from benchmarks.peers.client import PeerUnavailable
@@ -62,6 +62,46 @@ def test_a_child_says_why_it_failed_or_that_it_went_well() -> None:
         run_child(python("raise ValueError('no such thing')"), 30).error == "ValueError: no such thing (exit status 1)"
     )
     assert run_child(python("print('{}')"), 30).error is None
+
+
+def test_the_error_of_a_child_is_the_one_that_ended_it() -> None:
+    """After a fault on a device, freeing what lies on it aborts the process."""
+    code = """
+import os
+from benchmarks.gpu.processes import emit_all
+
+class Tensor:
+    def __del__(self):
+        os.abort()
+
+def entries():
+    tensor = Tensor()
+    yield {"a": 1}
+    raise RuntimeError("CUDA: an illegal memory access\\nwas encountered")
+
+emit_all(entries())
+"""
+    outcome = run_child(python(code), 30)
+    assert outcome.entries == [{"a": 1}]
+    assert outcome.error == "RuntimeError: CUDA: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        ("Traceback:\n  File 1\nValueError: first\n\nDuring handling:\nKeyError: second\nAborted", "ValueError: first"),
+        (
+            "chatter\ntvm.error.InternalError: CUDA: illegal\nterminate called\n",
+            "tvm.error.InternalError: CUDA: illegal",
+        ),
+        ("note\nerror: no device\nmore", "error: no device"),
+        ("terminate called\n  what():  CUDA: misaligned\nAborted", "what():  CUDA: misaligned"),
+        ("one\ntwo\n", "two"),
+        ("", "no message"),
+    ],
+)
+def test_the_first_error_of_a_log_is_its_cause(log: str, error: str) -> None:
+    assert first_error(log) == error
 
 
 def test_a_child_that_hangs_ends_with_its_children(tmp_path: Path) -> None:
@@ -451,6 +491,39 @@ def test_no_device_is_one_line(kernel_folder: Path, tmp_path: Path, capsys: pyte
     assert gpu.main([*arguments, "--json", str(tmp_path / "gpu.json")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: device cuda:99: ")
     assert not (tmp_path / "gpu.json").exists()
+
+
+_SLOW = """
+import json, sys, time
+from benchmarks.gpu import __main__ as gpu, parts
+
+def command(args, part, limit):
+    code = "import time; print('{\\"passed\\": true}', flush=True); time.sleep(60 * (sys.argv[1] == 'slow'))"
+    return [sys.executable, "-c", "import sys; " + code, part]
+
+gpu._command = command
+parts.plan = lambda *_: [parts.Part("quick", 30, True), parts.Part("slow", 60)]
+sys.exit(gpu.main(["--json", sys.argv[1], "--artifacts", sys.argv[1] + ".none", "--kernels", sys.argv[1] + ".none"]))
+"""
+
+
+def test_what_was_measured_is_written_when_the_command_is_terminated(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    process = subprocess.Popen([*python(_SLOW), str(path)], stdout=subprocess.PIPE, text=True)
+
+    def written() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(path.read_text())["parts"] if path.is_file() else {}
+        return found
+
+    while not written().get("slow", {}).get("entries"):  # written before the part ends
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert written()["quick"]["error"] is None
+    process.terminate()
+    printed = process.communicate(timeout=30)[0]
+    assert process.returncode == 143
+    assert "terminated in" in printed and "Figures to reach" in printed
+    assert written()["slow"]["error"] == "interrupted" and written()["slow"]["entries"] == [{"passed": True}]
 
 
 def test_nothing_to_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

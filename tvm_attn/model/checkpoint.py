@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from tvm_attn.config import PRESETS, GPT2Config, param_shapes
 from tvm_attn.errors import CheckpointError, ConfigError, one_line, shorten
 from tvm_attn.jsonfile import CONFIG_BYTES, exists, opened, read_json, shorten_path
+from tvm_attn.model.ahead import ahead
 from tvm_attn.model.generation import read_generation_config
 from tvm_attn.model.hub import CheckpointUnavailable, hub_id, hub_snapshot
 from tvm_attn.model.tokenizer import CheckpointTokenizer, read_tokenizer
@@ -183,25 +184,35 @@ def random_params(config: GPT2Config, seed: int = 0) -> Iterator[tuple[str, np.n
     shape, not on the tensors before it.
     """
     with ThreadPoolExecutor() as pool:
-        for name, shape in param_shapes(config).items():
-            array = np.empty(shape, np.float32)
-            fill = partial(_fill_normal, array.reshape(-1), [seed, zlib.crc32(name.encode())])
-            for _ in pool.map(fill, range(0, array.size, _CHUNK)):
-                pass
-            if array.ndim == 1:
-                array *= 0.1
-            else:
-                array *= 0.02 / sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
-            if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
-                array += 1.0
+        drawn = (_draw(pool, config, name, shape, seed) for name, shape in param_shapes(config).items())
+        for name, array, chunks in ahead(drawn):
+            for chunk in chunks:
+                chunk.result()
             yield name, array
 
 
-def _fill_normal(flat: np.ndarray, seeds: list[int], start: int) -> None:
-    """Fill one chunk with standard normal values; each chunk has its own stream, so threads change nothing."""
+def _draw(
+    pool: ThreadPoolExecutor, config: GPT2Config, name: str, shape: tuple[int, ...], seed: int
+) -> tuple[str, np.ndarray, list[Future[None]]]:
+    """Starts to draw a parameter: its name, its array, and the tasks that fill chunks of it."""
+    array = np.empty(shape, np.float32)
+    scale = 0.1 if array.ndim == 1 else 0.02
+    if array.ndim > 1 and name.endswith("c_proj.weight"):
+        scale /= sqrt(2 * config.n_layer)
+    mean = 1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.0
+    fill = partial(_fill_normal, array.reshape(-1), [seed, zlib.crc32(name.encode())], scale, mean)
+    return name, array, [pool.submit(fill, start) for start in range(0, array.size, _CHUNK)]
+
+
+def _fill_normal(flat: np.ndarray, seeds: list[int], scale: float, mean: float, start: int) -> None:
+    """Fills one chunk with normal values; each chunk has its own stream, so threads change nothing."""
     # SFC64 is numpy's fastest bit generator; its quality is far beyond what weights need.
     generator = np.random.Generator(np.random.SFC64([*seeds, start]))
-    generator.standard_normal(dtype=np.float32, out=flat[start : start + _CHUNK])
+    chunk = flat[start : start + _CHUNK]
+    generator.standard_normal(dtype=np.float32, out=chunk)
+    chunk *= scale
+    if mean:
+        chunk += mean
 
 
 def cast_params(params: Iterable[tuple[str, np.ndarray]], dtype: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from tvm_attn.config import GPT2Config, param_shapes
 from tvm_attn.errors import CheckpointError
+from tvm_attn.model.ahead import ahead
 from tvm_attn.model.checkpoint import cast_params
 from tvm_attn.quantization import dequantize, from_nibbles, quantize, relative_error, to_nibbles
 from tvm_attn.storage import TABLES, is_quantizable, scales_name
@@ -24,21 +26,25 @@ def stored_params(params: Iterable[tuple[str, np.ndarray]], dtype: str, quant: s
     Raises:
         CheckpointError: a value, or a scale of quantized values, is too large or too small for its dtype.
     """
-    if quant == "none":
-        yield from cast_params(params, dtype)
-        return
-    for name, array in params:
-        if not is_quantizable(name, array.shape):
-            yield from cast_params([(name, array)], dtype)
-            continue
-        table = name in TABLES
-        matrix = array.T if table else array
-        with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
-            values, scales = quantize(np.asarray(matrix, np.float32), quant)
-        _require_fitting_scales(name, matrix, values, scales, quant)
-        stored = to_nibbles(values) if quant == "int4" else values
-        yield name, np.ascontiguousarray(stored.T if table else stored)
-        yield scales_name(name), np.ascontiguousarray(scales.T if table else scales)
+    with ThreadPoolExecutor() as pool:
+        for task in ahead(pool.submit(_stored, name, array, dtype, quant) for name, array in params):
+            yield from task.result()
+
+
+def _stored(name: str, array: np.ndarray, dtype: str, quant: str) -> list[tuple[str, np.ndarray]]:
+    """One parameter as an artifact stores it: its tensor, and the scales of a quantized one."""
+    if quant == "none" or not is_quantizable(name, array.shape):
+        return list(cast_params([(name, array)], dtype))
+    table = name in TABLES
+    matrix = array.T if table else array
+    with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
+        values, scales = quantize(np.asarray(matrix, np.float32), quant)
+    _require_fitting_scales(name, matrix, values, scales, quant)
+    stored = to_nibbles(values) if quant == "int4" else values
+    return [
+        (name, np.ascontiguousarray(stored.T if table else stored)),
+        (scales_name(name), np.ascontiguousarray(scales.T if table else scales)),
+    ]
 
 
 # Normalised squared error of quantizing normally distributed weights.
