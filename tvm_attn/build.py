@@ -64,11 +64,13 @@ def _parser() -> argparse.ArgumentParser:
 def _build(args: argparse.Namespace) -> int:
     from tvm_attn import targets
     from tvm_attn.model.layout import check_types
+    from tvm_attn.runtime.tvm_import import require_compiler
 
     start = time.perf_counter()
     # Names and paths first: importing the compiler takes seconds.
     for target in targets.check_names(args.target):
         check_types(target, args.dtype, args.quant)
+    require_compiler()
 
     from tvm_attn.compiler.replacement import check_out
     from tvm_attn.model.weights import open_weights

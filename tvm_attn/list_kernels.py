@@ -43,9 +43,11 @@ def _list(args: argparse.Namespace) -> int:
     # Names are checked first: the compiler takes seconds to import.
     from tvm_attn import targets
     from tvm_attn.model.layout import check_types
+    from tvm_attn.runtime.tvm_import import require_compiler
 
     for target in targets.check_names(args.target):
         check_types(target, args.dtype, args.quant)
+    require_compiler()
 
     from tvm_attn.model.weights import open_config
 

@@ -81,3 +81,26 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["devices", "build --target cuda", "kernels --target cuda", "tune --target cpu"])
+def test_commands_without_the_compiler_work_or_say_so(command: str) -> None:
+    """As in a bundle; errors about devices name the command that lists them."""
+    environment = {**os.environ, "TVM_USE_RUNTIME_LIB": "1"}
+    arguments = [sys.executable, "-m", "tvm_attn", *command.split()]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    if command == "devices":
+        assert done.returncode == 0 and "cpu: " in done.stdout and done.stderr == ""
+    else:
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: this needs TVM's compiler, and only its runtime is loaded")
+
+
+def test_measuring_without_the_compiler_leaves_out_the_limits(demo_artifact: Path) -> None:
+    code = """
+import sys
+from tvm_attn.benchmark.session import _limits
+result = _limits("cpu", 1, "float32", lambda message, share: None)
+"""
+    *_, line = run(code + LOADED, demo_artifact, TVM_USE_RUNTIME_LIB="1").stdout.splitlines()
+    assert loaded(line)[2] is None

@@ -23,6 +23,7 @@ from tvm_attn.benchmark.ours import CompiledGpuSystem, CompiledSystem
 from tvm_attn.benchmark.system import Case
 from tvm_attn.config import GPT2Config
 from tvm_attn.runtime.machine import thread_count
+from tvm_attn.runtime.tvm_import import has_compiler
 from tvm_attn.targets import CpuTarget
 
 OURS = "tvm_attn"
@@ -186,7 +187,7 @@ def _limits(
 ) -> Limits | DeviceLimits | None:
     progress("measuring limits", 0.0)
     if device == "cpu":
-        return measure_limits(targets.detect_cpu(), threads)
+        return measure_limits(targets.detect_cpu(), threads) if has_compiler() else None
     if not device.startswith("cuda"):
         return None
     try:

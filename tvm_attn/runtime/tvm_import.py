@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tvm_attn.errors import CompileError
+
 
 def import_tvm() -> None:
     """Imports TVM; in runtime-only mode (TVM_USE_RUNTIME_LIB=1) without PyTorch, which tvm_ffi would load.
@@ -23,6 +25,21 @@ def import_tvm() -> None:
     finally:
         if hide:
             del sys.modules["torch"]
+
+
+def has_compiler() -> bool:
+    """Whether TVM, which this imports, has its compiler: a bundle has the runtime alone."""
+    import_tvm()
+    from tvm.base import _RUNTIME_ONLY
+
+    return not _RUNTIME_ONLY
+
+
+def require_compiler() -> None:
+    """Raises CompileError if only TVM's runtime is loaded."""
+    if not has_compiler():
+        reason = "TVM_USE_RUNTIME_LIB=1 is set" if os.environ.get("TVM_USE_RUNTIME_LIB") else "reinstall apache-tvm"
+        raise CompileError(f"this needs TVM's compiler, and only its runtime is loaded ({reason})")
 
 
 @contextmanager
