@@ -16,6 +16,7 @@ from tvm_attn.kernels.cuda.decode_attention import (
 )
 from tvm_attn.kernels.cuda.prefill_attention import (
     PrefillTiles,
+    copy_place,
     default_prefill_tiles,
     prefill_attention,
     prefill_candidates,
@@ -67,6 +68,19 @@ def test_decode_as_generated() -> None:
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_copies_into_shared_memory_use_all_banks(head_dim: int) -> None:
+    """Eight threads store 16 bytes each at once: into different banks, which are 16 bytes times eight apart."""
+    units, keys = head_dim // 8, 32
+    places = [copy_place(index, units) for index in range(keys * units)]
+    assert sorted(places) == [(row, unit) for row in range(keys) for unit in range(units)]
+    for first in range(0, len(places), 8):
+        assert {(row * (units + 1) + unit) % 8 for row, unit in places[first : first + 8]} == set(range(8))
+    for first in range(0, len(places), 32):
+        warp = set(places[first : first + 32])
+        assert all((row, unit ^ 1) in warp for row, unit in warp), "half a sector is read"
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_tiles_fit_every_device(head_dim: int) -> None:
     least = min(sass.SHARED_BYTES.values())
     prefill = PrefillAttention(12, head_dim, 1024, 8, "float16", 0.125, "float16")
@@ -105,7 +119,7 @@ def test_prefill_machine_code() -> None:
     # Each load serves both fragments of queries and two steps of keys or outputs.
     assert sass.count(instructions, "LDSM") == products // 4
     # Keys and values for the first stage, and again in the loop.
-    assert sass.count(instructions, "LDGSTS") == 2 * (2 * tiles.keys * 64 // 8) // tiles.threads
+    assert sass.count(instructions, "LDGSTS.E.BYPASS.LTC128B.128") == 2 * (2 * tiles.keys * 64 // 8) // tiles.threads
 
 
 def test_decode_machine_code() -> None:

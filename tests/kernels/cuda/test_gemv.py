@@ -97,5 +97,5 @@ def test_machine_code(rows: int, dtype: str, weights: str, layer: int, architect
     # Quantized weights are float16 operands for either dtype.
     assert sass.count(instructions, "HMMA.16816.F32" + (".BF16" if weights == "bfloat16" else "")) > 0
     assert sass.count(instructions, "LDSM.16.M88.4") > 0
-    assert sass.count(instructions, "LDGSTS.E.BYPASS.128") > 0
+    assert sass.count(instructions, "LDGSTS.E.BYPASS.LTC128B.128") > 0
     assert sass.count(instructions, "LDL") == sass.count(instructions, "STL") == 0

@@ -148,7 +148,7 @@ def test_machine_code(architecture: str) -> None:
     products = tiles.row_fragments * tiles.column_fragments * tiles.steps
     assert sass.count(code, "HMMA.16816.F32") % products == 0 and "HMMA" in code
     assert sass.count(code, "LDSM.16.M88.4") >= tiles.row_fragments * tiles.steps
-    assert sass.count(code, "LDGSTS.E.BYPASS") > 0
+    assert sass.count(code, "LDGSTS.E.BYPASS.LTC128B.128") > 0
     assert "LDL" not in code and "STL" not in code
     stores = "STG.E.128" if isinstance(kernel, Linear | QKVLinear) else "STG.E"
     assert sass.count(code, stores) > 0

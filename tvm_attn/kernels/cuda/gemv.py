@@ -287,11 +287,10 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
                 at: T.let[T.int32] = (i * threads + thread) * UNIT
                 if at < shared_scale_bytes:
                     first: T.let[T.int32] = block * block_scale_bytes + at
-                    T.ptx["cp.async.cg.shared.global"](
+                    cp_async(
                         shared_address(block_scales) + uint32(at),
                         all_scales.ptr_to([first // 2]),
-                        UNIT,
-                        uint32(T.max(T.min(scale_bytes - first, UNIT), 0)),
+                        read=uint32(T.max(T.min(scale_bytes - first, UNIT), 0)),
                     )
         cp_async_commit()
         for q in T.unroll(stages - 1):

@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -120,6 +121,18 @@ def prefill_candidates(kernel: PrefillAttention) -> Iterator[PrefillTiles]:
             yield tiles
 
 
+def copy_place(index: Any, units: int) -> tuple[Any, Any]:
+    """The row and the unit in its row of a stage's copy of this index, for rows of `units` units of 16 bytes.
+
+    Eight neighbouring threads write at once, and rows are one unit longer in shared memory than in the cache. So if a
+    row is not a multiple of eight units, the eight write one column of eight rows. Two neighbouring units are still
+    read by the same warp: they share a sector of 32 bytes.
+    """
+    if units % 8 == 0:
+        return index // units, index % units
+    return index // (8 * units) * 8 + index % 8, index // 8 % units
+
+
 def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.PrimFunc:
     """The function of `PrefillAttention`, one block of threads for each head and tile of queries.
 
@@ -218,8 +231,8 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
             for i in T.unroll(-(-copies // threads)):
                 at = T.meta_var(i * threads + thread)
                 if copies % threads == 0 or at < copies:
-                    row: T.let[T.int32] = at // units
-                    column: T.let[T.int32] = at % units * UNIT_ELEMENTS
+                    row: T.let[T.int32] = copy_place(at, units)[0]
+                    column: T.let[T.int32] = copy_place(at, units)[1] * UNIT_ELEMENTS
                     position: T.let[T.int32] = block * keys + row
                     target: T.let[T.uint32] = base + uint32(2 * (stage + row * stride + column))
                     cp_async(target, cache.ptr_to([slot, 0, head, position, column]), valid=position < visible)

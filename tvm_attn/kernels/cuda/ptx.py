@@ -78,19 +78,28 @@ def swizzle(row: tirx.Expr, unit: tirx.Expr, row_bytes: int, unit_bytes: int = 1
     return unit if distinct == 1 else unit ^ (row // rows_per_line % distinct)
 
 
-def cp_async(shared: tirx.Expr, source: tirx.Expr, size: int = 16, valid: tirx.Expr | None = None) -> None:
+def cp_async(
+    shared: tirx.Expr,
+    source: tirx.Expr,
+    size: int = 16,
+    valid: tirx.Expr | None = None,
+    read: tirx.Expr | None = None,
+) -> None:
     """Starts a copy of 4, 8 or 16 bytes from global to shared memory; copies zeros if `valid` is false.
 
     Args:
         shared: address in shared memory, uint32, a multiple of `size`.
         source: pointer to global memory, a multiple of `size`; not read if `valid` is false, and may then point
             anywhere.
-        size: number of bytes. Copies of 16 bypass the L1 cache.
+        size: number of bytes. Copies of 16 bypass the L1 cache, and bring the 128 bytes around them into L2: others of
+            the block, or its next copies, want these.
         valid: condition, or None for always.
+        read: in place of `valid`, the number of bytes that are read, uint32; zeros follow.
     """
-    cache = "cg" if size == 16 else "ca"
-    sizes = (size,) if valid is None else (size, T.Select(valid, T.uint32(size), T.uint32(0)))
-    T.evaluate(T.ptx[f"cp.async.{cache}.shared.global"](shared, source, *sizes))
+    kind = "cg.shared.global.L2::128B" if size == 16 else "ca.shared.global"
+    if valid is not None:
+        read = T.Select(valid, T.uint32(size), T.uint32(0))
+    T.evaluate(T.ptx[f"cp.async.{kind}"](shared, source, size, *([] if read is None else [read])))
 
 
 def cp_async_commit() -> None:
