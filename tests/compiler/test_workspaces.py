@@ -12,6 +12,7 @@ from tvm_attn.compiler.cuda_graph import capture_graphs, plan_results
 from tvm_attn.compiler.cuda_module import cuda_source
 from tvm_attn.compiler.devices import backend_for
 from tvm_attn.compiler.workspaces import allocates, plan_workspaces
+from tvm_attn.kernels.base import ZEROED
 
 
 @T.prim_func
@@ -25,6 +26,22 @@ def _reverse(a: T.handle, b: T.handle):
         workspace[thread] = A[thread]
         T.cuda.cta_sync()
         B[thread] = workspace[63 - thread]
+
+
+@T.prim_func
+def _counting(a: T.handle, b: T.handle):
+    T.func_attr({"global_symbol": "counting", "tirx.noalias": True, "tirx.is_scheduled": True, ZEROED: "zeros"})
+    A = T.match_buffer(a, (64,), "float32")
+    B = T.match_buffer(b, (64,), "float32")
+    workspace = T.alloc_buffer((64,), "float32", scope="global")
+    zeros = T.alloc_buffer((2,), "uint32", scope="global")
+    with T.attr(0, "tirx.device_entry", True):
+        thread = T.thread_id([2])
+        zeros[thread] = T.uint32(0)
+    with T.attr(0, "tirx.device_entry", True):
+        thread = T.thread_id([64])
+        workspace[thread] = A[thread]
+        B[thread] = workspace[thread] + T.Cast("float32", zeros[thread % 2])
 
 
 @T.prim_func
@@ -94,6 +111,22 @@ def test_workspace_becomes_a_planned_tensor() -> None:
     # Two intermediates and a workspace at a time; the result is not planned.
     planned = relax.transform.StaticPlanBlockMemory()(after)
     assert planned["main"].script().count("R.memory.alloc_storage") == 3
+
+
+def test_what_stays_zero_is_a_constant_of_the_machine() -> None:
+    """A virtual machine has copies of its own of constants, so that models share no counters."""
+    after = plan_workspaces(program(_counting, num_input=0))
+    assert not allocates(after["counting"]) and len(after["counting"].params) == 4
+    assert ZEROED not in after["counting"].attrs
+    target = backend_for(targets.read("cuda")).tvm_target(targets.read("cuda"))
+    assert cuda_source(program(_counting)["counting"], target).count("__global__") == 2 * 2  # declared and defined
+    assert cuda_source(after["counting"], target).count("__global__") == 2
+    passed = [call.args[3] for call in calls(after, "main")]
+    assert len(passed) == 3 and all(zeros.same_as(passed[0]) for zeros in passed)
+    assert str(passed[0].value.dtype) == "uint32" and passed[0].value.numpy().tolist() == [0, 0]
+    passes = [plan_results, relax.transform.StaticPlanBlockMemory(), capture_graphs]
+    captured = tvm.transform.Sequential(passes)(after)
+    assert len(calls(captured, "main_cuda_graph_capture")) == 3
 
 
 def test_other_kernels_stay() -> None:

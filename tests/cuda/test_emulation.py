@@ -211,6 +211,29 @@ def test_last_block_merges() -> None:
     assert y[0] == functools.reduce(lambda total, number: total * 3 + number, range(8), 0) and y[9] == 0
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_calls_at_the_same_time(shared: bool) -> None:
+    """Counters of the module are shared by all calls, counters among the arguments are not."""
+    counter = "counter" if shared else "y + 9"
+    body = f"""
+      {"__device__ static unsigned counter[1];" if shared else ""}
+      y[1 + blockIdx.x] = x[blockIdx.x];
+      __threadfence();
+      if (thread == 0 && atomicInc({counter}, gridDim.x - 1) == gridDim.x - 1) {{
+        unsigned sum = 0;
+        for (int i = 0; i < 8; ++i) sum += y[1 + i];
+        y[0] = sum;
+      }}
+    """
+    x, y = np.arange(8, dtype=np.uint32), np.zeros(10, np.uint32)
+    if shared:
+        with pytest.raises(EmulationError, match="when two calls run at the same time: they share memory"):
+            run(kernel(body, 8, 10, 32, 8), [x, y])
+    else:
+        run(kernel(body, 8, 10, 32, 8), [x, y])
+        assert y[0] == x.sum()
+
+
 def test_named_barriers() -> None:
     """Two warps meet at their own barrier after the others have ended."""
     barrier = 'asm volatile("bar.sync 1, 64;");'

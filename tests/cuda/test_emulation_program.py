@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from tests.cuda.emulation import device
 from tvm_attn.compiler.build import build
+from tvm_attn.kernels import DecodeAttention
+from tvm_attn.kernels.cuda import decode_attention
+from tvm_attn.kernels.cuda.decode_attention import DecodeTiles
 
 # It installs the device permanently, so it runs in its own process.
 CHECK = """
@@ -52,7 +56,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("dtype", "quant"), [("float16", "none")])
 def test_artifact(checkpoint: Path, dtype: str, quant: str, tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
-    with device.source_in_libraries():
+
+    def tiles(kernel: DecodeAttention) -> DecodeTiles:
+        """Blocks that split keys and merge, in this context too."""
+        return DecodeTiles(2) if kernel.groups is None else DecodeTiles(2, 3, alone=4)
+
+    with device.source_in_libraries(), mock.patch.object(decode_attention, "default_decode_tiles", tiles):
         build(checkpoint, "cuda-sm80", dtype, quant, out=folder, verify=False)
     command = [sys.executable, "-c", CHECK, str(folder)]
     root = Path(__file__).parents[2]

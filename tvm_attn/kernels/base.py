@@ -23,6 +23,12 @@ TENSOR_CORE_DTYPES = ("float16", "bfloat16")
 """Activation dtypes that tensor cores multiply with float32 sums; everywhere else activations are float32."""
 
 
+ZEROED = "tvm_attn.zeroed"
+"""Attribute of a scheduled function: the name of a scratch buffer that its first kernel fills with zeros, and that the
+others leave filled with zeros. A caller that keeps the buffer, and shares it with no call that may run at the same
+time, needs the first kernel only once."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One input of a kernel, for tests and benchmarks.

@@ -2,7 +2,8 @@
 
 Every thread of a block is a fiber, and warp collectives, ldmatrix, mma.sync, cp.async and barriers do what the PTX ISA
 documentation says. The compiler's host code runs too. Each case runs twice, the second time with threads and blocks in
-reverse order; a warp runs until it waits for another.
+reverse order; a warp runs until it waits for another. Kernels with atomic operations also run twice at the same time, a
+block of one call after a block of the other.
 
 | it finds | by means of |
 |---|---|
@@ -11,6 +12,7 @@ reverse order; a warp runs until it waits for another.
 | use of shared memory, workspaces or variables before they are written | poison: 0xFF in memory, 0xFE in variables |
 | results of cp.async that are not waited for | poison until the wait |
 | a missing barrier that changes a result; blocks that race | different results in reverse order |
+| memory that two calls share, such as a variable of the module | different results of two calls at the same time |
 | any pair of conflicting accesses to shared memory without a barrier (`races=True`) | vector clocks |
 | barriers and collectives that not all threads reach | no thread can go on |
 | PTX that is not emulated | an error that names it |
@@ -75,7 +77,9 @@ def run(function: tirx.PrimFunc, arguments: Sequence[np.ndarray], races: bool = 
             file.write("".join(line + "\n" for line in [*lines, ""]).encode())
             for argument in arguments:
                 file.write(argument.tobytes())
-        command = [runtime() / "runner", library, kernels, reversed_kernels, "main", inputs, results]
+        # Kernels without atomic operations have nothing in common but their tensors.
+        twice = int(re.search(r"\batom", source) is not None)
+        command = [runtime() / "runner", library, kernels, reversed_kernels, "main", inputs, results, twice]
         try:
             result = subprocess.run(
                 [str(part) for part in command],

@@ -106,11 +106,14 @@ class EmulatedDeviceApi final : public tvm::runtime::DeviceAPI {
     RequireNoCapture("memory is allocated");
     return memory_.Allocate(nbytes);
   }
-  void FreeDataSpace(tvm::Device, void* pointer) final { memory_.Free(pointer); }
+  void FreeDataSpace(tvm::Device, void* pointer) final {
+    // Recorded work still uses it; the process ends soon after.
+    if (!IsRecording()) memory_.Free(pointer);
+  }
   void* AllocWorkspace(tvm::Device dev, size_t nbytes, DLDataType type) final {
     return AllocDataSpace(dev, nbytes, 0, type);
   }
-  void FreeWorkspace(tvm::Device, void* pointer) final { memory_.Free(pointer); }
+  void FreeWorkspace(tvm::Device dev, void* pointer) final { FreeDataSpace(dev, pointer); }
   void StreamSync(tvm::Device, TVMStreamHandle) final { RequireNoCapture("a stream is waited for"); }
 
  protected:

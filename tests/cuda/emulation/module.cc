@@ -28,6 +28,8 @@ using Graph = std::vector<std::function<void()>>;
 bool reverse = false;
 bool is_capturing = false;
 std::map<int64_t, Graph> graphs;
+std::vector<Graph> calls;              // recorded calls, which run at the same time
+std::vector<Launch>* waits = nullptr;  // launches of theirs that shall run at the same time
 
 /// What a serialized CUDA module consists of, in its order.
 class Reader {
@@ -80,12 +82,16 @@ struct Kernel {
         (tag.back() == 'x' ? index.x : tag.back() == 'y' ? index.y : index.z) = static_cast<uint32_t>(extent);
       }
     }
-    Submit([this, values, what]() mutable {
-      std::vector<void*> pointers;
+    Submit([this, values, what, pointers = std::vector<void*>()]() mutable {
+      pointers.clear();
       for (uint64_t& value : values) pointers.push_back(&value);
       what.arguments = pointers.data();
+      if (waits != nullptr) {
+        waits->push_back(what);
+        return;
+      }
       try {
-        Run(what, reverse);
+        Run({what}, reverse);
       } catch (const std::exception& error) {
         TVM_FFI_THROW(EmulationError) << name << ": " << error.what();
       }
@@ -183,6 +189,22 @@ void LaunchGraph(int64_t graph) {
   for (const auto& work : graphs.at(graph)) work();
 }
 
+/// Runs the recorded calls: the first piece of work of each, then the second of each, and so on.
+void RunTogether() {
+  const std::vector<Graph> recorded = std::exchange(calls, {});
+  for (size_t i = 0; i < recorded.front().size(); ++i) {
+    std::vector<Launch> launches;
+    waits = &launches;
+    for (const Graph& call : recorded) call.at(i)();
+    waits = nullptr;
+    try {
+      Run(launches, reverse);
+    } catch (const std::exception& error) {
+      TVM_FFI_THROW(EmulationError) << "two calls at once: " << error.what();
+    }
+  }
+}
+
 TVM_FFI_STATIC_INIT_BLOCK() {
   auto define = [](const std::string& name, auto function) {
     Function::SetGlobal(name, Function::FromTyped(std::move(function)), true);
@@ -190,6 +212,8 @@ TVM_FFI_STATIC_INIT_BLOCK() {
   define("ffi.Module.load_from_bytes.cuda",
          [](const Bytes& bytes) { return tvm::ffi::Module(tvm::ffi::make_object<EmulatedModule>(bytes)); });
   define("tests.cuda.emulation.set_reverse", [](bool value) { reverse = value; });
+  define("tests.cuda.emulation.record_call", [] { calls.emplace_back(); });
+  define("tests.cuda.emulation.run_together", RunTogether);
   define("tests.cuda.emulation.begin_capture", BeginCapture);
   define("tests.cuda.emulation.end_capture", [] { is_capturing = false; });
   define("tests.cuda.emulation.launch_graph", LaunchGraph);
@@ -198,10 +222,13 @@ TVM_FFI_STATIC_INIT_BLOCK() {
 }  // namespace
 
 bool IsCapturing() { return is_capturing; }
+bool IsRecording() { return !calls.empty(); }
 
 void Submit(std::function<void()> work) {
   if (is_capturing) {
     graphs.rbegin()->second.push_back(std::move(work));
+  } else if (!calls.empty()) {
+    calls.back().push_back(std::move(work));
   } else {
     work();
   }

@@ -352,14 +352,9 @@ void WaitForCopies(size_t pending) {
   }
 }
 
-void Run(const Launch& what, bool reverse) {
-  const size_t threads = size_t{what.block.x} * what.block.y * what.block.z;
-  if (threads == 0 || threads > 1024) throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
-  const size_t blocks = size_t{what.grid.x} * what.grid.y * what.grid.z;
-  if (blocks == 0 || what.grid.y > 65535 || what.grid.z > 65535)
-    throw std::runtime_error("a grid of " + Text(what.grid) + " blocks");
-  if (what.dynamic_shared > kMaxShared)
-    throw std::runtime_error(std::to_string(what.dynamic_shared) + " bytes of shared memory");
+size_t Blocks(const Launch& what) { return size_t{what.grid.x} * what.grid.y * what.grid.z; }
+
+void RunBlockOf(const Launch& what, size_t block, bool reverse) {
   launch = &what;
   grid_size = what.grid;
   block_size = what.block;
@@ -370,15 +365,31 @@ void Run(const Launch& what, bool reverse) {
   if (__asan_poison_memory_region) {
     __asan_poison_memory_region(dynamic_shared + what.dynamic_shared, rounded - what.dynamic_shared);
   }
-  fibers.resize(threads);
-  for (size_t i = 0; i < blocks; ++i) {
-    const size_t block = reverse ? blocks - 1 - i : i;
-    block_index = {static_cast<uint32_t>(block % what.grid.x), static_cast<uint32_t>(block / what.grid.x % what.grid.y),
-                   static_cast<uint32_t>(block / what.grid.x / what.grid.y)};
-    RunBlock(reverse);
-  }
+  fibers.resize(size_t{what.block.x} * what.block.y * what.block.z);
+  block_index = {static_cast<uint32_t>(block % what.grid.x), static_cast<uint32_t>(block / what.grid.x % what.grid.y),
+                 static_cast<uint32_t>(block / what.grid.x / what.grid.y)};
+  RunBlock(reverse);
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(dynamic_shared, rounded);
   launch = nullptr;
+}
+
+void Run(const std::vector<Launch>& launches, bool reverse) {
+  size_t most = 0;
+  for (const Launch& what : launches) {
+    const size_t threads = size_t{what.block.x} * what.block.y * what.block.z;
+    if (threads == 0 || threads > 1024)
+      throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
+    if (Blocks(what) == 0 || what.grid.y > 65535 || what.grid.z > 65535)
+      throw std::runtime_error("a grid of " + Text(what.grid) + " blocks");
+    if (what.dynamic_shared > kMaxShared)
+      throw std::runtime_error(std::to_string(what.dynamic_shared) + " bytes of shared memory");
+    most = std::max(most, Blocks(what));
+  }
+  for (size_t i = 0; i < most; ++i) {
+    for (const Launch& what : launches) {
+      if (i < Blocks(what)) RunBlockOf(what, reverse ? Blocks(what) - 1 - i : i, reverse);
+    }
+  }
 }
 
 }  // namespace emulation

@@ -1,4 +1,5 @@
-// The threads of a block as fibers, which switch at barriers and warp collectives only. One block runs after the other.
+// The threads of a block as fibers, which switch at barriers and warp collectives only. One block runs after the other;
+// of several launches at once, a block of one after a block of another.
 #pragma once
 
 #include <cstddef>
@@ -66,7 +67,8 @@ struct Launch {
   char* static_end = nullptr;
 };
 
-/// Runs every block. In reverse order, blocks and the threads of a block start with the last.
-void Run(const Launch& launch, bool reverse);
+/// Runs every block of one or several launches; of several, a block of each in turn, as on devices that run them at the
+/// same time. In reverse order, blocks and the threads of a block start with the last.
+void Run(const std::vector<Launch>& launches, bool reverse);
 
 }  // namespace emulation

@@ -5,6 +5,7 @@ import pytest
 from tests.cuda import sass
 from tests.kernels.cuda.emulated import rolled
 from tests.kernels.devices import assert_close, emulate
+from tvm_attn.compiler.workspaces import with_parameters
 from tvm_attn.config import PRESETS
 from tvm_attn.kernels import Case, DecodeAttention, PrefillAttention
 from tvm_attn.kernels.cuda.attention import HEAD_DIMS
@@ -124,7 +125,7 @@ def test_prefill_machine_code() -> None:
 
 def test_decode_machine_code() -> None:
     kernel = DecodeAttention(12, 64, 1024, 1, "float16", 0.125, 1, "float16")
-    function = decode_attention(kernel, default_decode_tiles(kernel))
+    function = with_parameters("decode", decode_attention(kernel, default_decode_tiles(kernel)))
     ((name, resources),) = sass.resources(function).items()
     assert resources.spills == resources.stack == 0
     # Queries, and four keys and values.

@@ -5,8 +5,9 @@ a time, and every such group of lanes has its own softmax over its keys; inside 
 a score. Groups merge through shuffles, warps through shared memory.
 
 If rows and heads are too few to fill the device, blocks split the keys of a row (`splits`) and merge their results
-through a workspace. The number of blocks is static and positions are read on the device, so a launch can be replayed in
-a CUDA graph; blocks that a row does not need end at once.
+through a workspace; the last block merges, and finds out by a counter that it is. The number of blocks is static and
+positions are read on the device, so a launch can be replayed in a CUDA graph; blocks that a row does not need end at
+once.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.attention import MASKED
-from tvm_attn.kernels.base import TENSOR_CORE_DTYPES, largest_power, row_groups
+from tvm_attn.kernels.base import TENSOR_CORE_DTYPES, ZEROED, largest_power, row_groups
 from tvm_attn.kernels.cuda.attention import check_head
 from tvm_attn.kernels.cuda.lanes import shuffle_xor
 from tvm_attn.kernels.cuda.limits import REGISTERS, UNIT_ELEMENTS
-from tvm_attn.kernels.cuda.ptx import exp2, load_global, pack, reciprocal
+from tvm_attn.kernels.cuda.ptx import exp2, load_global, pack, reciprocal, uint32
 from tvm_attn.kernels.cuda.tiles import choose_tiles
 from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.template import Chooser, Template
@@ -46,8 +47,7 @@ class DecodeTiles:
         alone: the largest number of keys that one block handles by itself, because merging would cost what it saves.
         loads: 16-byte loads of keys that a thread has in flight, and as many of values; more if one key takes more.
         last: with `splits` above 1, whether the last block of a row and head merges; otherwise a second kernel does.
-            Blocks are counted in a variable of the loaded module, so only one such function may run at a time, and the
-            number of row groups is static.
+            The number of row groups is static then.
     """
 
     warps: int
@@ -137,6 +137,13 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
         o_words = T.decl_buffer((g * rows, heads * head_words), "uint32", data=o.data)
         if split:
             workspace = T.alloc_buffer((g * rows * heads * splits * numbers,), "float32", scope="global")
+        if by_last:
+            counters = T.alloc_buffer((arrivals,), "uint32", scope="global")
+            with T.attr(0, "tirx.device_entry", True):
+                block = T.cta_id([-(-arrivals // 32)])
+                lane = T.thread_id([32])
+                if block * 32 + lane < arrivals:
+                    counters[block * 32 + lane] = T.uint32(0)
 
         with T.attr(0, "tirx.device_entry", True):
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": blocks})
@@ -159,6 +166,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
             total = T.alloc_local((1,), "float32")
             factor = T.alloc_local((1,), "float32")
             word = T.alloc_local((1,), "uint32")
+            arrived = T.alloc_local((1,), "uint32")
             merger = T.meta_var(_Merger(kernel, thread, part, result, maximum, total, factor, word))
             # The keys that the row sees, those of each split in whole passes of a block, and those of this split.
             end: T.let[T.int32] = row_positions[row] + 1
@@ -268,7 +276,8 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                         if by_last:
                             T.cuda.cta_sync()
                             if thread == 0:
-                                is_last[0] = arrive(arrivals, row * heads + head, used)
+                                arrive(arrived[0], counters.ptr_to([row * heads + head]), used)
+                                is_last[0] = T.Select(arrived[0] == T.Cast("uint32", used - 1), 1, 0)
                             T.cuda.cta_sync()
                             if is_last[0] == 1 and thread < head_words:
                                 merger.gather(workspace, parts_at, splits, used)
@@ -296,7 +305,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                     )
                     merger.store(o_words, row, head)
 
-    return decode_attention
+    return decode_attention.with_attr(ZEROED, "counters") if by_last else decode_attention
 
 
 @dataclass(frozen=True)
@@ -369,22 +378,19 @@ def high(word: tirx.Expr, dtype: str) -> tirx.Expr:
     return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", T.shift_right(word, T.uint32(16)))))
 
 
-def arrive(counters: int, counter: tirx.Expr, blocks: tirx.Expr) -> tirx.Expr:
-    """Counts a block of threads; 1 for the last of `blocks`, which sees what the others wrote. Called by one thread.
+def arrive(before: tirx.Expr, counter: tirx.Expr, blocks: tirx.Expr) -> None:
+    """Counts a block of threads; `before` becomes the number of those that came earlier. Called by one thread.
 
-    The counters are zero when the module is loaded, and each last block sets its counter back to zero.
+    The last of `blocks` sees what the others wrote before, and sets the counter back to the zero of the start.
+
+    Args:
+        before: a register, uint32.
+        counter: pointer to uint32 in global memory.
+        blocks: the number of blocks that will come.
     """
-    name = f"tvm_attn_arrive_{counters}"
-    source = f"""
-__device__ unsigned int {name}_counters[{counters}];
-__forceinline__ __device__ int {name}(int counter, int blocks) {{
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  unsigned int before = atomicInc(&{name}_counters[counter], blocks - 1);
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  return before == blocks - 1;
-}}
-"""
-    return T.cuda.func_call(name, counter, blocks, source_code=source, return_type="int32")
+    T.evaluate(T.ptx["fence.acq_rel.gpu"]())
+    T.evaluate(T.ptx["atom.relaxed.gpu.global.inc.u32"](before, counter, uint32(blocks - 1)))
+    T.evaluate(T.ptx["fence.acq_rel.gpu"]())
 
 
 def _decode_attention(kernel: DecodeAttention, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
