@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm_attn.checks import list_of, text
+from tvm_attn.checks import integer, list_of, text
 from tvm_attn.targets.gpu import GpuTarget
 
 
@@ -18,6 +18,7 @@ class CudaTarget(GpuTarget):
             "sm_90a"). Code for sm_XY runs on X.Y and later minor versions; code for sm_90a runs only on 9.0.
         ptx: the virtual architecture whose PTX a library holds for the driver to compile if no machine code fits,
             e.g. "compute_80"; None for no PTX.
+        multiprocessors: multiprocessors of the device that tiles are chosen for.
     """
 
     KERNELS = "cuda"
@@ -26,17 +27,23 @@ class CudaTarget(GpuTarget):
         "cuda": {
             "architectures": list_of(text(r"sm_\d+[af]?"), "a list such as ['sm_80', 'sm_90a']", least=1),
             "ptx?": text(r"compute_\d+", "a virtual architecture such as 'compute_80', or leave it out"),
+            "multiprocessors": integer(1, 1024),
         }
     }
 
     architectures: tuple[str, ...]
     ptx: str | None
+    multiprocessors: int
 
     @classmethod
     def own(cls, table: dict[str, Any]) -> dict[str, Any]:
         """See `Target`."""
         cuda = table["cuda"]
-        return super().own(table) | {"architectures": tuple(cuda["architectures"]), "ptx": cuda.get("ptx")}
+        return super().own(table) | {
+            "architectures": tuple(cuda["architectures"]),
+            "ptx": cuda.get("ptx"),
+            "multiprocessors": cuda["multiprocessors"],
+        }
 
     @property
     def images(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from tvm_attn.config import PRESETS
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels import Case, Head, Linear, LinearKernel, QKVLinear, ResidualLinear
 from tvm_attn.kernels.cuda.gemv import GemvTiles, gemv
-from tvm_attn.kernels.cuda.gemv_tiles import candidates, default_tiles
+from tvm_attn.kernels.cuda.gemv_tiles import candidates, default_tiles, resident
 
 HEAD = Head(64, 1021, 8, 1, "int8", groups=1, activations="bfloat16")
 HEAD_TILES = GemvTiles(8, 4, 1, stages=2, repeats=4)
@@ -60,6 +60,24 @@ def test_tiles_fit_every_device(preset: str, rows: int) -> None:
             assert some[0] == default_tiles(kernel)
             assert len(set(some)) == len(some)
             assert all(tiles.shared_bytes(kernel) <= least and 32 * tiles.warps <= 1024 for tiles in some)
+
+
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_all_blocks_run_at_once(rows: int, weights: str) -> None:
+    """A second wave would be a few blocks on an otherwise idle device; by what the compiler reports."""
+    processors, registers, shared = 132, 65536, 228 << 10  # an H100's or H200's; per multiprocessor
+    for kernel in layers("gpt2-xl", rows, "float16", weights):
+        tiles = default_tiles(kernel, processors)
+        blocks = -(-kernel.out_features // tiles.block_outputs)
+        if blocks <= processors:
+            continue
+        (found,) = sass.resources(gemv(kernel, tiles), "sm_90a").values()
+        assert found.threads is not None and found.dynamic_shared is not None
+        allocated = -(-found.registers // 8) * 8 * found.threads
+        fit = min(registers // allocated, shared // (found.static_shared + found.dynamic_shared + 1024))
+        assert blocks <= processors * fit, kernel
+        assert resident(kernel, tiles) <= fit
 
 
 def test_what_does_not_fit() -> None:

@@ -48,7 +48,7 @@ from tvm_attn.kernels.cuda.gemv_operands import (
     multiply_quantized_group,
     weight_format,
 )
-from tvm_attn.kernels.cuda.gemv_tiles import ROWS, STEP_UNITS, UNIT, GemvTiles, Plan
+from tvm_attn.kernels.cuda.gemv_tiles import ROWS, STEP_UNITS, UNIT, GemvTiles, Plan, resident
 from tvm_attn.kernels.cuda.lanes import registers
 from tvm_attn.kernels.cuda.ptx import (
     cp_async,
@@ -139,6 +139,8 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
             cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
         out = T.match_buffer(out_handle, (1, rows, width), out_type)
         T.device_entry()
+        # Without this ptxas spills some registers to fit more blocks.
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": max(1, resident(kernel, tiles))})
         block = T.cta_id([-(-n // block_outputs)])
         warp = T.warp_id([warps])
         lane = T.lane_id([32])

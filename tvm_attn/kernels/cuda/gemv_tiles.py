@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.cuda.gemv_operands import GROUP_BYTES, weight_format
-from tvm_attn.kernels.cuda.limits import SHARED_BYTES
+from tvm_attn.kernels.cuda.limits import REGISTERS, SHARED_BYTES
 from tvm_attn.kernels.linear import LinearKernel
 from tvm_attn.storage import GROUP
 
@@ -126,12 +126,23 @@ class Plan:
 _IN_FLIGHT = 40 << 10
 """Bytes of weights that a multiprocessor should request at once: twice what an H200 needs."""
 
+_PROCESSOR_SHARED_BYTES = 227 << 10
+"""Shared memory of a multiprocessor since sm_90; each block takes 1024 bytes more than it asks for."""
+
+
+def resident(kernel: LinearKernel, tiles: GemvTiles) -> int:
+    """Blocks that a multiprocessor holds at once, at least; the compiler is told to make this possible."""
+    registers = 64 if kernel.rows == 1 else 128
+    by_registers = REGISTERS // (registers * 32 * tiles.warps)
+    return min(by_registers, _PROCESSOR_SHARED_BYTES // (tiles.shared_bytes(kernel) + 1024))
+
 
 def default_tiles(kernel: LinearKernel, multiprocessors: int = 132) -> GemvTiles:
     """Default tiles for a device with this number of multiprocessors.
 
     Narrow layers have one block for each 8 or 16 outputs, whose warps share K; wide layers have two blocks per
-    multiprocessor, each of which computes several tiles.
+    multiprocessor, each of which computes several tiles. All blocks run at once: those of a second wave would leave
+    most multiprocessors idle.
     """
     # 16 outputs halve the work per byte, but the blocks should still fill three quarters of the multiprocessors.
     outputs = 16 if -(-kernel.out_features // 16) * 4 >= 3 * multiprocessors else 8
@@ -139,15 +150,37 @@ def default_tiles(kernel: LinearKernel, multiprocessors: int = 132) -> GemvTiles
     tiles = GemvTiles(outputs)
     if count > 4 * multiprocessors:
         tiles = replace(tiles, columns=4, splits=2, repeats=-(-count // (4 * 2 * multiprocessors)))
-    k_stages = Plan.of(kernel, tiles).k_stages
-    tiles = replace(tiles, splits=min(tiles.splits, k_stages))
-    blocks = -(-kernel.out_features // tiles.block_outputs)
-    resident = min(2, -(-blocks // multiprocessors))
-    wanted = 1 + -(-_IN_FLIGHT // (resident * tiles.warps * outputs * STEP_UNITS * UNIT))
-    tiles = replace(tiles, stages=max(2, min(wanted, 1 + tiles.repeats * Plan.of(kernel, tiles).iterations)))
+    tiles = replace(tiles, splits=min(tiles.splits, Plan.of(kernel, tiles).k_stages))
+    tiles = _fitting(kernel, _filled(kernel, tiles, multiprocessors))
+    at_once = multiprocessors * resident(kernel, tiles)
+    if (blocks := _blocks(kernel, tiles)) > at_once:
+        tiles = replace(tiles, repeats=tiles.repeats * -(-blocks // at_once))
+        tiles = _fitting(kernel, _filled(kernel, tiles, multiprocessors))
+    return tiles
+
+
+def _blocks(kernel: LinearKernel, tiles: GemvTiles) -> int:
+    return -(-kernel.out_features // tiles.block_outputs)
+
+
+def _filled(kernel: LinearKernel, tiles: GemvTiles, multiprocessors: int) -> GemvTiles:
+    """The tiles with as many stages as put `_IN_FLIGHT` bytes in flight."""
+    each = min(2, -(-_blocks(kernel, tiles) // multiprocessors))  # blocks per multiprocessor
+    wanted = 1 + -(-_IN_FLIGHT // (each * tiles.warps * tiles.outputs * STEP_UNITS * UNIT))
+    return replace(tiles, stages=max(2, min(wanted, 1 + tiles.repeats * Plan.of(kernel, tiles).iterations)))
+
+
+def _fitting(kernel: LinearKernel, tiles: GemvTiles) -> GemvTiles:
+    """The tiles with fewer stages, or other sizes, so that a block's shared memory suffices.
+
+    Raises:
+        ScheduleError: there are none.
+    """
     while tiles.shared_bytes(kernel) > SHARED_BYTES:
         if kernel.epsilon is None and Plan.of(kernel, tiles).shared[1] > SHARED_BYTES // 3:
             tiles = replace(tiles, parts=2 * tiles.parts)
+        elif tiles.stages > 3:
+            tiles = replace(tiles, stages=tiles.stages - 1)
         elif tiles.repeats > 1:
             tiles = replace(tiles, repeats=-(-tiles.repeats // 2))
         elif tiles.stages > 2:

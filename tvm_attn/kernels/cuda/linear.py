@@ -34,7 +34,8 @@ def _linear(kernel: LinearKernel, target: CudaTarget, choose: Chooser) -> tirx.P
             "build with --dtype float32"
         )
     if kernel.groups == 1:
-        tiles = choose_tiles(choose, default_gemv_tiles(kernel), gemv_candidates(kernel))
+        sizes = kernel, target.multiprocessors
+        tiles = choose_tiles(choose, default_gemv_tiles(*sizes), gemv_candidates(*sizes))
         return gemv(kernel, tiles)
     rows = _PROMPT_ROWS if kernel.max_groups is None else kernel.max_groups * kernel.rows
     default, others = default_matmul_tiles(kernel, rows), matmul_candidates(kernel, rows)
