@@ -118,8 +118,8 @@ def test_defaults(model):
 def test_every_option_is_passed_on(model):
     command = (
         "dist/x --prompt Hello --max-new-tokens 3 --min-new-tokens 2 -n 2 --temperature 0.5 --top-k 4 "
-        "--top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --stop a --stop b --stop-token-id 5 --stop-token-id 6 --seed 7 "
-        "--device cpu --threads 2"
+        "--top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --stop a --stop b --stop-token-id 5 --stop-token-id 6 "
+        "--seed 7 --device cpu --threads 2"
     )
     assert generate.main(command.split()) == 0
     assert model.loaded == [((Path("dist/x"),), {"device": "cpu", "threads": 2})]
