@@ -235,9 +235,9 @@ class TokenSequence:
         stats: GenerationStats,
     ) -> None:
         limit = min(len(prompt) + options.max_new_tokens, config.n_positions + 1)
-        self.prompt = prompt
         self.ids = np.empty(limit, np.int32)
         self.ids[: len(prompt)] = prompt
+        self.prompt = self.ids[: len(prompt)]
         self.length = len(prompt)
         self.options, self.stats = options, stats
         self.slot, self.cached = -1, 0

@@ -208,7 +208,11 @@ class Scheduler:
         """
         job = _Job(function, wanted)
         self.engine.post(partial(self._enqueue, [job]))
-        job.feed.wait(None)
+        try:
+            job.feed.wait(None)
+        except BaseException:
+            job.feed.is_cancelled = True
+            raise
         if job.error is not None:
             raise job.error
         result: R = job.result
@@ -327,7 +331,7 @@ class Scheduler:
 
     def _enqueue(self, entries: Sequence[_Entry | _Job]) -> None:
         self._waiting.extend(entries)
-        self._has_cancelled = True  # perhaps one of these
+        self._has_cancelled = True  # perhaps one of these is
         self._is_torn = False
         if not self._is_active:
             self._is_active = True
@@ -369,12 +373,14 @@ class Scheduler:
         if not self._has_cancelled:
             return
         self._has_cancelled = False
-        for entry in [*self._beginning, *self._running, *self._waiting]:
-            if isinstance(entry, _Entry) and entry.feed.is_cancelled:
-                if entry.sequence.slot < 0:
-                    self._waiting.remove(entry)
+        cancelled = [entry for entry in [*self._beginning, *self._running, *self._waiting] if entry.feed.is_cancelled]
+        if cancelled:
+            gone = set(cancelled)
+            self._waiting = deque(entry for entry in self._waiting if entry not in gone)
+        for entry in cancelled:
+            if isinstance(entry, _Entry):
                 entry.sequence.finish_reason = "cancelled"
-                self._end(entry)
+            self._end(entry)
 
     def _admit(self) -> None:
         """Gives free slots to those who wait."""
@@ -384,7 +390,7 @@ class Scheduler:
                 slots = sorted(self._slots.free)[: first.wanted]
                 self._slots.forget(slots)
                 first.run(slots)
-                continue
+                return  # the others wait for a step of those who run
             sequence = first.sequence
             promised = self._promised(sequence.prompt, [*self._running, *self._beginning])
             sequence.slot, sequence.cached = self._slots.take(sequence.prompt, promised)
@@ -400,8 +406,7 @@ class Scheduler:
                 self._decode()
             return
         # Sequences of one request do not wait for each other's tokens.
-        stats = self._beginning[0].sequence.stats
-        alternates = any(entry.sequence.stats is not stats for entry in self._running)
+        alternates = bool(self._running) and len(_distinct([*self._beginning, *self._running])) > 1
         if alternates and self._is_turn_of_running:
             self._decode()
         else:
