@@ -58,7 +58,7 @@ class FakeModel:
     def generate(self, prompts: list[Any], *, stats: GenerationStats, **options: Any) -> list[Completion]:
         self._note(prompts, stats, options)
         text = " wörld" if self.tokenizer else ""
-        return [Completion(text, (7, 8), "length") for _ in prompts]
+        return [Completion(text, (7, 8), "length") for _ in range(len(prompts) * options["n"])]
 
 
 @pytest.fixture
@@ -102,6 +102,8 @@ def test_defaults(model):
     assert model.prompts == ["Hello"]
     assert model.options == {
         "max_new_tokens": 128,
+        "min_new_tokens": 0,
+        "n": 1,
         "temperature": None,
         "top_k": None,
         "top_p": None,
@@ -115,14 +117,16 @@ def test_defaults(model):
 
 def test_every_option_is_passed_on(model):
     command = (
-        "dist/x --prompt Hello --max-new-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 "
-        "--repetition-penalty 1.2 --stop a --stop b --stop-token-id 5 --stop-token-id 6 --seed 7 "
-        "--device cpu --threads 2"
+        "dist/x --prompt Hello --max-new-tokens 3 --min-new-tokens 2 -n 2 --temperature 0.5 --top-k 4 "
+        "--top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --stop a --stop b --stop-token-id 5 --stop-token-id 6 "
+        "--seed 7 --device cpu --threads 2"
     )
     assert generate.main(command.split()) == 0
     assert model.loaded == [((Path("dist/x"),), {"device": "cpu", "threads": 2})]
     assert model.options == {
         "max_new_tokens": 3,
+        "min_new_tokens": 2,
+        "n": 2,
         "temperature": 0.5,
         "top_k": 4,
         "top_p": 0.9,
@@ -222,9 +226,16 @@ def test_several_prompts_are_one_batch(model, capsys):
     assert "40.0 tokens/s" in err
 
 
+def test_several_completions_of_a_prompt(model, capsys):
+    assert generate.main(["dist/x", "--prompt", "Hello", "-n", "2"]) == 0
+    assert model.prompts == ["Hello"]
+    assert capsys.readouterr().out == "Hello wörld\n\nHello wörld\n"
+
+
 def test_json(model, capsys):
     timings = {
         "prompt_tokens": 10,
+        "reused_tokens": 0,
         "prefill_seconds": 0.25,
         "decode_tokens": 1,
         "decode_seconds": 0.5,

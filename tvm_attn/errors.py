@@ -55,6 +55,10 @@ class GenerationError(TvmAttnError):
     """The arguments of a generation request are invalid, e.g. a prompt longer than the context."""
 
 
+class QueueFullError(GenerationError):
+    """As many requests wait as may wait; try again later."""
+
+
 class BenchmarkError(TvmAttnError):
     """A benchmark was asked for something that does not fit the model, or for a file it cannot write."""
 

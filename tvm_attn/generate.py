@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a prompt as token ids; several make a batch",
     )
     parser.add_argument("--max-new-tokens", type=integer(None), metavar="N", help="default: 128")
+    parser.add_argument("--min-new-tokens", type=integer(None), metavar="N", help="do not end at a token before that")
+    parser.add_argument("-n", type=integer(None), metavar="N", help="completions of each prompt; default: 1")
     parser.add_argument("--temperature", type=real, metavar="F", help="divides the logits; 0 is greedy")
     parser.add_argument("--top-k", type=integer(None), metavar="K", help="sample from the K most likely tokens")
     parser.add_argument(
@@ -101,6 +103,8 @@ def _generate(args: argparse.Namespace) -> int:
 
     given: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
+        "min_new_tokens": args.min_new_tokens,
+        "n": args.n,
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
@@ -133,7 +137,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.use_generation_config:
         options |= model.generation_config | given
     options["stats"] = stats = GenerationStats()
-    if len(prompts) == 1 and not args.json:
+    if len(prompts) * options["n"] == 1 and not args.json:
         _print_stream(model, prompts[0], options)
     else:
         with progress(quiet=True) as show:
@@ -142,7 +146,7 @@ def _generate(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(_json_object(completions, stats)))
             return 0
-        _print_batch(model, prompts, completions)
+        _print_batch(model, [prompt for prompt in prompts for _ in range(options["n"])], completions)
     sys.stdout.flush()
     print(
         _speed("prefill", stats.prompt_tokens, stats.prefill_seconds, stats.prefill_tokens_per_second), file=sys.stderr

@@ -14,10 +14,11 @@ import tvm
 
 import tvm_attn
 from tvm_attn.errors import GenerationError
-from tvm_attn.runtime.decoding import DecodingLoop, GenerationOptions
+from tvm_attn.runtime.decoding import GenerationOptions
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.graph import StepLogits, Steps
 from tvm_attn.runtime.inputs import Inputs, MirroredTensor
+from tvm_attn.runtime.scheduler import Scheduler
 
 SLOTS = 20
 VOCABULARY = 2048
@@ -131,8 +132,8 @@ def test_tokens_are_those_of_decode(
     """Also with more prompts than slots: sequences end, and others take their place in the batch."""
     asked = prompts(*(1 + 7 * i % 31 for i in range(count)))
     engine, machine, _ = stepping(plain, groups)
-    expected = DecodingLoop(plain).generate(asked, options)
-    assert DecodingLoop(engine).generate(asked, options) == expected
+    expected = Scheduler(plain).generate(asked, options)
+    assert Scheduler(engine).generate(asked, options) == expected
     assert machine.calls
 
 

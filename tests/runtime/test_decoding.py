@@ -1,6 +1,7 @@
-"""The decoding loop, against transformers' `generate` on a real model and against scripted sequences."""
+"""Decoding, against transformers' `generate` on a real model and against scripted sequences."""
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -10,69 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models
 from transformers import GPT2Config as HuggingFaceConfig
 from transformers import GPT2LMHeadModel
 
+from tests.runtime.engines import CONTEXT, EOS, VOCAB, FakeEngine, ScriptedEngine, byte_tokenizer, scripted, wait_for
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import GenerationError, TokenizerError
-from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats, StopScanner
+from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats, StopScanner
 from tvm_attn.runtime.sampling import distribution
+from tvm_attn.runtime.scheduler import Scheduler
 from tvm_attn.runtime.tokenizer import Tokenizer
 
-VOCAB, CONTEXT = 257, 40
-EOS = 256
 HUGE = 10**5000  # more digits than Python prints
-
-
-class HostLogits:
-    """Logits that record what was asked of them."""
-
-    def __init__(self, rows: np.ndarray, asked: list[str]) -> None:
-        self.rows = rows.astype(np.float32)
-        self.asked = asked
-
-    def numpy(self) -> np.ndarray:
-        self.asked.append("numpy")
-        return self.rows
-
-    def argmax(self) -> np.ndarray:
-        self.asked.append("argmax")
-        found = self.rows.argmax(-1).astype(np.int32)
-        return np.where(np.isnan(self.rows).any(-1), np.int32(-1), found)
-
-
-class FakeEngine:
-    """The bookkeeping of an engine: checks every call against the cache's rules and records it."""
-
-    def __init__(self, config: GPT2Config, max_batch: int) -> None:
-        self.config = config
-        self.max_batch = max_batch
-        self.cache: dict[int, list[int]] = {}
-        self.calls: list[tuple[str, list[int]]] = []
-        self.asked: list[str] = []
-
-    def prefill(self, prompts: Sequence[np.ndarray], slots: Sequence[int]) -> HostLogits:
-        for prompt, slot in zip(prompts, slots, strict=True):
-            assert prompt.dtype == np.int32 and 1 <= len(prompt) <= self.config.n_positions
-            self.cache[slot] = prompt.tolist()
-        return self._logits("prefill", list(slots))
-
-    def decode(self, token_ids: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> HostLogits:
-        assert token_ids.dtype == slots.dtype == positions.dtype == np.int32
-        for token_id, slot, position in zip(token_ids, slots, positions, strict=True):
-            assert position == len(self.cache[slot]) < self.config.n_positions
-            self.cache[slot].append(int(token_id))
-        return self._logits("decode", slots.tolist())
-
-    def _logits(self, name: str, slots: list[int]) -> HostLogits:
-        assert len(set(slots)) == len(slots) <= self.max_batch
-        assert all(0 <= slot < self.max_batch for slot in slots)
-        self.calls.append((name, slots))
-        return HostLogits(np.stack([self.next_logits(self.cache[slot]) for slot in slots]), self.asked)
-
-    def next_logits(self, token_ids: list[int]) -> np.ndarray:
-        raise NotImplementedError
 
 
 class TorchEngine(FakeEngine):
@@ -85,24 +36,6 @@ class TorchEngine(FakeEngine):
     @torch.inference_mode()
     def next_logits(self, token_ids: list[int]) -> np.ndarray:
         return self.model(torch.tensor([token_ids]), use_cache=False).logits[0, -1].numpy()
-
-
-class ScriptedEngine(FakeEngine):
-    """Answers a prompt that starts with id i with the tokens of script i, then with EOS forever."""
-
-    def __init__(self, scripts: list[list[int]], max_batch: int = 4, **config: Any) -> None:
-        super().__init__(
-            GPT2Config(**{"vocab_size": VOCAB, "n_positions": CONTEXT, "eos_token_id": EOS} | config), max_batch
-        )
-        self.scripts = scripts
-        self.prompt_length = 1
-
-    def next_logits(self, token_ids: list[int]) -> np.ndarray:
-        script = self.scripts[token_ids[0]]
-        step = len(token_ids) - self.prompt_length
-        logits = np.zeros(self.config.vocab_size)
-        logits[script[step] if step < len(script) else EOS] = 1
-        return logits
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +53,7 @@ def model() -> Iterator[GPT2LMHeadModel]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Byte-level without merges: one token per byte, so that every stop string and most characters span tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    library = LibraryTokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(["<|endoftext|>"])
-    return Tokenizer(library.to_str())
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +68,6 @@ def reference(model: GPT2LMHeadModel, prompt: list[int], **options: Any) -> tupl
     return tuple(found[0, len(prompt) :].tolist())
 
 
-def scripted(tokenizer: Tokenizer, *texts: str, **config: Any) -> ScriptedEngine:
-    return ScriptedEngine([tokenizer.encode(text) for text in texts], **config)
-
-
 # --- against transformers ---
 
 
@@ -152,7 +75,7 @@ def scripted(tokenizer: Tokenizer, *texts: str, **config: Any) -> ScriptedEngine
 @pytest.mark.parametrize("max_batch", [1, 3, 8])
 def test_greedy_decoding_equals_transformers(model, prompts, penalty, max_batch):
     options = GenerationOptions(max_new_tokens=8, repetition_penalty=penalty)
-    completions = DecodingLoop(TorchEngine(model, max_batch)).generate(prompts, options)
+    completions = Scheduler(TorchEngine(model, max_batch)).generate(prompts, options)
     for prompt, completion in zip(prompts, completions, strict=True):
         expected = reference(model, prompt, max_new_tokens=8, repetition_penalty=penalty)
         assert completion == Completion("", expected, "length")
@@ -161,7 +84,7 @@ def test_greedy_decoding_equals_transformers(model, prompts, penalty, max_batch)
 def test_eos_stops_as_in_transformers(model, prompts):
     free = [reference(model, prompt, max_new_tokens=8) for prompt in prompts]
     eos = free[0][3]
-    completions = DecodingLoop(TorchEngine(model, 3, eos_token_id=eos)).generate(
+    completions = Scheduler(TorchEngine(model, 3, eos_token_id=eos)).generate(
         prompts, GenerationOptions(max_new_tokens=8)
     )
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -174,13 +97,13 @@ def test_eos_stops_as_in_transformers(model, prompts):
 def test_each_of_several_end_tokens_stops_as_in_transformers(model, prompts):
     free = [reference(model, prompt, max_new_tokens=8) for prompt in prompts]
     ends = (free[0][3], free[1][2], free[2][5])
-    loop = DecodingLoop(TorchEngine(model, 3, eos_token_id=list(ends)))
-    completions = loop.generate(prompts, GenerationOptions(max_new_tokens=8))
+    scheduler = Scheduler(TorchEngine(model, 3, eos_token_id=list(ends)))
+    completions = scheduler.generate(prompts, GenerationOptions(max_new_tokens=8))
     for prompt, completion in zip(prompts, completions, strict=True):
         expected = reference(model, prompt, max_new_tokens=8, eos_token_id=list(ends))
         assert completion.token_ids == expected
         assert completion.finish_reason == ("stop" if set(ends) & set(expected) else "length")
-        assert list(loop.stream_ids(prompt, GenerationOptions(max_new_tokens=8))) == list(expected)
+        assert list(scheduler.stream_ids(prompt, GenerationOptions(max_new_tokens=8))) == list(expected)
     assert len({completion.token_ids[-1] for completion in completions[:3]} & set(ends)) > 1
 
 
@@ -188,7 +111,7 @@ def test_sampling_draws_from_the_distribution_at_each_step(model, prompts):
     """Each token is the inverse of the cumulative distribution at the sequence's own random numbers."""
     options = GenerationOptions(max_new_tokens=6, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=3)
     engine = TorchEngine(model, 2)
-    completions = DecodingLoop(engine).generate(prompts, options)
+    completions = Scheduler(engine).generate(prompts, options)
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         rng = np.random.default_rng(np.random.SeedSequence(3).spawn(len(prompts))[index])
         ids = list(prompt)
@@ -200,22 +123,22 @@ def test_sampling_draws_from_the_distribution_at_each_step(model, prompts):
 
 def test_samples_do_not_depend_on_the_batch(model, prompts):
     options = GenerationOptions(max_new_tokens=6, temperature=1.5, seed=11)
-    batches = [DecodingLoop(TorchEngine(model, slots)).generate(prompts, options) for slots in (1, 3, 7)]
+    batches = [Scheduler(TorchEngine(model, slots)).generate(prompts, options) for slots in (1, 3, 7)]
     assert batches[0] == batches[1] == batches[2]
-    alone = DecodingLoop(TorchEngine(model)).generate(prompts[0], options)
+    alone = Scheduler(TorchEngine(model)).generate(prompts[0], options)
     assert alone == batches[0][0]
-    reseeded = DecodingLoop(TorchEngine(model)).generate(
+    reseeded = Scheduler(TorchEngine(model)).generate(
         prompts[0], GenerationOptions(max_new_tokens=6, temperature=1.5, seed=12)
     )
     assert reseeded != alone
-    twice = DecodingLoop(TorchEngine(model)).generate([prompts[0]] * 2, options)
+    twice = Scheduler(TorchEngine(model)).generate([prompts[0]] * 2, options)
     assert twice[0] != twice[1], "the same prompt twice in a request must draw differently"
 
 
 def test_without_a_seed_runs_differ(model, prompts):
-    loop = DecodingLoop(TorchEngine(model))
+    scheduler = Scheduler(TorchEngine(model))
     options = GenerationOptions(max_new_tokens=20, temperature=5.0)
-    assert loop.generate(prompts[0], options) != loop.generate(prompts[0], options)
+    assert scheduler.generate(prompts[0], options) != scheduler.generate(prompts[0], options)
 
 
 # --- batching ---
@@ -225,7 +148,7 @@ def test_freed_slots_are_refilled_and_finished_rows_leave():
     # Lengths with EOS: 1, 4, 2, 3, 1.
     engine = ScriptedEngine([[], [1, 2, 3], [4], [5, 6], []], max_batch=2)
     stats = GenerationStats()
-    completions = DecodingLoop(engine).generate([[0], [1], [2], [3], [4]], stats=stats)
+    completions = Scheduler(engine).generate([[0], [1], [2], [3], [4]], stats=stats)
     assert [len(completion.token_ids) for completion in completions] == [1, 4, 2, 3, 1]
     assert engine.calls == [
         ("prefill", [0, 1]),  # the first ends at once
@@ -234,7 +157,7 @@ def test_freed_slots_are_refilled_and_finished_rows_leave():
         ("prefill", [0]),
         ("decode", [1, 0]),
         ("decode", [1, 0]),  # the second and the fourth end
-        ("prefill", [1]),
+        ("prefill", [0]),
     ]
     assert (stats.prompt_tokens, stats.decode_tokens) == (5, 11 - 5)
     assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
@@ -251,19 +174,24 @@ def test_greedy_decoding_leaves_the_logits_on_the_device(model, prompts):
         (GenerationOptions(max_new_tokens=3, top_k=3), "numpy"),
     ]:
         engine = TorchEngine(model)
-        DecodingLoop(engine).generate(prompts[:2], options)
+        Scheduler(engine).generate(prompts[:2], options)
         assert engine.asked == [asked] * 3
 
 
 def test_one_prompt_gives_one_completion_and_a_list_gives_a_list(tokenizer):
-    loop = DecodingLoop(scripted(tokenizer, "", "x", vocab_size=VOCAB), tokenizer)
+    scheduler = Scheduler(scripted(tokenizer, "", "x", vocab_size=VOCAB), tokenizer)
     ids = [0]
-    single = loop.generate(ids)
+    single = scheduler.generate(ids)
     assert single == Completion("", (EOS,), "stop")
-    assert loop.generate(np.array(ids)) == loop.generate(torch.tensor(ids)) == single
-    assert loop.generate([ids]) == loop.generate(np.array([ids])) == loop.generate([np.array(ids)]) == [single]
-    assert loop.generate([]) == []
-    assert loop.engine.calls == [("prefill", [0])] * 6
+    assert scheduler.generate(np.array(ids)) == scheduler.generate(torch.tensor(ids)) == single
+    assert (
+        scheduler.generate([ids])
+        == scheduler.generate(np.array([ids]))
+        == scheduler.generate([np.array(ids)])
+        == [single]
+    )
+    assert scheduler.generate([]) == []
+    assert scheduler.engine.calls == [("prefill", [0])] * 6
 
 
 # --- the end of a sequence ---
@@ -271,28 +199,28 @@ def test_one_prompt_gives_one_completion_and_a_list_gives_a_list(tokenizer):
 
 @pytest.mark.parametrize("prompt_length, new_tokens", [(CONTEXT, 1), (CONTEXT - 1, 2), (CONTEXT - 5, 6)])
 def test_the_context_ends_a_sequence(model, prompt_length, new_tokens):
-    completion = DecodingLoop(TorchEngine(model)).generate([7] * prompt_length, GenerationOptions(max_new_tokens=100))
+    completion = Scheduler(TorchEngine(model)).generate([7] * prompt_length, GenerationOptions(max_new_tokens=100))
     assert len(completion.token_ids) == new_tokens
     assert completion.finish_reason == "length"
 
 
 def test_the_stop_token_is_in_the_ids_and_not_in_the_text(tokenizer):
     (letter,) = tokenizer.encode("c")
-    loop = DecodingLoop(scripted(tokenizer, "abcd", "x"), tokenizer)
+    scheduler = Scheduler(scripted(tokenizer, "abcd", "x"), tokenizer)
     for stop_token_ids in (letter, [letter], {np.int64(letter), 3}):
-        completion = loop.generate([0], GenerationOptions(stop_token_ids=stop_token_ids))
+        completion = scheduler.generate([0], GenerationOptions(stop_token_ids=stop_token_ids))
         assert completion == Completion("ab", tuple(tokenizer.encode("abc")), "stop")
 
 
 def test_the_default_stop_token_is_eos_and_can_be_switched_off(tokenizer):
     engine = scripted(tokenizer, "ab")
-    loop = DecodingLoop(engine, tokenizer)
-    assert loop.generate([0]) == Completion("ab", (*tokenizer.encode("ab"), EOS), "stop")
-    unstopped = loop.generate([0], GenerationOptions(stop_token_ids=(), max_new_tokens=5))
+    scheduler = Scheduler(engine, tokenizer)
+    assert scheduler.generate([0]) == Completion("ab", (*tokenizer.encode("ab"), EOS), "stop")
+    unstopped = scheduler.generate([0], GenerationOptions(stop_token_ids=(), max_new_tokens=5))
     assert unstopped == Completion("ab", (*tokenizer.encode("ab"), EOS, EOS, EOS), "length")
     other_end = scripted(tokenizer, "ab", eos_token_id=[*tokenizer.encode("b"), EOS])
-    assert DecodingLoop(other_end, tokenizer).generate([0]) == Completion("a", tuple(tokenizer.encode("ab")), "stop")
-    no_eos = DecodingLoop(scripted(tokenizer, "ab", eos_token_id=None), tokenizer)
+    assert Scheduler(other_end, tokenizer).generate([0]) == Completion("a", tuple(tokenizer.encode("ab")), "stop")
+    no_eos = Scheduler(scripted(tokenizer, "ab", eos_token_id=None), tokenizer)
     assert no_eos.generate([0], GenerationOptions(max_new_tokens=5)) == unstopped
 
 
@@ -310,18 +238,20 @@ def test_the_default_stop_token_is_eos_and_can_be_switched_off(tokenizer):
     ],
 )
 def test_stop_strings_cut_the_text(tokenizer, text, stop, expected, consumed):
-    loop = DecodingLoop(scripted(tokenizer, text), tokenizer)
+    scheduler = Scheduler(scripted(tokenizer, text), tokenizer)
     options = GenerationOptions(stop=stop)
-    completion = loop.generate([0], options)
+    completion = scheduler.generate([0], options)
     assert completion == Completion(expected, tuple(tokenizer.encode(consumed)), "stop")
-    assert "".join(loop.stream([0], options)) == expected
+    assert "".join(scheduler.stream([0], options)) == expected
 
 
 def test_text_held_back_for_a_stop_string_comes_when_it_does_not_follow(tokenizer):
-    loop = DecodingLoop(scripted(tokenizer, "a\n\nUs: b\n\nUse"), tokenizer)
+    scheduler = Scheduler(scripted(tokenizer, "a\n\nUs: b\n\nUse"), tokenizer)
     options = GenerationOptions(stop="\n\nUser:")
-    assert list(loop.stream([0], options)) == ["a", "\n\nUs:", " ", "b", "\n\nUse"]
-    assert loop.generate([0], options) == Completion("a\n\nUs: b\n\nUse", (*loop.engine.scripts[0], EOS), "stop")
+    assert list(scheduler.stream([0], options)) == ["a", "\n\nUs:", " ", "b", "\n\nUse"]
+    assert scheduler.generate([0], options) == Completion(
+        "a\n\nUs: b\n\nUse", (*scheduler.engine.scripts[0], EOS), "stop"
+    )
 
 
 @given(
@@ -356,63 +286,69 @@ def drain(stream: Any) -> tuple[list[Any], Completion]:
 
 @given(script=st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=30), stop=st.sampled_from([(), "e", "ab"]))
 def test_stream_adds_up_to_generate(tokenizer, script, stop):
-    loop = DecodingLoop(ScriptedEngine([script]), tokenizer)
+    scheduler = Scheduler(ScriptedEngine([script]), tokenizer)
     options = GenerationOptions(stop=stop, max_new_tokens=25)
-    completion = loop.generate([0], options)
-    pieces, streamed = drain(loop.stream([0], options))
+    completion = scheduler.generate([0], options)
+    pieces, streamed = drain(scheduler.stream([0], options))
     assert streamed == completion
     assert "".join(pieces) == completion.text and "" not in pieces
     if not stop:
         assert completion.text == tokenizer.decode(completion.token_ids)
-    assert drain(loop.stream_ids([0], options)) == (list(completion.token_ids), completion)
+    assert drain(scheduler.stream_ids([0], options)) == (list(completion.token_ids), completion)
 
 
 def test_a_character_is_streamed_whole(tokenizer):
-    loop = DecodingLoop(scripted(tokenizer, "a🙂ö"), tokenizer)
-    assert list(loop.stream([0])) == ["a", "🙂", "ö"]
-    pieces, completion = drain(loop.stream([0], GenerationOptions(max_new_tokens=3)))
+    scheduler = Scheduler(scripted(tokenizer, "a🙂ö"), tokenizer)
+    assert list(scheduler.stream([0])) == ["a", "🙂", "ö"]
+    pieces, completion = drain(scheduler.stream([0], GenerationOptions(max_new_tokens=3)))
     assert pieces == ["a", "�"] and completion.text == "a�"
 
 
-def test_tokens_are_streamed_as_they_come(tokenizer):
+def test_a_stream_starts_when_it_is_advanced_and_runs_ahead(tokenizer):
     engine = scripted(tokenizer, "abc")
-    stream = DecodingLoop(engine, tokenizer).stream([0])
+    scheduler = Scheduler(engine, tokenizer)
+    stream = scheduler.stream([0])
     assert engine.calls == []
-    for count, letter in enumerate("abc", start=1):
-        assert next(stream) == letter
-        assert len(engine.calls) == count
+    assert next(stream) == "a"
+    wait_for(lambda: scheduler.stats.free_slots == 4)
+    assert engine.calls == [("prefill", [0]), *[("decode", [0])] * 3]
+    assert list(stream) == ["b", "c"]
 
 
-def test_a_closed_stream_frees_its_slot(tokenizer):
-    loop = DecodingLoop(scripted(tokenizer, "abc", max_batch=1), tokenizer)
-    for start in (loop.stream, loop.stream_ids):
-        stream = start([0])
-        next(stream)
-        with pytest.raises(GenerationError, match="every KV-cache slot is taken"):
-            loop.generate([0])
-        stream.close()
-        assert loop.generate([0]).text == "abc"
+@pytest.mark.parametrize("end", ["close", "drop", "collect"])
+def test_a_stream_that_nobody_reads_any_more_frees_its_slot(tokenizer, end):
+    engine = scripted(tokenizer, "ab" * 15, max_batch=1)
+    scheduler = Scheduler(engine, tokenizer)
+    for start in (scheduler.stream, scheduler.stream_ids):
+        with engine.pause_at(3):
+            stream = start([0])
+            next(stream)
+            if end == "close":
+                stream.close()
+            elif end == "drop":
+                del stream
+            else:
+                cycle = [stream]
+                cycle.append(cycle)
+                del stream, cycle
+                gc.collect()
+        wait_for(lambda: scheduler.stats.free_slots == 1)
+        assert scheduler.stats.generated_tokens < 10
+        assert scheduler.generate([0], GenerationOptions(max_new_tokens=1)).text == "a"
 
 
-def test_a_stream_holds_no_slot_before_it_starts_and_after_it_ends(tokenizer):
-    loop = DecodingLoop(scripted(tokenizer, "abc", max_batch=1), tokenizer)
-    waiting, ended = loop.stream([0]), loop.stream([0])
-    assert "".join(ended) == "abc"
-    assert "".join(waiting) == "abc"
-
-
-def test_open_streams_and_batches_do_not_share_slots(tokenizer):
-    loop = DecodingLoop(scripted(tokenizer, "abcdef", "ghijkl", "mn", max_batch=3), tokenizer)
-    first, second = loop.stream([0]), loop.stream([1])
+def test_open_streams_hold_up_nobody(tokenizer):
+    scheduler = Scheduler(scripted(tokenizer, "abcdef", "ghijkl", "mn", max_batch=1), tokenizer)
+    first, second = scheduler.stream([0]), scheduler.stream([1])
     text = [next(first) + next(second) for _ in range(3)]
-    assert [completion.text for completion in loop.generate([[2], [0], [2]])] == ["mn", "abcdef", "mn"]
+    assert [completion.text for completion in scheduler.generate([[2], [0], [2]])] == ["mn", "abcdef", "mn"]
     text += [next(first) + next(second) for _ in range(3)]
     assert "".join(text) == "agbhcidjekfl"
 
 
 def test_a_failing_engine_frees_the_slots(tokenizer):
     engine = scripted(tokenizer, "abc", max_batch=2)
-    loop = DecodingLoop(engine, tokenizer)
+    scheduler = Scheduler(engine, tokenizer)
 
     class Broken(RuntimeError):
         pass
@@ -422,9 +358,9 @@ def test_a_failing_engine_frees_the_slots(tokenizer):
 
     engine.decode, decode = fail, engine.decode
     with pytest.raises(Broken):
-        loop.generate([[0], [0]])
+        scheduler.generate([[0], [0]])
     engine.decode = decode
-    assert [completion.text for completion in loop.generate([[0], [0]])] == ["abc", "abc"]
+    assert [completion.text for completion in scheduler.generate([[0], [0]])] == ["abc", "abc"]
     assert engine.calls[-1] == ("decode", [0, 1])
 
 
@@ -434,7 +370,7 @@ def test_a_failing_engine_frees_the_slots(tokenizer):
 def test_text_prompts_are_encoded(tokenizer):
     engine = scripted(tokenizer, "x")
     engine.scripts = [[]] * VOCAB
-    DecodingLoop(engine, tokenizer).generate("größe", GenerationOptions(max_new_tokens=1))
+    Scheduler(engine, tokenizer).generate("größe", GenerationOptions(max_new_tokens=1))
     assert engine.cache[0] == tokenizer.encode("größe")
 
 
@@ -451,9 +387,9 @@ def test_stop_strings_over_byte_fallback():
         engine = ScriptedEngine([script], vocab_size=300, eos_token_id=0)
         engine.scripts[0] = [*script, 0]
         options = GenerationOptions(stop=stop)
-        completion = DecodingLoop(engine, tokenizer).generate([0], options)
+        completion = Scheduler(engine, tokenizer).generate([0], options)
         assert (completion.text, completion.finish_reason) == (expected, "stop")
-        assert "".join(DecodingLoop(engine, tokenizer).stream([0], options)) == expected
+        assert "".join(Scheduler(engine, tokenizer).stream([0], options)) == expected
 
 
 @pytest.mark.parametrize(
@@ -462,14 +398,14 @@ def test_stop_strings_over_byte_fallback():
 )
 def test_the_empty_text_starts_with_bos_or_eos(tokenizer, ids, start):
     engine = ScriptedEngine([[]] * VOCAB, **ids)
-    DecodingLoop(engine, tokenizer).generate(["", ""])
+    Scheduler(engine, tokenizer).generate(["", ""])
     assert engine.cache == {0: [start], 1: [start]}
 
 
 def test_the_empty_text_without_bos_and_eos(tokenizer):
     engine = ScriptedEngine([[]], bos_token_id=None, eos_token_id=None)
     with pytest.raises(GenerationError, match="has no tokens"):
-        DecodingLoop(engine, tokenizer).generate("")
+        Scheduler(engine, tokenizer).generate("")
 
 
 @pytest.mark.parametrize(
@@ -491,13 +427,13 @@ def test_the_empty_text_without_bos_and_eos(tokenizer):
 def test_prompts_that_cannot_be_used(prompt, message):
     engine = ScriptedEngine([[1]])
     with pytest.raises(GenerationError, match=message):
-        DecodingLoop(engine).generate(prompt)
+        Scheduler(engine).generate(prompt)
     assert engine.calls == []
 
 
 def test_streams_refuse_prompts_when_asked_for(tokenizer):
-    loop = DecodingLoop(ScriptedEngine([[1]]), tokenizer)
-    for start in (loop.stream, loop.stream_ids):
+    scheduler = Scheduler(ScriptedEngine([[1]]), tokenizer)
+    for start in (scheduler.stream, scheduler.stream_ids):
         with pytest.raises(GenerationError, match="one prompt, not 0"):
             start([])
         with pytest.raises(GenerationError, match="has no tokens"):
@@ -505,25 +441,25 @@ def test_streams_refuse_prompts_when_asked_for(tokenizer):
 
 
 def test_text_needs_a_tokenizer():
-    loop = DecodingLoop(ScriptedEngine([[1]]))
+    scheduler = Scheduler(ScriptedEngine([[1]]))
     for prompt in ("text", ["text"], ""):
         with pytest.raises(TokenizerError, match="pass token ids"):
-            loop.generate(prompt)
+            scheduler.generate(prompt)
     with pytest.raises(TokenizerError, match="use stream_ids"):
-        loop.stream([0])
+        scheduler.stream([0])
     with pytest.raises(TokenizerError, match="use stop_token_ids"):
-        loop.generate([0], GenerationOptions(stop="x"))
-    assert list(loop.stream_ids([0])) == [1, EOS]
+        scheduler.generate([0], GenerationOptions(stop="x"))
+    assert list(scheduler.stream_ids([0])) == [1, EOS]
 
 
 @pytest.mark.parametrize("options", [GenerationOptions(), GenerationOptions(temperature=1.0)])
 def test_nan_logits_are_refused(options):
     engine = ScriptedEngine([[1]])
     engine.next_logits = lambda _ids: np.full(VOCAB, np.nan)
-    loop = DecodingLoop(engine)
+    scheduler = Scheduler(engine)
     with pytest.raises(GenerationError, match="next-token logits"):
-        loop.generate([0], options)
-    assert loop.slots.free == [0, 1, 2, 3]
+        scheduler.generate([0], options)
+    assert scheduler.stats.free_slots == 4
 
 
 @pytest.mark.parametrize(
@@ -583,4 +519,4 @@ def test_options_are_of_python():
     assert GenerationOptions(**dict.fromkeys(GenerationOptions.__dataclass_fields__)) == GenerationOptions()
     engine = ScriptedEngine([[1, 2, 3, 4, 5]])
     endless = GenerationOptions(max_new_tokens=np.int64(2**63 - 1), stop_token_ids=np.array([3, 4]))
-    assert DecodingLoop(engine).generate([0], endless).token_ids == (1, 2, 3)
+    assert Scheduler(engine).generate([0], endless).token_ids == (1, 2, 3)

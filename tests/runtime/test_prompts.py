@@ -237,7 +237,7 @@ def test_what_is_no_prompt(model: Model, given: Any, message: str) -> None:
         with pytest.raises(GenerationError) as caught:
             model.logits(given)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    assert model._loop.slots.free == list(range(8))
+    assert model.scheduler.stats.free_slots == 8
 
 
 @pytest.mark.parametrize(

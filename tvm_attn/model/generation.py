@@ -27,7 +27,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "forced_eos_token_id": (),
     "guidance_scale": (1, 1.0),
     "min_length": (0,),
-    "min_new_tokens": (0,),
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "num_return_sequences": (1,),
@@ -75,6 +74,7 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
     """transformers samples only with `do_sample`; without it, it ignores temperature, top_k, top_p and min_p."""
     options = {
         "max_new_tokens": settings.get("max_new_tokens"),
+        "min_new_tokens": settings.get("min_new_tokens"),
         "repetition_penalty": settings.get("repetition_penalty"),
         "stop": settings.get("stop_strings"),
     }

@@ -36,6 +36,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 SetThreads = Callable[[int], None]
 """Sets the number of threads that compute what the calling thread calls in a library."""
+_BITS = {16: "uint16", 32: "uint32"}  # dtypes to copy values with: NumPy knows no bfloat16
 
 
 def _in_turn(
@@ -66,6 +67,7 @@ class CompiledEngine:
 
     Attributes:
         library: the library that runs.
+        writes: number of calls so far that may have changed the KV cache.
 
     Raises:
         ArtifactError: a file is damaged, or the library is not what the manifest says.
@@ -97,6 +99,7 @@ class CompiledEngine:
         self._logits_shape: tuple[int, ...] | None = None
         self._inputs = Inputs(device, self._stream.wait)
         self._wants_graph = graph
+        self.writes = 0
         self.run(self._load, artifact, stream)
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -108,10 +111,18 @@ class CompiledEngine:
         Raises:
             DeviceError: the engine runs on a GPU, and this process was forked from the one that loaded it.
         """
+        self._refuse_after_fork()
+        return self._worker.run(self._stream.carry(function), *args, **kwargs)
+
+    def post(self, function: Callable[[], object]) -> None:
+        """As `run`, but does not wait for the call. The function must not raise."""
+        self._refuse_after_fork()
+        self._worker.post(self._stream.carry(function))
+
+    def _refuse_after_fork(self) -> None:
         if self._process != os.getpid() and self.library.device != "cpu":
             message = f"{self.library.device} was in use when this process was forked, and drivers do not survive that"
             raise DeviceError(f'{message}; start processes with multiprocessing\'s "spawn", and load the model there')
-        return self._worker.run(self._stream.carry(function), *args, **kwargs)
 
     def _load(self, artifact: Artifact, stream: int | None) -> None:
         self._bind(*_load(artifact, self.library, self._device, stream))
@@ -142,6 +153,7 @@ class CompiledEngine:
 
     def _call(self, name: str, *rows: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         """Calls a function of the library that takes the KV cache and the parameters."""
+        self.writes += 1
         return self._run(name, *rows, self._kv, self._params)
 
     def _run(self, name: str, *arguments: Any) -> Any:
@@ -192,27 +204,43 @@ class CompiledEngine:
             message = f"no memory for a KV cache of {size / 2**30:.1f} GiB; lower max_batch (now {self.max_batch})"
             raise DeviceError(message) from error
 
+    @property
+    def max_prefill_rows(self) -> int:
+        """The most tokens that one call of the library takes, at least a context."""
+        return self.library.max_prefill_rows
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of prompts that a scheduler computes between two steps of running sequences."""
+        return device_class(self.library.device).prefill_chunk
+
     @_in_turn
-    def prefill(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> DeviceLogits:
-        """Runs prompts into their slots.
+    def prefill(
+        self, prompts: Sequence[Int32Array], slots: Sequence[int], starts: Sequence[int] | None = None
+    ) -> DeviceLogits:
+        """Runs prompts, or parts of prompts, into their slots.
+
+        On processors the results do not depend on the parts, bit by bit.
 
         Args:
-            prompts: int32 arrays (T_b,), 1 <= T_b <= n_positions; lengths may differ.
-            slots: the slot of each prompt, all different; it is filled at positions 0 .. T_b - 1.
+            prompts: int32 arrays (T_b,), 1 <= T_b <= n_positions - starts[b]; lengths may differ.
+            slots: the slot of each prompt, all different; it is filled at positions starts[b] .. starts[b] + T_b - 1.
+            starts: the position of each prompt's first token, all 0 by default; the slot must hold what is before it.
 
         Returns:
             Logits of each prompt's last token.
         """
-        if prompts and all(len(prompt) == 1 for prompt in prompts):  # decode needs less padding
+        starts = [0] * len(prompts) if starts is None else starts
+        if prompts and not any(starts) and all(len(prompt) == 1 for prompt in prompts):  # decode needs less padding
             token_ids, positions = np.concatenate(prompts).astype(np.int32), np.zeros(len(prompts), np.int32)
             return self.decode(token_ids, np.asarray(slots, np.int32), positions)
         parts = []
         for first, last in self._calls(prompts):
-            rows = self._prompt_rows(prompts[first:last], slots[first:last])
+            rows = self._prompt_rows(prompts[first:last], slots[first:last], starts[first:last])
             lengths = np.array([len(prompt) for prompt in prompts[first:last]], np.int32)
             ends = {
                 "last_rows": self._groups(np.cumsum(lengths, dtype=np.int32) - 1, 0),
-                "last_positions": self._groups(lengths - 1, -1),
+                "last_positions": self._groups(np.asarray(starts[first:last], np.int32) + lengths - 1, -1),
                 "last_slots": self._groups(np.asarray(slots[first:last], np.int32), 0),
             }
             tensors = [self._inputs.write(name, values) for name, values in ends.items()]
@@ -239,7 +267,7 @@ class CompiledEngine:
     ) -> Iterator[tuple[tuple[int, int], tvm.runtime.Tensor, int]]:
         """Runs prompts; gives for each call their range, the logits (g, R, V') of all tokens, and the token count."""
         for first, last in self._calls(prompts):
-            rows = self._prompt_rows(prompts[first:last], slots[first:last])
+            rows = self._prompt_rows(prompts[first:last], slots[first:last], [0] * (last - first))
             self._drop_unused(rows[0].shape)
             count = sum(len(prompt) for prompt in prompts[first:last])
             yield (first, last), self._call("logits", *rows), count
@@ -263,10 +291,31 @@ class CompiledEngine:
             shape = (-(-count // rows), rows)
             name = f"{kind}_group" if shape[0] == 1 and kind in self._groups_alone else kind
         if self._steps is not None:
+            self.writes += 1
             return self._steps.run(name, shape, token_ids, positions, slots, (self._kv, self._params))
         values = {"token_ids": (token_ids, 0), "positions": (positions, -1), "slots": (slots, 0)}
         tensors = [self._inputs.write(key, in_groups(array, shape, fill)) for key, (array, fill) in values.items()]
         return self._device_logits([(self._call(name, *tensors), count)])
+
+    @_in_turn
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` positions of a slot's cache to another slot."""
+        self.writes += 1
+        if device_class(self.library.device).in_host_memory:
+            for cache in self._kv:
+                array = np.from_dlpack(cache._create_view(cache.shape, _BITS[cache.dtype.bits]))
+                array[target, :, :, :length] = array[source, :, :, :length]
+            return
+        # A slot is one run of memory; its first positions are not. TVM copies on the default stream.
+        self._stream.wait()
+        for cache in self._kv:
+            shape = cache.shape[1:]
+            size = int(np.prod(shape)) * cache.dtype.bits // 8
+            new, old = (
+                cache._create_view(shape, cache.dtype, relative_byte_offset=slot * size) for slot in (target, source)
+            )
+            new.copyfrom(old)
+        self._device.sync()
 
     def _drop_unused(self, shape: tuple[int, ...]) -> None:
         """Empties TVM's pool when the logits of all tokens change their size.
@@ -300,12 +349,16 @@ class CompiledEngine:
                 rows = len(prompt)
         return ranges
 
-    def _prompt_rows(self, prompts: Sequence[Int32Array], slots: Sequence[int]) -> list[tvm.runtime.Tensor]:
-        """token_ids, positions, slots and sequences of whole prompts, one after the other."""
+    def _prompt_rows(
+        self, prompts: Sequence[Int32Array], slots: Sequence[int], starts: Sequence[int]
+    ) -> list[tvm.runtime.Tensor]:
+        """token_ids, positions, slots and sequences of prompts, one after the other, each from its start on."""
         lengths = [len(prompt) for prompt in prompts]
-        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-        starts = np.cumsum([0, *lengths[:-1]])
-        sequences = np.array(list(zip(slots, starts, lengths, [0] * len(lengths), strict=True)), np.int32)
+        positions = np.concatenate(
+            [np.arange(start, start + length, dtype=np.int32) for start, length in zip(starts, lengths, strict=True)]
+        )
+        first_rows = np.cumsum([0, *lengths[:-1]])
+        sequences = np.array(list(zip(slots, first_rows, lengths, starts, strict=True)), np.int32)
         arguments = {
             "token_ids": self._groups(np.concatenate(prompts).astype(np.int32), 0),
             "positions": self._groups(positions, -1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,11 +13,12 @@ import numpy.typing as npt
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import GenerationError, shorten
 from tvm_attn.runtime.artifact import Artifact, open_artifact
-from tvm_attn.runtime.decoding import Completion, DecodingLoop, GenerationOptions, GenerationStats
+from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
 from tvm_attn.runtime.device import parse_device
 from tvm_attn.runtime.machine import thread_count
 from tvm_attn.runtime.prompts import FIELDS, Prompt, Prompts, read_prompts
 from tvm_attn.runtime.sampling import NOT_NUMBERS
+from tvm_attn.runtime.scheduler import Scheduler
 from tvm_attn.runtime.tokenizer import Tokenizer
 from tvm_attn.runtime.tvm_import import import_tvm
 
@@ -24,10 +26,9 @@ from tvm_attn.runtime.tvm_import import import_tvm
 class Model:
     """A loaded artifact, created by `tvm_attn.load`.
 
-    Any number of threads may use it: they take turns, a step each, and each gets what it would get on its own. Calls
-    wait for each other's KV-cache slots, but not for those of unfinished streams: if these hold all slots, a call
-    raises GenerationError, so load the model with a larger `max_batch` than there are open streams. After a fork the
-    child has a copy; a model on a GPU must be loaded in the child instead.
+    Any number of threads and asyncio tasks may use it. Their sequences are computed together, up to `max_batch` at a
+    time, and each gets what it would get on its own. After a fork the child has a copy; a model on a GPU must be loaded
+    in the child instead.
 
     Attributes:
         config: the model's hyperparameters.
@@ -35,6 +36,7 @@ class Model:
         generation_config: options of `GenerationOptions` from the checkpoint's generation_config.json. They are not
             used unless you pass them on: `model.generate(prompt, **model.generation_config)`.
         device: the device that it runs on, e.g. "cpu" or "cuda:0".
+        scheduler: computes all requests; its `submit` starts one without waiting for it.
         engine: the compiled functions. Its calls leave logits on the device, where other libraries can take them
             through DLPack.
     """
@@ -69,7 +71,7 @@ class Model:
             stream=stream,
             threads=threads,
         )
-        self._loop = DecodingLoop(self.engine, self.tokenizer, self.engine.run)
+        self.scheduler = Scheduler(self.engine, self.tokenizer)
 
     def logits(self, ids: Any = None, **fields: Any) -> npt.NDArray[np.float32]:
         """Next-token logits after every token.
@@ -84,18 +86,17 @@ class Model:
             float32 (B, T, vocab_size); 0 for padding.
 
         Raises:
-            GenerationError: the shape, the dtype, the mask or an id is wrong, unfinished streams hold every KV-cache
-                slot, or the logits are not numbers.
+            GenerationError: the shape, the dtype, the mask or an id is wrong, or the logits are not numbers.
         """
         if unknown := set(fields) - set(FIELDS):
             raise GenerationError(f"unknown argument {shorten(min(unknown))}; pass ids, or {', '.join(FIELDS)}")
         prompts = read_prompts(ids, fields)
         rows, padded = prompts.matrix(self.config)
         result = np.zeros((*padded.shape, self.config.vocab_size), np.float32)
-        with self._loop.slots.lease(len(rows)) as lease:
-            for start in range(0, len(rows), len(lease.slots)):
-                part = slice(start, start + len(lease.slots))
-                self.engine.run(self._write_logits, result[part], ~padded[part], rows[part], lease.slots)
+        done = 0
+        while done < len(rows):
+            write = partial(self._write_logits, result[done:], ~padded[done:], rows[done:])
+            done += self.scheduler.call(write, len(rows) - done)
         if not np.isfinite(result[..., 0]).all():  # a NaN or infinity inside the model reaches every logit of a row
             raise GenerationError(f"the logits hold NaN, {NOT_NUMBERS}")
         return result
@@ -106,9 +107,11 @@ class Model:
         places: npt.NDArray[np.bool_],
         rows: list[npt.NDArray[np.int32]],
         slots: list[int],
-    ) -> None:
-        for index, logits in enumerate(self.engine.logits(rows, slots[: len(rows)])):
+    ) -> int:
+        """Writes the logits of the first rows, one for each slot; returns their number."""
+        for index, logits in enumerate(self.engine.logits(rows[: len(slots)], slots)):
             result[index][places[index]] = logits
+        return len(slots)
 
     # Every str is a Sequence[str] too; the first signature that matches is used.
     @overload
@@ -134,20 +137,20 @@ class Model:
         Args:
             prompts: text, token ids, a tokenizer's result, or a list of these; see `tvm_attn.runtime.prompts`.
             stats: filled with counts and times.
-            options: the fields of `GenerationOptions`: max_new_tokens, temperature, top_k, top_p, min_p,
-                repetition_penalty, stop, stop_token_ids, seed; None is the default. Greedy if no sampling option is
-                given. Also input_ids and attention_mask instead of `prompts`, so that the result of a transformers
+            options: the fields of `GenerationOptions`: max_new_tokens, min_new_tokens, n, temperature, top_k, top_p,
+                min_p, repetition_penalty, stop, stop_token_ids, seed; None is the default. Greedy if no sampling option
+                is given. Also input_ids and attention_mask instead of `prompts`, so that the result of a transformers
                 tokenizer can be passed as `**inputs`.
 
         Returns:
-            One `Completion`, or a list in the order of the prompts.
+            One `Completion`; for several prompts or n > 1 a list, n for each prompt, in the order of the prompts.
 
         Raises:
             GenerationError: an option is out of range, or a prompt is empty, too long or outside the vocabulary.
             TokenizerError: text was given and the artifact has no tokenizer.
         """
         read = _take_prompts(prompts, options)
-        return self._loop.generate(read, _options(options), stats)
+        return self.scheduler.generate(read, _options(options), stats)
 
     def stream(
         self, prompt: Prompt | None = None, *, stats: GenerationStats | None = None, **options: Any
@@ -157,14 +160,14 @@ class Model:
         Arguments and errors as in `generate`. The generator returns the `Completion`.
         """
         read = _take_prompts(prompt, options)
-        return self._loop.stream(read, _options(options), stats)
+        return self.scheduler.stream(read, _options(options), stats)
 
     def stream_ids(
         self, prompt: Prompt | None = None, *, stats: GenerationStats | None = None, **options: Any
     ) -> Generator[int, None, Completion]:
         """As `stream`, but yields token ids; needs no tokenizer if the prompt is ids."""
         read = _take_prompts(prompt, options)
-        return self._loop.stream_ids(read, _options(options), stats)
+        return self.scheduler.stream_ids(read, _options(options), stats)
 
 
 def _take_prompts(prompts: Any, options: dict[str, Any]) -> Prompts:

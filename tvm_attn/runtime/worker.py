@@ -57,6 +57,16 @@ class Worker:
         result: R = call.wait()
         return result
 
+    def post(self, function: Callable[[], object]) -> None:
+        """Calls a function in the thread, after earlier calls, and does not wait for it. It must not raise.
+
+        Raises:
+            DeviceError: the interpreter is ending.
+        """
+        refuse_at_the_end()
+        self._start()
+        self._calls.put(_Call(function))
+
     def _start(self) -> None:
         if not self._is_started:
             with self._starting:

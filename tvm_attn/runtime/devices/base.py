@@ -49,12 +49,15 @@ class DeviceClass(ABC):
         dlpack: DLPack's number for the class (`DLDeviceType`).
         in_host_memory: whether the host can read tensors without a copy.
         has_streams: whether work runs on streams that the caller may choose.
+        prefill_chunk: tokens of prompts between two steps of running sequences: enough to use the device well, and few
+            enough that nobody notices the pause.
     """
 
     kind: ClassVar[str]
     dlpack: ClassVar[int]
     in_host_memory: ClassVar[bool] = False
     has_streams: ClassVar[bool] = False
+    prefill_chunk: ClassVar[int] = 512
 
     @abstractmethod
     def find(self) -> list[Found]:

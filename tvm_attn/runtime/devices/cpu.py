@@ -15,6 +15,7 @@ class Processor(DeviceClass):
 
     kind, dlpack = "cpu", 1
     in_host_memory = True
+    prefill_chunk = 128
 
     def find(self) -> list[Found]:
         """See `DeviceClass`; lists the features that any target asks for."""
