@@ -188,3 +188,73 @@ def reciprocal(register: tirx.Expr, x: tirx.Expr) -> None:
 
 def _vector(registers: Sequence[tirx.Expr]) -> str:
     return "" if len(registers) == 1 else f".v{len(registers)}"
+
+
+def mbarrier_init(barrier: tirx.Expr, count: int) -> None:
+    """Sets up a barrier in shared memory whose phase ends with `count` arrivals."""
+    T.evaluate(T.ptx.mbarrier.init.shared.b64(barrier, T.uint32(count)))
+
+
+def mbarrier_arrive(barrier: tirx.Expr) -> None:
+    """Arrives once; what this thread wrote before is visible to those who wait."""
+    T.evaluate(T.ptx.mbarrier.arrive.shared.b64(barrier, T.uint32(1)))
+
+
+def mbarrier_wait(barrier: tirx.Expr, parity: tirx.Expr) -> None:
+    """Waits until the phase of this parity is over: the first phase has parity 0."""
+    T.evaluate(T.cuda.mbarrier_wait(barrier, parity))
+
+
+def fence_async_proxy() -> None:
+    """Orders this thread's writes to shared memory before reads by `wgmma` and the copy engine."""
+    T.evaluate(T.ptx["fence.proxy.async.shared::cta"]())
+
+
+def wgmma_descriptor(address: tirx.Expr, leading: int, stride: int) -> tirx.Expr:
+    """The descriptor of a matrix in shared memory with the 128-byte swizzle (PTX ISA, "Matrix Descriptor Format").
+
+    Args:
+        address: its first byte, uint32; the swizzle's pattern starts at multiples of 1024.
+        leading: bytes between columns of 64 numbers, if rows are longer than that.
+        stride: bytes between groups of eight rows.
+    """
+    constant = leading // 16 << 16 | stride // 16 << 32 | 1 << 62
+    return T.Cast("uint64", address >> T.uint32(4)) | T.uint64(constant)
+
+
+def wgmma(
+    c: Sequence[tirx.Expr],
+    a: Sequence[tirx.Expr],
+    b: tirx.Expr,
+    dtype: str,
+    accumulate: bool = True,
+    transposed: bool = False,
+) -> None:
+    """Starts c (64, N) = a (64, 16) b (16, N), or c += a b, of a warpgroup; a comes from registers.
+
+    Args:
+        c: N / 2 float32 registers; those of a warp are its 16 rows, as in `mma`, 8 columns after the other.
+        a: four registers of `dtype`, as in `mma`.
+        b: descriptor of the matrix.
+        dtype: dtype of a and b.
+        accumulate: whether to add to c.
+        transposed: False if the 16 numbers of a column of b lie side by side, True if those of a row do.
+    """
+    short = SHORT[dtype]
+    instruction = T.ptx[f"wgmma.mma_async.sync.aligned.m64n{len(c) * 2}k16.f32.{short}.{short}"]
+    T.evaluate(instruction(*c, *a, b, T.bool(accumulate), 1, 1, int(transposed)))
+
+
+def wgmma_fence() -> None:
+    """Orders earlier accesses to registers before those of the next `wgmma`."""
+    T.evaluate(T.ptx["wgmma.fence.sync.aligned"]())
+
+
+def wgmma_commit() -> None:
+    """Ends a group: the products that this warpgroup started since the last group."""
+    T.evaluate(T.ptx["wgmma.commit_group.sync.aligned"]())
+
+
+def wgmma_wait(pending: int) -> None:
+    """Waits until at most the `pending` newest groups of this warpgroup are incomplete."""
+    T.evaluate(T.ptx["wgmma.wait_group.sync.aligned"](pending))
