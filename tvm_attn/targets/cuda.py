@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,11 @@ class CudaTarget(GpuTarget):
     def images(self) -> tuple[str, ...]:
         """The architectures that a library holds code for, machine code first."""
         return (*self.architectures, *((self.ptx,) if self.ptx else ()))
+
+    @property
+    def has_dependent_launch(self) -> bool:
+        """Whether every device of the target can start a kernel before the one before it has ended: sm_90 and later."""
+        return all(int(re.sub(r"\D", "", image)) >= 90 for image in self.images)
 
 
 TARGET_CLASS = CudaTarget

@@ -24,7 +24,16 @@ from tvm_attn.kernels.base import TENSOR_CORE_DTYPES, ZEROED, largest_power, row
 from tvm_attn.kernels.cuda.attention import check_head
 from tvm_attn.kernels.cuda.lanes import shuffle_xor
 from tvm_attn.kernels.cuda.limits import REGISTERS, UNIT_ELEMENTS
-from tvm_attn.kernels.cuda.ptx import exp2, load_global, pack, reciprocal, uint32
+from tvm_attn.kernels.cuda.ptx import (
+    exp2,
+    kernel_attributes,
+    load_global,
+    pack,
+    reciprocal,
+    start_next_kernel,
+    uint32,
+    wait_for_earlier_kernel,
+)
 from tvm_attn.kernels.cuda.tiles import choose_tiles
 from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.template import Chooser, Template
@@ -84,8 +93,10 @@ def decode_candidates(kernel: DecodeAttention) -> Iterator[DecodeTiles]:
                         yield DecodeTiles(warps, splits, alone, loads)
 
 
-def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFunc:
+def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles, dependent: bool = False) -> tirx.PrimFunc:
     """The function of `DecodeAttention`: a block for each split, head and row, then a merge.
+
+    With `dependent`, its kernels start before the kernel before them has ended.
 
     Indices count elements and stay below 2**31 (a cache of 64 slots of the largest GPT-2 has 2.1e8 elements); byte
     offsets are computed in 64 bits.
@@ -108,12 +119,16 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
     needed = max(8 * batch * lane_units + 16 * lane_units + 16, 4 * max(warps, splits) + 32)
     blocks = max(1, REGISTERS // (threads * needed))
     split, by_last = splits > 1, splits > 1 and tiles.last
+    # The compiler takes what a second kernel reads for constant.
+    dependent = dependent and split == by_last
     arrivals = kernel.rows * heads * (kernel.groups or 0)
 
     def share(end):
         """Keys per split if the row sees `end` keys: all of them if they are few, else whole passes of a block."""
         part = ((end + (splits - 1)) // splits + (block_keys - 1)) // block_keys * block_keys
         return T.max(part, T.Select(end <= tiles.alone, end, 0))
+
+    attributes = kernel_attributes(dependent)
 
     @T.prim_func
     def decode_attention(
@@ -123,7 +138,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
         positions_handle: T.handle,
         o_handle: T.handle,
     ):
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        T.func_attr(attributes)
         cache_slots = T.int32()
         q = T.match_buffer(q_handle, (g, rows, heads * head_dim), dtype)
         cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
@@ -142,6 +157,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
             with T.attr(0, "tirx.device_entry", True):
                 block = T.cta_id([-(-arrivals // 32)])
                 lane = T.thread_id([32])
+                wait_for_earlier_kernel(dependent)
                 if block * 32 + lane < arrivals:
                     counters[block * 32 + lane] = T.uint32(0)
 
@@ -177,6 +193,8 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
             # Neighbouring groups of lanes take neighbouring keys, and the lanes of a group neighbouring units.
             group: T.let[T.int32] = lane // key_lanes
             first_unit: T.let[T.int32] = lane % key_lanes
+            start_next_kernel(dependent)
+            wait_for_earlier_kernel(dependent)
             if end <= 0:
                 if piece == 0 and thread < head_words:
                     o_words[row, head * head_words + thread] = T.uint32(0)
@@ -396,7 +414,7 @@ def arrive(before: tirx.Expr, counter: tirx.Expr, blocks: tirx.Expr) -> None:
 def _decode_attention(kernel: DecodeAttention, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
     check_head(kernel)
     tiles = choose_tiles(choose, default_decode_tiles(kernel), decode_candidates(kernel))
-    return decode_attention(kernel, tiles)
+    return decode_attention(kernel, tiles, target.has_dependent_launch)
 
 
 TEMPLATE = Template("cuda.decode_attention", 1, ("decode_attention",), _decode_attention, TENSOR_CORE_DTYPES)

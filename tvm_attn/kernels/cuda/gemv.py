@@ -54,17 +54,26 @@ from tvm_attn.kernels.cuda.ptx import (
     cp_async,
     cp_async_commit,
     cp_async_wait,
+    kernel_attributes,
     ldmatrix,
+    load_global,
     load_shared,
     shared_address,
+    start_next_kernel,
     uint32,
+    wait_for_earlier_kernel,
 )
 from tvm_attn.kernels.linear import Linear, LinearKernel, QKVLinear, ResidualLinear
 from tvm_attn.storage import GROUP
 
 
-def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
+def gemv(kernel: LinearKernel, tiles: GemvTiles, dependent: bool = False) -> tirx.PrimFunc:
     """The function of a linear layer with `groups` 1 and at most 8 rows.
+
+    Args:
+        kernel: the layer.
+        tiles: its tiles.
+        dependent: whether it starts before the kernel before it has ended, and loads weights meanwhile.
 
     Raises:
         ScheduleError: the layer has more rows, or the tiles do not fit it.
@@ -106,6 +115,8 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
         cp_async_wait(stages - 1)
         T.evaluate(T.cuda.cta_sync())
 
+    attributes = kernel_attributes(dependent)
+
     @T.prim_func
     def gemv(
         x_handle: T.handle,
@@ -120,7 +131,7 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
         cache_handle: T.handle,
         out_handle: T.handle,
     ):
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        T.func_attr(attributes)
         x = T.match_buffer(x_handle, (1, rows, k), "float32" if normalized else dtype)
         if normalized:
             gamma = T.match_buffer(gamma_handle, (k,), "float32")
@@ -299,6 +310,8 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
             if q < work:
                 load()
             cp_async_commit()
+        start_next_kernel(dependent)
+        wait_for_earlier_kernel(dependent)
         if parts == 1:
             prepare(0)
 
@@ -313,7 +326,7 @@ def gemv(kernel: LinearKernel, tiles: GemvTiles) -> tirx.PrimFunc:
                     if has_bias:
                         bias_value[i] = bias[output]
                     if has_residual:
-                        residual_value[i] = residual[0, row, output]
+                        load_global([residual_value[i]], residual.ptr_to([0, row, output]))
                     if is_qkv:
                         place[i, 0] = slots[0, row]
                         place[i, 1] = positions[0, row]

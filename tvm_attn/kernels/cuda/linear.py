@@ -36,7 +36,7 @@ def _linear(kernel: LinearKernel, target: CudaTarget, choose: Chooser) -> tirx.P
     if kernel.groups == 1:
         sizes = kernel, target.multiprocessors
         tiles = choose_tiles(choose, default_gemv_tiles(*sizes), gemv_candidates(*sizes))
-        return gemv(kernel, tiles)
+        return gemv(kernel, tiles, target.has_dependent_launch)
     rows = _PROMPT_ROWS if kernel.max_groups is None else kernel.max_groups * kernel.rows
     default, others = default_matmul_tiles(kernel, rows), matmul_candidates(kernel, rows)
     return matmul(kernel, choose_tiles(choose, default, others))

@@ -19,12 +19,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
 
 SHORT = {"float16": "f16", "bfloat16": "bf16"}
 """PTX's names of the dtypes that tensor cores multiply here."""
+
+
+def kernel_attributes(dependent: bool = False) -> dict[str, Any]:
+    """Attributes of a TIRx function.
+
+    Args:
+        dependent: whether its kernels may start before the kernel before them has ended, from sm_90 on (CUDA C++
+            Programming Guide, "Programmatic Dependent Launch and Synchronization"). Such a kernel calls
+            `wait_for_earlier_kernel` in every block, before its first read of what any earlier kernel wrote and before
+            its first write: the kernel before has waited for its own predecessor, so all of them have ended then. It
+            reads what earlier kernels wrote with `load_global`: the compiler may move other loads above the wait, if it
+            takes the memory for constant because the kernel does not write it.
+    """
+    attributes: dict[str, Any] = {"tirx.noalias": True, "tirx.is_scheduled": True}
+    if dependent:
+        attributes["tirx.kernel_launch_params"] = ["tirx.use_programtic_dependent_launch"]
+    return attributes
 
 
 def uint32(value: tirx.Expr | int) -> tirx.Expr:
@@ -174,6 +192,18 @@ def load_global(registers: Sequence[tirx.Expr], pointer: tirx.Expr) -> None:
 def store_global(pointer: tirx.Expr, registers: Sequence[tirx.Expr]) -> None:
     """Stores one, two or four 32-bit registers; the pointer is a multiple of their total size."""
     T.evaluate(T.ptx[f"st.global{_vector(registers)}.b32"](pointer, *registers))
+
+
+def wait_for_earlier_kernel(dependent: bool) -> None:
+    """Waits until the kernel before has ended and its writes are visible, if this one may have started early."""
+    if dependent:
+        T.evaluate(T.ptx.griddepcontrol.wait())
+
+
+def start_next_kernel(dependent: bool) -> None:
+    """Lets the next kernel start as soon as every block of this one has called this and there is room, if it may."""
+    if dependent:
+        T.evaluate(T.ptx.griddepcontrol.launch_dependents())
 
 
 def exp2(register: tirx.Expr, x: tirx.Expr) -> None:

@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.cuda.lanes import shuffle_xor
+from tvm_attn.kernels.cuda.ptx import kernel_attributes, load_global, wait_for_earlier_kernel
 from tvm_attn.kernels.cuda.tiles import choose_tiles
 from tvm_attn.kernels.sampling import Advance
 from tvm_attn.kernels.template import Chooser, Template
@@ -40,8 +41,8 @@ def default_tiles(kernel: Advance) -> AdvanceTiles:
     return AdvanceTiles(threads)
 
 
-def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
-    """The function of `Advance`.
+def advance(kernel: Advance, tiles: AdvanceTiles, dependent: bool = False) -> tirx.PrimFunc:
+    """The function of `Advance`; with `dependent`, it starts before the kernel before it has ended.
 
     A thread keeps the first of its largest numbers, and whether it saw a NaN. Threads then compare unsigned integer
     keys
@@ -52,9 +53,11 @@ def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
     threads, unroll, warps = tiles.threads, tiles.unroll, tiles.threads // 32
     nan_key, last = 0xFFFFFFFF, 2**31 - 1
 
+    attributes = kernel_attributes(dependent)
+
     @T.prim_func
     def advance(logits_handle: T.handle, token_ids_handle: T.handle, positions_handle: T.handle):
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        T.func_attr(attributes)
         g = T.int32() if groups is None else T.meta_var(groups)
         logits = T.match_buffer(logits_handle, (g, rows, columns), "float32")
         token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
@@ -85,6 +88,7 @@ def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
                 key[0] = T.Select(wins, key[1], key[0])
                 index[0] = T.Select(wins, index[1], index[0])
 
+        wait_for_earlier_kernel(dependent)
         if position >= 0:
             best[0] = T.float32(-math.inf)
             nan[0] = False
@@ -93,9 +97,9 @@ def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
             for step in range(-(-vocabulary // (threads * unroll))):
                 first: T.let[T.int32] = step * (threads * unroll) + thread
                 for i in T.unroll(unroll):
-                    values[i] = T.if_then_else(
-                        first + i * threads < vocabulary, logits[group, row, first + i * threads], T.float32(-math.inf)
-                    )
+                    values[i] = T.float32(-math.inf)
+                    if first + i * threads < vocabulary:
+                        load_global([values[i]], logits.ptr_to([group, row, first + i * threads]))
                 for i in T.unroll(unroll):
                     nan[0] = nan[0] or tirx.isnan(values[i])
                     index[0] = T.Select(values[i] > best[0], first + i * threads, index[0])
@@ -128,7 +132,7 @@ def advance(kernel: Advance, tiles: AdvanceTiles) -> tirx.PrimFunc:
 def _advance(kernel: Advance, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
     default = default_tiles(kernel)
     candidates = [replace(default, threads=threads) for threads in (128, 256, 512, 1024)]
-    return advance(kernel, choose_tiles(choose, default, candidates))
+    return advance(kernel, choose_tiles(choose, default, candidates), target.has_dependent_launch)
 
 
 TEMPLATE = Template("cuda.advance", 1, ("advance",), _advance)
