@@ -22,7 +22,7 @@ from tvm.script import tirx as T
 
 from tvm_attn.kernels.attention import MASKED
 from tvm_attn.kernels.cuda.lanes import shuffle_xor
-from tvm_attn.kernels.cuda.limits import UNIT_ELEMENTS
+from tvm_attn.kernels.cuda.limits import HOPPER_SHARED_BYTES, UNIT_ELEMENTS
 from tvm_attn.kernels.cuda.ptx import (
     cp_async,
     cp_async_commit,
@@ -48,7 +48,6 @@ _COLUMN = 64
 """Dimensions per column of shared memory: 128 bytes."""
 _ALIGNMENT = 1024
 """Of a swizzled matrix: eight rows."""
-_SHARED_BYTES = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def hopper_candidates(kernel: PrefillAttention) -> Iterator[HopperTiles]:
                 tiles = HopperTiles(warpgroups, keys, stages)
                 # Scores, exponentials, outputs and queries.
                 registers = keys // 2 + keys // 4 + kernel.head_dim // 2 + kernel.head_dim // 4
-                if tiles.shared_bytes(kernel.head_dim) <= _SHARED_BYTES and registers + 16 <= tiles.registers[1]:
+                if tiles.shared_bytes(kernel.head_dim) <= HOPPER_SHARED_BYTES and registers + 16 <= tiles.registers[1]:
                     yield tiles
 
 

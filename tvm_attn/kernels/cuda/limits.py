@@ -8,3 +8,6 @@ SHARED_BYTES = 99 << 10
 
 UNIT_ELEMENTS = 8
 """16-bit numbers in 16 bytes: what a thread copies at a time, and a row of an `ldmatrix` matrix."""
+
+HOPPER_SHARED_BYTES = 227 << 10
+"""Bytes of shared memory that a block may have on sm_90."""

@@ -43,16 +43,16 @@ def matmul(kernel: LinearKernel, tiles: MatmulTiles) -> tirx.PrimFunc:
         raise ScheduleError(f"{tiles} does not fit {kernel}: choose from tvm_attn.kernels.cuda.matmul_cost.candidates")
     with IRBuilder() as ir, builder.prim_func():
         T.func_name(kernel.family)
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        x, weights, operands = _parameters(kernel)
+        T.func_attr(ptx.kernel_attributes())
+        x, weights, operands = parameters(kernel)
         T.device_entry()
-        block = _block(kernel, tiles, x.shape[0] * kernel.rows)
+        block = launch(kernel, tiles, x.shape[0] * kernel.rows)
         sums = _multiply(block, x, weights)
         epilogue(block, sums, operands)
     return ir.get()
 
 
-def _parameters(kernel: LinearKernel) -> tuple[tirx.Buffer, list[tirx.Buffer], Operands]:
+def parameters(kernel: LinearKernel) -> tuple[tirx.Buffer, list[tirx.Buffer], Operands]:
     """The function's parameters in the order of the kernel's docstring."""
     k, n, dtype = kernel.in_features, kernel.out_features, kernel.activations
     shape = (tirx.Var("groups", "int32"), kernel.rows)
@@ -78,18 +78,29 @@ def _parameters(kernel: LinearKernel) -> tuple[tirx.Buffer, list[tirx.Buffer], O
     return x, weights, Operands(bias, residual, slots, positions, cache, y)
 
 
-def _block(kernel: LinearKernel, tiles: MatmulTiles, rows: tirx.Expr) -> Block:
-    """Launches the blocks and assigns each its output tile."""
+def launch(kernel: LinearKernel, tiles: MatmulTiles, rows: tirx.Expr, align: int = 16) -> Block:
+    """Launches the blocks and assigns each its output tile.
+
+    Args:
+        kernel: the layer.
+        tiles: its tiles.
+        rows: M.
+        align: bytes that the address of the block's shared memory is a multiple of, a power of two.
+    """
     row_tiles = (rows + (tiles.rows - 1)) // tiles.rows
     column_tiles = -(-kernel.out_features // tiles.columns)
     number, thread = T.cta_id([row_tiles * column_tiles]), T.thread_id([tiles.threads])
-    shared = T.alloc_buffer((tiles.shared_bytes(kernel),), "uint8", scope="shared.dyn")
+    padding = align if align > 64 else 0  # what CUDA aligns it to
+    shared = T.alloc_buffer((tiles.shared_bytes(kernel) + padding,), "uint8", scope="shared.dyn")
     first = number // (tiles.raster * column_tiles) * tiles.raster
     within, height = number % (tiles.raster * column_tiles), T.min(row_tiles - first, tiles.raster)
     # None of these is negative, so truncated division needs no correction.
     row = ptx.variable("int32", (first + T.truncmod(within, height)) * tiles.rows)
     column = ptx.variable("int32", T.truncdiv(within, height) * tiles.columns)
-    address = ptx.variable("uint32", ptx.shared_address(shared))
+    start = ptx.shared_address(shared)
+    if padding:
+        start = (start + T.uint32(align - 1)) & T.uint32(2**32 - align)
+    address = ptx.variable("uint32", start)
     return Block(kernel, tiles, address, rows, row, column, thread)
 
 

@@ -101,8 +101,14 @@ class MatmulTiles:
             and self.registers(kernel) <= min(_MOST_REGISTERS, REGISTERS // self.threads)
             and self.shared_bytes(kernel) <= SHARED_BYTES
             and kernel.in_features % (GROUP if quantized else 16) == 0
-            and kernel.epsilon is None
-            # 16-bit results are stored in pairs, which must not cross the end of a row or head.
+            and self.suits_epilogue(kernel)
+        )
+
+    @staticmethod
+    def suits_epilogue(kernel: LinearKernel) -> bool:
+        """Whether the epilogue stores a kernel's results: 16-bit ones in pairs, all of one row and head."""
+        return (
+            kernel.epsilon is None
             and (not isinstance(kernel, Linear) or kernel.out_features % 2 == 0)
             and (not isinstance(kernel, QKVLinear) or kernel.out_features // 3 // kernel.heads % 2 == 0)
         )

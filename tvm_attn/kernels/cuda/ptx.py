@@ -254,17 +254,18 @@ def wgmma_descriptor(address: tirx.Expr, leading: int, stride: int) -> tirx.Expr
 
 def wgmma(
     c: Sequence[tirx.Expr],
-    a: Sequence[tirx.Expr],
+    a: Sequence[tirx.Expr] | tirx.Expr,
     b: tirx.Expr,
     dtype: str,
     accumulate: bool = True,
     transposed: bool = False,
 ) -> None:
-    """Starts c (64, N) = a (64, 16) b (16, N), or c += a b, of a warpgroup; a comes from registers.
+    """Starts c (64, N) = a (64, 16) b (16, N), or c += a b, of a warpgroup.
 
     Args:
         c: N / 2 float32 registers; those of a warp are its 16 rows, as in `mma`, 8 columns after the other.
-        a: four registers of `dtype`, as in `mma`.
+        a: four registers of `dtype`, as in `mma`; or a descriptor of a matrix whose rows have their 16 numbers side by
+            side.
         b: descriptor of the matrix.
         dtype: dtype of a and b.
         accumulate: whether to add to c.
@@ -272,7 +273,10 @@ def wgmma(
     """
     short = SHORT[dtype]
     instruction = T.ptx[f"wgmma.mma_async.sync.aligned.m64n{len(c) * 2}k16.f32.{short}.{short}"]
-    T.evaluate(instruction(*c, *a, b, T.bool(accumulate), 1, 1, int(transposed)))
+    if isinstance(a, Sequence):
+        T.evaluate(instruction(*c, *a, b, T.bool(accumulate), 1, 1, int(transposed)))
+    else:
+        T.evaluate(instruction(*c, a, b, T.bool(accumulate), 1, 1, 0, int(transposed)))
 
 
 def wgmma_fence() -> None:
