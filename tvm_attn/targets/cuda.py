@@ -56,5 +56,10 @@ class CudaTarget(GpuTarget):
         """Whether every device of the target can start a kernel before the one before it has ended: sm_90 and later."""
         return all(int(re.sub(r"\D", "", image)) >= 90 for image in self.images)
 
+    @property
+    def has_warpgroup_products(self) -> bool:
+        """Whether every device of the target has Hopper's `wgmma`, which no other generation has."""
+        return set(self.images) == {"sm_90a"}
+
 
 TARGET_CLASS = CudaTarget

@@ -44,6 +44,8 @@ from tvm_attn.kernels.cuda.ptx import (
 )
 from tvm_attn.kernels.prefill_attention import PrefillAttention
 
+HEAD_DIMS = (64, 128)
+"""Dimensions of a head that fill columns of shared memory."""
 _COLUMN = 64
 """Dimensions per column of shared memory: 128 bytes."""
 _ALIGNMENT = 1024
@@ -85,8 +87,11 @@ class HopperTiles:
 
 
 def default_hopper_tiles(kernel: PrefillAttention) -> HopperTiles:
-    """The tiles without a record."""
-    return HopperTiles(2, 128, 4) if kernel.head_dim == 64 else HopperTiles(2, 128, 2)
+    """The tiles without a record: good on an H100 for one prompt of 1024 tokens and for 16.
+
+    One warpgroup with 128 keys is a quarter faster for one prompt and a third slower for 16.
+    """
+    return HopperTiles(2, 64, 4 if kernel.head_dim == 64 else 3)
 
 
 def hopper_candidates(kernel: PrefillAttention) -> Iterator[HopperTiles]:

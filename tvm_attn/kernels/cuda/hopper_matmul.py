@@ -30,32 +30,64 @@ _DEPTH = 64
 """Extent of a stage along K: 128 bytes."""
 _SWIZZLE_BYTES = 1024
 """Eight rows: the alignment of a swizzled matrix."""
+_ALL_SHARED_BYTES = 228 << 10
+"""Bytes of shared memory of a multiprocessor; each block takes 1 KiB more than it asks for."""
+_BARRIER, _LATENCY = 60.0, 1500.0  # clocks: of a barrier, and from the start of a block to its first product
 
 
-def hopper_tiles(warpgroups: int, columns: int, stages: int) -> MatmulTiles:
+def tiles_of(warpgroups: int, columns: int, stages: int) -> MatmulTiles:
     """Tiles of `hopper_matmul`: 64 rows for each warpgroup."""
     return MatmulTiles(64 * warpgroups, columns, _DEPTH, 4 * warpgroups, 1, 1, stages)
 
 
 def candidates(kernel: LinearKernel) -> Iterator[MatmulTiles]:
-    """Tiles for a search to try."""
+    """Tiles for a search to try: all that fit."""
     for warpgroups, columns, stages in product((1, 2, 3), (64, 96, 128, 160, 192, 256), (3, 4, 5, 6)):
-        tiles = hopper_tiles(warpgroups, columns, stages)
+        tiles = tiles_of(warpgroups, columns, stages)
         if fits(kernel, tiles):
             yield tiles
+
+
+def default_tiles(kernel: LinearKernel, rows: int, multiprocessors: int = 132) -> MatmulTiles:
+    """The tiles that `predicted_clocks` prefers for this number of rows; of equal ones, those with more stages."""
+    return min(
+        candidates(kernel), key=lambda tiles: (predicted_clocks(kernel, tiles, rows, multiprocessors), -tiles.stages)
+    )
+
+
+def predicted_clocks(kernel: LinearKernel, tiles: MatmulTiles, rows: int, multiprocessors: int) -> float:
+    """Clocks of a call on an H100, without starting and ending it.
+
+    A stage takes the longer of its products (2048 a clock, of 16-bit numbers) and of its copies from L2 (64 bytes a
+    clock), and a barrier. Blocks on one multiprocessor share both.
+    """
+    blocks = -(-rows // tiles.rows) * -(-kernel.out_features // tiles.columns)
+    resident = min(
+        _ALL_SHARED_BYTES // (tiles.shared_bytes(kernel) + 2 * _SWIZZLE_BYTES), 65536 // (168 * tiles.threads)
+    )
+    turns = -(-blocks // (multiprocessors * max(1, resident)))
+    together = min(max(1, resident), -(-blocks // multiprocessors))
+    products, copies = tiles.rows * tiles.columns * _DEPTH / 2048, (tiles.rows + tiles.columns) * 2 * _DEPTH / 64
+    stage = together * max(products, copies) + _BARRIER
+    finish = together * tiles.rows * tiles.columns * (4 if kernel.output_dtype == "float32" else 3) / 64
+    return turns * (_LATENCY + -(-kernel.in_features // _DEPTH) * stage + finish)
+
+
+def suits(kernel: LinearKernel) -> bool:
+    """Whether `hopper_matmul` computes a kernel: with weights of 16 bits, and results that the epilogue stores."""
+    return kernel.weights == kernel.activations and MatmulTiles.suits_epilogue(kernel)
 
 
 def fits(kernel: LinearKernel, tiles: MatmulTiles) -> bool:
     """Whether `hopper_matmul` computes a kernel with these tiles, without spilling registers."""
     return (
-        tiles == hopper_tiles(tiles.rows // 64, tiles.columns, tiles.stages)
+        suits(kernel)
+        and tiles == tiles_of(tiles.rows // 64, tiles.columns, tiles.stages)
         and tiles.columns % 8 == 0
         and tiles.columns <= 256
         and tiles.stages >= 3
         and tiles.columns // 2 + 72 <= 65536 // tiles.threads
         and tiles.shared_bytes(kernel) + _SWIZZLE_BYTES <= HOPPER_SHARED_BYTES
-        and kernel.weights == kernel.activations
-        and tiles.suits_epilogue(kernel)
     )
 
 

@@ -10,6 +10,7 @@ from tvm import tirx
 
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.base import TENSOR_CORE_DTYPES
+from tvm_attn.kernels.cuda import hopper_matmul
 from tvm_attn.kernels.cuda.gemv import gemv
 from tvm_attn.kernels.cuda.gemv_tiles import candidates as gemv_candidates
 from tvm_attn.kernels.cuda.gemv_tiles import default_tiles as default_gemv_tiles
@@ -24,6 +25,8 @@ from tvm_attn.targets import CudaTarget
 
 _PROMPT_ROWS = 1024
 """Rows that tiles are chosen for if a kernel does not say how many there can be."""
+_HOPPER_ROWS = 256
+"""Rows from which a warpgroup's 64 are worth it; fewer are decoded, and latency decides."""
 
 
 def _linear(kernel: LinearKernel, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
@@ -38,6 +41,10 @@ def _linear(kernel: LinearKernel, target: CudaTarget, choose: Chooser) -> tirx.P
         tiles = choose_tiles(choose, default_gemv_tiles(*sizes), gemv_candidates(*sizes))
         return gemv(kernel, tiles, target.has_dependent_launch)
     rows = _PROMPT_ROWS if kernel.max_groups is None else kernel.max_groups * kernel.rows
+    if target.has_warpgroup_products and rows >= _HOPPER_ROWS and hopper_matmul.suits(kernel):
+        best = hopper_matmul.default_tiles(kernel, rows, target.multiprocessors)
+        tiles = choose_tiles(choose, best, hopper_matmul.candidates(kernel))
+        return hopper_matmul.hopper_matmul(kernel, tiles)
     default, others = default_matmul_tiles(kernel, rows), matmul_candidates(kernel, rows)
     return matmul(kernel, choose_tiles(choose, default, others))
 

@@ -28,6 +28,12 @@ from tvm.script import tirx as T
 from tvm_attn.kernels.attention import MASKED
 from tvm_attn.kernels.base import TENSOR_CORE_DTYPES
 from tvm_attn.kernels.cuda.attention import check_head
+from tvm_attn.kernels.cuda.hopper_attention import (
+    HEAD_DIMS,
+    default_hopper_tiles,
+    hopper_attention,
+    hopper_candidates,
+)
 from tvm_attn.kernels.cuda.lanes import shuffle_xor
 from tvm_attn.kernels.cuda.limits import REGISTERS, SHARED_BYTES, UNIT_ELEMENTS
 from tvm_attn.kernels.cuda.ptx import (
@@ -412,6 +418,9 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
 
 def _prefill_attention(kernel: PrefillAttention, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
     check_head(kernel)
+    if target.has_warpgroup_products and kernel.head_dim in HEAD_DIMS:
+        hopper_tiles = choose_tiles(choose, default_hopper_tiles(kernel), hopper_candidates(kernel))
+        return hopper_attention(kernel, hopper_tiles)
     tiles = choose_tiles(choose, default_prefill_tiles(kernel), prefill_candidates(kernel))
     return prefill_attention(kernel, tiles)
 
