@@ -98,6 +98,11 @@ def sass(function: tirx.PrimFunc, architecture: str = "sm_80") -> dict[str, str]
     return found
 
 
+def log(function: tirx.PrimFunc, architecture: str = "sm_80") -> str:
+    """The messages of the compiler."""
+    return _image(_lowered(function)[0], architecture).log
+
+
 def count(instructions: str, name: str) -> int:
     """How many instructions of one kernel's `sass` begin with a name, e.g. "HMMA", predicated or not."""
     return len(re.findall(rf"^(?:@!?\w+\s+)?{re.escape(name)}\b", instructions, flags=re.MULTILINE))

@@ -136,7 +136,7 @@ def test_races(name: str) -> None:
 @pytest.mark.parametrize(
     ("instruction", "message"),
     [
-        ("wgmma.fence.sync.aligned", "wgmma.fence.sync.aligned is not emulated"),
+        ("tcgen05.wait::ld.sync.aligned", "tcgen05.wait::ld.sync.aligned is not emulated"),
         ("mov.b32 %0, %%clock", "%%clock' is not emulated"),
         ("{ .reg .b128 r; }", "type .b128"),
         ("ld.global.b128 %0, [%0]", "ld.global.b128 is not emulated"),

@@ -160,10 +160,10 @@ class EmulatedGpu:
         return emulate(emulated.function_for(case.kernel), case)
 
 
-def emulate(function: tirx.PrimFunc, case: Case) -> list[np.ndarray]:
-    """Runs a function that is scheduled for CUDA with a case's operands."""
+def emulate(function: tirx.PrimFunc, case: Case, races: bool = False) -> list[np.ndarray]:
+    """Runs a function that is scheduled for CUDA with a case's operands; see `emulation.run`."""
     arrays = [array.copy() for array in (*case.inputs, *case.outputs)]
-    emulation.run(function, arrays)
+    emulation.run(function, arrays, races=races)
     return _results(case, arrays)
 
 

@@ -1,25 +1,26 @@
 """CUDA kernels on the CPU: the source that TVM generates for a device, compiled with a C++ compiler and run.
 
-Every thread of a block is a fiber, and warp collectives, ldmatrix, mma.sync, cp.async and barriers do what the PTX ISA
-documentation says. The compiler's host code runs too. Each case runs twice, the second time with threads and blocks in
-reverse order; a warp runs until it waits for another. Kernels with atomic operations also run twice at the same time, a
-block of one call after a block of the other.
+Every thread of a block is a fiber, and warp collectives, ldmatrix, mma.sync, wgmma, cp.async, mbarriers and barriers do
+what the PTX ISA documentation says. The compiler's host code runs too. Each case runs twice, the second time with
+threads and blocks in reverse order; a warp runs until it waits for another. Kernels with atomic operations also run
+twice at the same time, a block of one call after a block of the other.
 
 | it finds | by means of |
 |---|---|
 | accesses out of bounds: tensors, shared memory, local arrays | address and bounds sanitizer |
 | misaligned vectors, rows of ldmatrix, asynchronous copies | alignment sanitizer, checks |
 | use of shared memory, workspaces or variables before they are written | poison: 0xFF in memory, 0xFE in variables |
-| results of cp.async that are not waited for | poison until the wait |
+| results of cp.async and wgmma that are not waited for | poison until the wait |
 | a missing barrier that changes a result; blocks that race | different results in reverse order |
 | memory that two calls share, such as a variable of the module | different results of two calls at the same time |
 | any pair of conflicting accesses to shared memory without a barrier (`races=True`) | vector clocks |
-| barriers and collectives that not all threads reach | no thread can go on |
+| barriers and collectives that not all threads reach, mbarriers whose phase never ends | no thread can go on |
 | PTX that is not emulated | an error that names it |
 
-It does not find races in global memory that change nothing in reverse order; missing fences; or blocks that wait for
-each other, since they run one after another. It does not show how a device rounds inside mma.sync and approximate
-functions, which are nearly exact here; nor registers, occupancy and time.
+It does not find races in global memory that change nothing in reverse order; missing fences; shared memory that is
+overwritten while wgmma may still read it, which here reads at once; or blocks that wait for each other, since they run
+one after another. It does not show how a device rounds inside mma.sync, wgmma and approximate functions, which are
+nearly exact here; nor registers, occupancy and time.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ std::string Place(const void* code) {
        Place(before.code) + " and thread " + std::to_string(current->number) + " " + second + " it at " + Place(code));
 }
 
+std::unordered_map<const void*, std::vector<int64_t>> released;  // what acquires of an object get to know
+
 }  // namespace
 
 void EnableRaces() { is_enabled = true; }
@@ -52,6 +54,7 @@ void EnableRaces() { is_enabled = true; }
 void BeginBlockForRaces(size_t threads) {
   if (!is_enabled) return;
   bytes.clear();
+  released.clear();
   barriers = 0;
   meetings.assign(threads, 0);
   clocks.assign(threads, std::vector<int64_t>(threads, -1));
@@ -69,6 +72,22 @@ void SynchronizeForRaces(const std::vector<uint32_t>& threads) {
   }
   for (const uint32_t thread : threads) known[thread] = meetings[thread]++;
   for (const uint32_t thread : threads) clocks[thread] = known;
+}
+
+void ReleaseForRaces(const void* object) {
+  if (!is_enabled) return;
+  const uint32_t thread = current->number;
+  std::vector<int64_t>& known = released[object];
+  known.resize(meetings.size(), -1);
+  for (size_t i = 0; i < known.size(); ++i) known[i] = std::max(known[i], clocks[thread][i]);
+  known[thread] = meetings[thread]++;
+}
+
+void AcquireForRaces(const void* object) {
+  if (!is_enabled) return;
+  const std::vector<int64_t>& known = released[object];
+  std::vector<int64_t>& own = clocks[current->number];
+  for (size_t i = 0; i < known.size(); ++i) own[i] = std::max(own[i], known[i]);
 }
 
 void AccessForRaces(const void* address, size_t size, bool writes, const void* code) {

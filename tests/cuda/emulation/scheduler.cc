@@ -105,6 +105,8 @@ const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
 void* scheduler_fake_stack = nullptr;
 std::exception_ptr failure;
+uint32_t idle_turns = 0;  // of yielding threads, since something happened that they may wait for
+constexpr uint32_t kMostIdleTurns = 100000;
 
 /// Not memset: the sanitizer's own would refuse the gaps between static arrays.
 void Fill(char* begin, char* end) {
@@ -182,6 +184,7 @@ size_t RunWarp(size_t first, bool reverse, size_t* done) {
     ToFiber(&fiber);
     if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
     *done += fiber.state == State::kDone;
+    if (fiber.state == State::kDone) Progress();
   }
   return ran;
 }
@@ -212,13 +215,16 @@ void RunBlock(bool reverse) {
     for (Fiber& fiber : fibers) {
       if (fiber.state != State::kYielded) continue;
       fiber.state = State::kReady;
+      fiber.waits_for = "a value in memory";
       progress = true;
     }
-    if (!progress) Deadlock();
+    if (!progress || ++idle_turns > kMostIdleTurns) Deadlock();
   }
 }
 
 }  // namespace
+
+void Meet(uint32_t number, uint32_t count, bool orders);
 
 void Fail(const std::string& message) {
   // Not thrown from here: kernels that report their accesses are compiled as if those functions threw nothing.
@@ -234,7 +240,12 @@ void Yield() {
   ToScheduler();
 }
 
-void Barrier(uint32_t number, uint32_t count) {
+void Barrier(uint32_t number, uint32_t count) { Meet(number, count, true); }
+void Meet(uint32_t number, uint32_t count) { Meet(number, count, false); }
+Thread& ThreadOf(uint32_t number) { return fibers[number]; }
+void Progress() { idle_turns = 0; }
+
+void Meet(uint32_t number, uint32_t count, bool orders) {
   if (count == 0) count = static_cast<uint32_t>(fibers.size());
   Fiber& self = Self();
   self.state = State::kBarrier;
@@ -248,7 +259,8 @@ void Barrier(uint32_t number, uint32_t count) {
       fiber.state = State::kReady;
       met.push_back(fiber.number);
     }
-    SynchronizeForRaces(met.size() == fibers.size() ? std::vector<uint32_t>() : met);
+    Progress();
+    if (orders) SynchronizeForRaces(met.size() == fibers.size() ? std::vector<uint32_t>() : met);
   }
   ToScheduler();
 }
@@ -273,6 +285,7 @@ void Collective(const char* name, uint32_t mask, void* slot, void (*execute)(voi
     slots[lane] = other.slot;
   }
   if (complete) {
+    Progress();
     execute(slots, mask);
     for (uint32_t lane = 0; lane < kWarp; ++lane) {
       if (mask >> lane & 1) fibers[first + lane].state = State::kReady;

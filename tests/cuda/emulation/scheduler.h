@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace emulation {
@@ -20,12 +22,20 @@ struct AsyncCopy {
   uint32_t size;
 };
 
+/// The results of wgmma: they were computed, and land in their registers when their group is waited for.
+struct Products {
+  std::unordered_map<float*, float> latest;
+  std::vector<std::pair<float*, float>> uncommitted;
+  std::vector<std::vector<std::pair<float*, float>>> groups;  // oldest first
+};
+
 struct Thread {
   Index index;
   uint32_t number;  // in the block, x fastest
   uint32_t lane;
   std::vector<AsyncCopy> uncommitted;
   std::vector<std::vector<AsyncCopy>> groups;  // oldest first
+  Products products;
 };
 
 /// The thread, block and launch that run.
@@ -38,8 +48,17 @@ extern Index block_index, block_size, grid_size;
 /// Waits until `count` threads of the block have come to this barrier; 0 means all of them.
 void Barrier(uint32_t number = 0, uint32_t count = 0);
 
+/// The same for an instruction of several warps, which orders no accesses to memory.
+void Meet(uint32_t number, uint32_t count);
+
+/// A thread of the block.
+Thread& ThreadOf(uint32_t number);
+
 /// Lets the other threads go on: what a loop that waits for memory does.
 void Yield();
+
+/// Says that what others may wait for in such loops has changed: without it, many turns are a deadlock.
+void Progress();
 
 /// Waits until all lanes of `mask` are here; then `execute` runs once, with the slots of all 32 lanes.
 void Collective(const char* name, uint32_t mask, void* slot, void (*execute)(void* const* slots, uint32_t mask));

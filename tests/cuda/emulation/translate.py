@@ -28,6 +28,11 @@ _SPECIAL_REGISTERS = {
     **{f"%%{name}.{axis}": f"{struct}.{axis}" for axis in "xyz" for name, struct in (
         ("tid", "threadIdx"), ("ntid", "blockDim"), ("ctaid", "blockIdx"), ("nctaid", "gridDim"))},
 }  # fmt: skip
+# A loop that polls an mbarrier, which becomes one instruction of ours.
+_POLL = re.compile(
+    r"(\w+):\s*mbarrier\.try_wait\.parity[\w.:]*\s+(%*\w+),\s*(\[[^\]]*\]),\s*(%*\w+)(?:,\s*%*\w+)?;\s*"
+    r"@\2\s+bra\.uni\s+(\w+);\s*bra\.uni\s+\1;\s*\5:"
+)
 # Modifiers of loads and stores that change nothing here, because one thread runs at a time.
 _MARKS = r"(?:\.(?:weak|relaxed|acquire|release|volatile|nc|cta|gpu|sys|ca|cg|cs|cv|lu|wb|wt|L1::\w+|L2::\w+))*"
 _LOAD_STORE = re.compile(rf"(ld|st){_MARKS}(?:\.(global|shared(?:::cta)?))?{_MARKS}(?:\.v[248])?\.([bsuf]\d+)")
@@ -99,6 +104,7 @@ def _translate_asm(text: str) -> str:
     """The C++ for the text between the brackets of an asm statement."""
     template, *sections = _split(text, ":")
     assembly = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", "\n").replace("\\t", " ")
+    assembly = _POLL.sub(r"mbarrier.wait.parity \3, \4;", assembly)
     scope = dict(_SPECIAL_REGISTERS)  # the text of an operand -> C++
     number = 0
     for section in sections[:2]:
@@ -141,6 +147,7 @@ def _translate_instruction(instruction: str, scope: dict[str, str]) -> str:
     operands: list[str] = []
     for group in filter(None, map(str.strip, _split(rest, ","))):
         operands += _split(group[1:-1], ",") if group.startswith("{") else [group]
+    operands = [operand for operand in operands if operand != "_"]  # a result that nobody wants
     if match := _LOAD_STORE.fullmatch(mnemonic):
         type_ = {"b8": "uint8_t", "u8": "uint8_t", "s8": "int8_t"}.get(match[3]) or _REGISTER_TYPES.get(match[3])
         if type_ is None:

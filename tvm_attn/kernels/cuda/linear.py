@@ -43,8 +43,7 @@ def _linear(kernel: LinearKernel, target: CudaTarget, choose: Chooser) -> tirx.P
     rows = _PROMPT_ROWS if kernel.max_groups is None else kernel.max_groups * kernel.rows
     if target.has_warpgroup_products and rows >= _HOPPER_ROWS and hopper_matmul.suits(kernel):
         best = hopper_matmul.default_tiles(kernel, rows, target.multiprocessors)
-        tiles = choose_tiles(choose, best, hopper_matmul.candidates(kernel))
-        return hopper_matmul.hopper_matmul(kernel, tiles)
+        return hopper_matmul.hopper_matmul(kernel, choose_tiles(choose, best, hopper_matmul.candidates(kernel)))
     default, others = default_matmul_tiles(kernel, rows), matmul_candidates(kernel, rows)
     return matmul(kernel, choose_tiles(choose, default, others))
 

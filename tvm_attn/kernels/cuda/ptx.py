@@ -249,7 +249,7 @@ def wgmma_descriptor(address: tirx.Expr, leading: int, stride: int) -> tirx.Expr
         stride: bytes between groups of eight rows.
     """
     constant = leading // 16 << 16 | stride // 16 << 32 | 1 << 62
-    return T.Cast("uint64", address >> T.uint32(4)) | T.uint64(constant)
+    return T.Cast("uint64", (address & T.uint32(0x3FFFF)) >> T.uint32(4)) | T.uint64(constant)
 
 
 def wgmma(

@@ -46,6 +46,7 @@ constexpr int warpSize = 32;
 #include "intrinsics.h"
 #include "ptx.h"
 #include "ptx_matrix.h"
+#include "ptx_warpgroup.h"
 
 namespace emulation {
 
