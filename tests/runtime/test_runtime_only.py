@@ -109,11 +109,11 @@ result = _limits("cpu", 1, "float32", lambda message, share: None)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_again_and_again_takes_no_more_memory(demo_artifact: Path) -> None:
     code = """
-import gc, sys, tvm_attn
+import gc, mmap, sys, tvm_attn
 
 def megabytes():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
+        return int(file.read().split()[1]) * mmap.PAGESIZE / 2**20
 
 result = []
 for _ in range(24):
