@@ -11,9 +11,10 @@ import pytest
 
 from tests.cuda.emulation import device
 from tvm_attn.compiler.build import build
-from tvm_attn.kernels import DecodeAttention
-from tvm_attn.kernels.cuda import decode_attention
+from tvm_attn.kernels import Advance, DecodeAttention
+from tvm_attn.kernels.cuda import decode_attention, sampling
 from tvm_attn.kernels.cuda.decode_attention import DecodeTiles
+from tvm_attn.kernels.cuda.sampling import AdvanceTiles
 
 # It installs the device permanently, so it runs in its own process.
 CHECK = """
@@ -61,7 +62,14 @@ def test_artifact(checkpoint: Path, dtype: str, quant: str, tmp_path: Path) -> N
         """Blocks that split keys and merge, in this context too."""
         return DecodeTiles(2) if kernel.groups is None else DecodeTiles(2, 3, alone=4)
 
-    with device.source_in_libraries(), mock.patch.object(decode_attention, "default_decode_tiles", tiles):
+    def split(kernel: Advance) -> AdvanceTiles:
+        return AdvanceTiles(32, 2) if kernel.groups is None else AdvanceTiles(32, 2, 4)
+
+    with (
+        device.source_in_libraries(),
+        mock.patch.object(decode_attention, "default_decode_tiles", tiles),
+        mock.patch.object(sampling, "default_tiles", split),
+    ):
         build(checkpoint, "cuda-sm80", dtype, quant, out=folder, verify=False)
     command = [sys.executable, "-c", CHECK, str(folder)]
     root = Path(__file__).parents[2]

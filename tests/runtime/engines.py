@@ -55,7 +55,10 @@ class FakeEngine:
             self.cache[slot] = self.cache.get(slot, [])[:start] + prompt.tolist()
         return self._logits("prefill", list(slots))
 
-    def decode(self, token_ids: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> HostLogits:
+    def decode(
+        self, token_ids: np.ndarray, slots: np.ndarray, positions: np.ndarray, *, ahead: bool = False
+    ) -> HostLogits:
+        assert not ahead or (positions + 1 < self.config.n_positions).all()
         assert token_ids.dtype == slots.dtype == positions.dtype == np.int32
         for token_id, slot, position in zip(token_ids, slots, positions, strict=True):
             assert position == len(self.cache[slot]) < self.config.n_positions

@@ -251,6 +251,95 @@ def test_inputs_of_prompts_are_uploaded_where_they_differ(plain: CompiledEngine)
     assert uploads.take() == ["token_ids"]
 
 
+# --- the step after this one ---
+
+
+def run_ahead(engine: CompiledEngine, count: int, first: np.ndarray, slots: np.ndarray) -> list[list[int]]:
+    """Greedy decoding of empty slots; the last step starts none."""
+    ids, positions, chosen = first, np.zeros(len(first), np.int32), []
+    for step in range(count):
+        logits = engine.decode(ids, slots, positions + step, ahead=step + 1 < count)
+        ids = logits.argmax()
+        chosen.append(ids.tolist())
+    return chosen
+
+
+def test_the_next_step_starts_before_it_is_asked_for(plain: CompiledEngine) -> None:
+    engine, machine, uploads = stepping(plain)
+    slots, positions, first = int32(4, 2, 7), int32(0, 0, 0), int32(3, 1, 4)
+    expected = run_ahead(plain, 6, first, slots)  # a library without steps looks not ahead
+    logits = engine.decode(first, slots, positions, ahead=True)
+    assert len(machine.calls) == 2  # before anything is read
+    with pytest.raises(GenerationError, match="overwritten by a later step"):
+        logits.numpy()
+    assert logits.argmax().tolist() == expected[0]
+    again, machine, uploads = stepping(plain)
+    assert run_ahead(again, 6, first, slots) == expected
+    assert len(machine.calls) == 6
+    assert uploads.take() == ["step_group.token_ids", "step_group.positions", "step_group.slots"]
+
+
+def test_a_step_that_nobody_asks_for_changes_nothing(plain: CompiledEngine) -> None:
+    """Another token, another position, other slots, fewer sequences, another shape, a prompt in between."""
+    slots, first = int32(4, 2, 7), int32(3, 1, 4)
+
+    def play(engine: CompiledEngine, ahead: bool) -> list[np.ndarray]:
+        found = []
+
+        def decode(ids: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+            ids = engine.decode(ids, slots, positions, ahead=ahead).argmax()
+            found.append(ids)
+            return ids
+
+        ids = decode(first, slots, int32(0, 0, 0))
+        ids = decode(ids + 1, slots, int32(1, 1, 1))
+        ids = decode(ids, slots, int32(1, 1, 1))
+        ids = decode(ids, int32(4, 2, 6), int32(2, 2, 0))
+        ids = decode(ids[:2], int32(4, 2), int32(3, 3))
+        one = decode(ids[:1], int32(4), int32(4))
+        engine.prefill(prompts(9), [2])
+        decode(np.concatenate([one, int32(9)]), int32(4, 2), int32(5, 9))
+        engine.prefill(prompts(12), [4])  # what was started has read the slot before
+        found.append(engine.decode(int32(8), int32(4), int32(12)).numpy())
+        return found
+
+    engine, machine, _ = stepping(plain)
+    for ours, expected in zip(play(engine, True), play(plain, False), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    assert len(machine.calls) == 7 * 2 + 1
+
+
+def test_a_repeated_call_is_not_taken_for_the_next_step_after_the_cache_changed(plain: CompiledEngine) -> None:
+    engine, _, _ = stepping(plain)
+    ids = engine.decode(int32(3), int32(4), int32(0), ahead=True).argmax()
+    engine.prefill(prompts(1), [4])
+    later = engine.decode(ids, int32(4), int32(1)).numpy()
+    plain.prefill(prompts(1), [4])
+    np.testing.assert_array_equal(later, plain.decode(ids, int32(4), int32(1)).numpy())
+
+
+def test_a_started_step_that_fails_is_told_at_once(plain: CompiledEngine) -> None:
+    engine, machine, _ = stepping(plain)
+    ids = engine.decode(int32(3, 1), int32(4, 2), int32(0, 0)).argmax()
+    machine.fails = True
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        engine.decode(ids, int32(4, 2), int32(1, 1), ahead=True)
+    machine.fails = False
+    logits = engine.decode(ids, int32(4, 2), int32(1, 1), ahead=True)
+    plain.decode(int32(3, 1), int32(4, 2), int32(0, 0))
+    np.testing.assert_array_equal(logits.argmax(), plain.decode(ids, int32(4, 2), int32(1, 1)).argmax())
+
+
+def test_steps_are_started_ahead_while_sequences_go_on(plain: CompiledEngine) -> None:
+    """Greedy requests need one call a token; the last step of a sequence starts none, so the context is never left."""
+    engine, machine, _ = stepping(plain)
+    length = plain.config.n_positions - 5
+    expected = Scheduler(plain).generate(prompts(length), GenerationOptions(max_new_tokens=50, stop_token_ids=()))
+    asked = Scheduler(engine).generate(prompts(length), GenerationOptions(max_new_tokens=50, stop_token_ids=()))
+    assert asked == expected
+    assert len(machine.calls) == 5
+
+
 # --- what a step returns ---
 
 

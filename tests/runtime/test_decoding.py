@@ -353,7 +353,7 @@ def test_a_failing_engine_frees_the_slots(tokenizer):
     class Broken(RuntimeError):
         pass
 
-    def fail(*_args: Any) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
         raise Broken
 
     engine.decode, decode = fail, engine.decode

@@ -104,3 +104,25 @@ result = _limits("cpu", 1, "float32", lambda message, share: None)
 """
     *_, line = run(code + LOADED, demo_artifact, TVM_USE_RUNTIME_LIB="1").stdout.splitlines()
     assert loaded(line)[2] is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_again_and_again_takes_no_more_memory(demo_artifact: Path) -> None:
+    code = """
+import gc, mmap, sys, tvm_attn
+
+def megabytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE / 2**20
+
+result = []
+for _ in range(24):
+    model = tvm_attn.load(sys.argv[1])
+    model.generate([1, 2, 3], max_new_tokens=2)
+    del model
+    gc.collect()
+    result.append(megabytes())
+"""
+    *_, line = run(code + LOADED, demo_artifact, TVM_USE_RUNTIME_LIB="1").stdout.splitlines()
+    used = loaded(line)[2]
+    assert min(used[-4:]) - min(used[4:8]) < 8  # the model has 6 MB of parameters, its library 1 MB

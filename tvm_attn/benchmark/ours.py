@@ -100,6 +100,17 @@ class CompiledSystem(CachedSystem):
 class CompiledGpuSystem(GreedySystem, CompiledSystem):
     """An artifact's library on a GPU, with the arguments of `CompiledSystem`."""
 
+    def _run(self, case: Case, ids: Int32Array) -> list[float]:
+        # As in real use: in the device's thread, with the next step started ahead.
+        run: list[float] = self._engine.run(super()._run, case, ids)
+        return run
+
+    def step(self, token_ids: Int32Array, context: int, *, continues: bool) -> Int32Array:
+        """See `GreedySystem.step`."""
+        slots = np.arange(len(token_ids), dtype=np.int32)
+        positions = np.full(len(token_ids), context, np.int32)
+        return self._engine.decode(token_ids, slots, positions, ahead=continues).argmax()
+
 
 def _manifest_kernels(artifact: Artifact, file: str) -> dict[str, dict[str, Any]]:
     """Family and static sizes of a library's kernels, by name."""

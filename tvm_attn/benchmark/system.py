@@ -165,11 +165,16 @@ class GreedySystem(CachedSystem):
             times += self._run(case, ids)
         return times
 
+    def step(self, token_ids: Int32Array, context: int, *, continues: bool) -> Int32Array:
+        """The ids (B,) after the tokens (B,) at position `context`; `continues` if the next call is for these."""
+        return self.argmax(self.decode(token_ids, context))
+
     def _run(self, case: Case, ids: Int32Array) -> list[float]:
         times = []
-        for position in range(case.tokens, min(case.tokens + _RUN, self.positions)):
+        end = min(case.tokens + _RUN, self.positions)
+        for position in range(case.tokens, end):
             start = time.perf_counter()
-            ids = self.argmax(self.decode(ids, position))
+            ids = self.step(ids, position, continues=position + 1 < end)
             times.append(time.perf_counter() - start)
         self.rewind(case.tokens)
         return times

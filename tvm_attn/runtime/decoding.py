@@ -66,8 +66,11 @@ class Engine(Protocol):
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's cache to another slot."""
 
-    def decode(self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array) -> Logits:
-        """Run one token per sequence, each argument (B,) int32: token b is written at `positions[b]` of its slot."""
+    def decode(self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array, *, ahead: bool = False) -> Logits:
+        """Run one token per sequence, each argument (B,) int32: token b is written at `positions[b]` of its slot.
+
+        With `ahead`, only the logits' argmax is wanted, and the next call will probably be for these tokens.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +261,11 @@ class TokenSequence:
     def takes_argmax(self) -> bool:
         """Whether the next token is that of the largest logit, whatever it is."""
         return self._is_plain_argmax and self.length >= self._shortest
+
+    @property
+    def continues(self) -> bool:
+        """Whether it goes on after the next token, unless that ends it."""
+        return self.length + 1 < len(self.ids)
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token for its logits (V,).

@@ -273,12 +273,17 @@ class CompiledEngine:
             yield (first, last), self._call("logits", *rows), count
 
     @_in_turn
-    def decode(self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array) -> DeviceLogits:
+    def decode(
+        self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array, *, ahead: bool = False
+    ) -> DeviceLogits:
         """Runs one token per sequence.
 
         Args:
             token_ids, slots, positions: int32 (B,); token b is written at `positions[b]` of its slot and attends to all
                 positions up to it.
+            ahead: whether the next call will probably be for the same sequences and the ids of the largest logits, at
+                positions inside the context: where the library has steps, that step starts at once, and of these logits
+                only `argmax` can be read.
 
         Returns:
             Logits that follow each token; those of a step are a `StepLogits`, which the next step overwrites.
@@ -292,7 +297,8 @@ class CompiledEngine:
             name = f"{kind}_group" if shape[0] == 1 and kind in self._groups_alone else kind
         if self._steps is not None:
             self.writes += 1
-            return self._steps.run(name, shape, token_ids, positions, slots, (self._kv, self._params))
+            rest = self._kv, self._params
+            return self._steps.run(name, shape, token_ids, positions, slots, rest, writes=self.writes, ahead=ahead)
         values = {"token_ids": (token_ids, 0), "positions": (positions, -1), "slots": (slots, 0)}
         tensors = [self._inputs.write(key, in_groups(array, shape, fill)) for key, (array, fill) in values.items()]
         return self._device_logits([(self._call(name, *tensors), count)])

@@ -4,11 +4,17 @@
 and increments the positions, all on the device. TVM runs the first call and captures it as a CUDA graph, one for each
 number of row groups; from then on `step_again(sizes)` launches it on the tensors of the first call. The host keeps a
 mirror of them. If greedy decoding continues with the same sequences, nothing is uploaded, and one id per row is read.
+
+Then the device need not wait for the host either: `run(..., ahead=True)` also starts the step after this one, with the
+tokens that this one chose, and the next call only fetches its result. If the next call asks for something else, the
+extra step has done no harm: it has written keys and values behind the end of its sequences, which nothing reads before
+they are written again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -36,6 +42,7 @@ class Steps:
         self._machine, self._inputs, self._slots = machine, inputs, slots
         self.stream, self.vocabulary = stream, vocabulary
         self._states: dict[tuple[str, tuple[int, int]], _State] = {}
+        self._expected: _Expected | None = None
         self.number = 0
         """Number of steps so far."""
 
@@ -47,6 +54,9 @@ class Steps:
         positions: Int32Array,
         slots: Int32Array,
         rest: tuple[Any, ...],
+        *,
+        writes: int = 0,
+        ahead: bool = False,
     ) -> StepLogits:
         """Runs one token per sequence.
 
@@ -55,12 +65,30 @@ class Steps:
             shape: g and R, the row groups in which it takes the next three arguments; rows past B are padding.
             token_ids, positions, slots: int32 (B,).
             rest: the other arguments, the same objects in every call.
+            writes: a number that grows by one for each call, and also if something else uses the cache.
+            ahead: whether the next step starts too; its positions must be inside the context. Of the result, only
+                `argmax` can be read then.
         """
         state = self._states.get((name, shape))
         if state is None:
             state = self._states[name, shape] = _State(name, shape, self._inputs)
-        state.write(token_ids, positions, slots)
+        expected, self._expected = self._expected, None
+        if expected is not None and expected.is_this(state, writes, token_ids, positions, slots):
+            logits = expected.following
+        else:
+            state.write(token_ids, positions, slots)
+            logits = self._launch(name, shape, state, positions, rest)
+        if ahead:
+            logits.start_argmax()
+            following = self._launch(name, shape, state, positions, rest)
+            self._expected = _Expected(state, writes + 1, logits, positions + 1, slots.copy(), following)
+        return logits
+
+    def _launch(
+        self, name: str, shape: tuple[int, int], state: _State, positions: Int32Array, rest: tuple[Any, ...]
+    ) -> StepLogits:
         self.number += 1
+        state.begin(self.number)
         if state.launch is None:
             logits = self.stream.run(self._machine[name], *state.arguments(), *rest)
             # The sizes that the call depended on; only `step` takes any number of groups.
@@ -69,8 +97,40 @@ class Steps:
             state.launch = lambda: again(sizes)
         else:
             logits = self.stream.run(state.launch)
-        state.advance(positions)
-        return StepLogits(self, (logits, len(token_ids)), state)
+        state.advance(len(positions))
+        return StepLogits(self, (logits, len(positions)), state)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """A step that was started before it was asked for.
+
+    Attributes:
+        state: its state.
+        writes: `writes` of the call that asks for it.
+        logits: what the step before it returned: its tokens are the largest of these.
+        positions, slots: int32 (B,).
+        following: what it returned.
+    """
+
+    state: _State
+    writes: int
+    logits: StepLogits
+    positions: Int32Array
+    slots: Int32Array
+    following: StepLogits
+
+    def is_this(
+        self, state: _State, writes: int, token_ids: Int32Array, positions: Int32Array, slots: Int32Array
+    ) -> bool:
+        """Whether a call asks for this step."""
+        return (
+            state is self.state
+            and writes == self.writes
+            and positions.tobytes() == self.positions.tobytes()
+            and slots.tobytes() == self.slots.tobytes()
+            and token_ids.tobytes() == self.logits.argmax().tobytes()
+        )
 
 
 class _State:
@@ -85,6 +145,8 @@ class _State:
         )
         self.launch: Callable[[], tvm.runtime.Tensor] | None = None
         """Launches the graph, once it has been captured."""
+        self.number = 0
+        """Number of its latest step."""
 
     def arguments(self) -> list[tvm.runtime.Tensor]:
         """The tensors in the order of the step's parameters."""
@@ -100,13 +162,16 @@ class _State:
         if not self.slots.holds(slots):
             self.slots.write(in_groups(slots, self._shape, 0))
         self._written = self.positions.mirror
-        # Unknown until the step has run, and if it fails.
+
+    def begin(self, number: int) -> None:
+        """Records that a step starts: what it changes is unknown until it has run, and if it fails."""
+        self.number = number
         self.token_ids.mirror = self.positions.mirror = None
 
-    def advance(self, positions: Int32Array) -> None:
-        """Records what a step has done to the positions."""
+    def advance(self, count: int) -> None:
+        """Records what a step of `count` rows has done to the positions."""
         assert self._written is not None
-        self._written[: len(positions)] += 1
+        self._written[:count] += 1
         self.positions.mirror = self._written
 
 
@@ -118,20 +183,31 @@ class StepLogits(DeviceLogits):
     """
 
     def __init__(self, steps: Steps, part: Part, state: _State) -> None:
-        def read_ids(_logits: tvm.runtime.Tensor) -> Int32Array:
-            ids = steps.stream.read(state.token_ids.tensor).copy()
-            state.token_ids.mirror = ids.copy()
-            return ids
-
-        super().__init__(steps.stream, steps.vocabulary, read_ids, [part])
-        self._steps, self._number = steps, steps.number
+        super().__init__(steps.stream, steps.vocabulary, self._read_ids, [part])
+        self._steps, self._state, self._number = steps, state, steps.number
+        self._reading: Callable[[], Int32Array] | None = None
         self._ids: Int32Array | None = None
+
+    def start_argmax(self) -> None:
+        """Lets `argmax` be called after later steps."""
+        if self._ids is None:
+            self._reading = self._steps.stream.start_read(self._state.token_ids.tensor)
 
     def argmax(self) -> Int32Array:
         """As in `DeviceLogits`; the step has already computed it."""
         if self._ids is None:
-            self._ids = super().argmax()
+            if self._reading is None:
+                self._ids = super().argmax()
+            else:
+                self._ids = self._reading()[: self._tensors[0][1]]
+                self._reading = None
         return self._ids
+
+    def _read_ids(self, _logits: tvm.runtime.Tensor) -> Int32Array:
+        ids = self._steps.stream.start_read(self._state.token_ids.tensor)()
+        if self._number == self._state.number:
+            self._state.token_ids.mirror = ids.copy()
+        return ids
 
     def _parts(self) -> Sequence[Part]:
         if self._number != self._steps.number:

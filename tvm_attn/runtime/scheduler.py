@@ -478,7 +478,8 @@ class Scheduler:
             positions = np.array([sequence.length - 1 for sequence in sequences], np.int32)
             token_ids = np.array([sequence.ids[sequence.length - 1] for sequence in sequences], np.int32)
             slots = np.array([sequence.slot for sequence in sequences], np.int32)
-            found = self._next_tokens(self.engine.decode(token_ids, slots, positions), entries)
+            ahead = not self._beginning and all(s.takes_argmax and s.continues for s in sequences)
+            found = self._next_tokens(self.engine.decode(token_ids, slots, positions, ahead=ahead), entries)
         except BaseException as error:
             self._fail(entries, error)
             return

@@ -34,6 +34,7 @@ class Stream:
     def __init__(self, device: tvm.runtime.Device, handle: int | None) -> None:
         self.device, self.given = device, handle
         self._class = class_of(device)
+        self._copies = self._class.copies()
 
     def handle(self) -> int:
         """The stream as an integer; 0 is the default stream."""
@@ -72,6 +73,25 @@ class Stream:
             self.wait()
             array = tensor.numpy()
         return array.reshape(-1, *array.shape[2:])
+
+    def start_read(self, tensor: tvm.runtime.Tensor) -> Callable[[], npt.NDArray[Any]]:
+        """Starts to read a tensor (g, R, ...): later work may overwrite it.
+
+        Returns:
+            A function that waits for the copy and returns it, (g * R, ...). It may be called once.
+        """
+        if self._copies is None:
+            array = self.read(tensor).copy()
+            return lambda: array
+        self._class.select(self.device.index)
+        shape = tuple(map(int, tensor.shape))
+        finish = self._copies.start(tensor.data_ptr(), shape, str(tensor.dtype), self.handle())
+
+        def read() -> npt.NDArray[Any]:
+            self._class.select(self.device.index)
+            return finish().reshape(-1, *shape[2:])
+
+        return read
 
     def hand_over(self, consumer: int | None) -> None:
         """Waits if the consumer's stream, as `__dlpack__` numbers it, is not ordered after this one."""

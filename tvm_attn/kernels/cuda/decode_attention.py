@@ -25,13 +25,13 @@ from tvm_attn.kernels.cuda.attention import check_head
 from tvm_attn.kernels.cuda.lanes import shuffle_xor
 from tvm_attn.kernels.cuda.limits import REGISTERS, UNIT_ELEMENTS
 from tvm_attn.kernels.cuda.ptx import (
+    arrive,
     exp2,
     kernel_attributes,
     load_global,
     pack,
     reciprocal,
     start_next_kernel,
-    uint32,
     wait_for_earlier_kernel,
 )
 from tvm_attn.kernels.cuda.tiles import choose_tiles
@@ -394,21 +394,6 @@ def high(word: tirx.Expr, dtype: str) -> tirx.Expr:
     if dtype == "bfloat16":
         return T.reinterpret("float32", T.bitwise_and(word, T.uint32(0xFFFF0000)))
     return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", T.shift_right(word, T.uint32(16)))))
-
-
-def arrive(before: tirx.Expr, counter: tirx.Expr, blocks: tirx.Expr) -> None:
-    """Counts a block of threads; `before` becomes the number of those that came earlier. Called by one thread.
-
-    The last of `blocks` sees what the others wrote before, and sets the counter back to the zero of the start.
-
-    Args:
-        before: a register, uint32.
-        counter: pointer to uint32 in global memory.
-        blocks: the number of blocks that will come.
-    """
-    T.evaluate(T.ptx["fence.acq_rel.gpu"]())
-    T.evaluate(T.ptx["atom.relaxed.gpu.global.inc.u32"](before, counter, uint32(blocks - 1)))
-    T.evaluate(T.ptx["fence.acq_rel.gpu"]())
 
 
 def _decode_attention(kernel: DecodeAttention, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:

@@ -216,6 +216,21 @@ def reciprocal(register: tirx.Expr, x: tirx.Expr) -> None:
     T.evaluate(T.ptx["rcp.approx.ftz.f32"](register, x))
 
 
+def arrive(before: tirx.Expr, counter: tirx.Expr, blocks: tirx.Expr) -> None:
+    """Counts a block of threads; `before` becomes the number of those that came earlier. Called by one thread.
+
+    The last of `blocks` sees what the others wrote before, and sets the counter back to the zero of the start.
+
+    Args:
+        before: a register, uint32.
+        counter: pointer to uint32 in global memory.
+        blocks: the number of blocks that will come.
+    """
+    T.evaluate(T.ptx["fence.acq_rel.gpu"]())
+    T.evaluate(T.ptx["atom.relaxed.gpu.global.inc.u32"](before, counter, uint32(blocks - 1)))
+    T.evaluate(T.ptx["fence.acq_rel.gpu"]())
+
+
 def _vector(registers: Sequence[tirx.Expr]) -> str:
     return "" if len(registers) == 1 else f".v{len(registers)}"
 

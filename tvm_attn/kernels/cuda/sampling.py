@@ -1,7 +1,7 @@
 """Greedy sampling at the end of a decode step on NVIDIA GPUs: the next token and position of each row, in place.
 
-One block reads a row. At 50257 columns that takes one multiprocessor about 2 us (200 KB at 64 bytes per clock), as long
-as a second launch would take, so rows are not split over blocks.
+At 50257 columns one block reads a row in several passes, each of which waits for memory. So if the number of rows is
+static, blocks split a row, each leaves its best column, and the last one, which a counter tells, compares them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from tvm import tirx
 from tvm.script import tirx as T
 
+from tvm_attn.kernels.base import ZEROED
 from tvm_attn.kernels.cuda.lanes import shuffle_xor
-from tvm_attn.kernels.cuda.ptx import kernel_attributes, load_global, wait_for_earlier_kernel
+from tvm_attn.kernels.cuda.ptx import arrive, kernel_attributes, load_global, wait_for_earlier_kernel
 from tvm_attn.kernels.cuda.tiles import choose_tiles
 from tvm_attn.kernels.sampling import Advance
 from tvm_attn.kernels.template import Chooser, Template
@@ -27,15 +28,20 @@ class AdvanceTiles:
     Attributes:
         threads: threads per block, a power of two from 32 to 1024.
         unroll: columns per thread whose loads are in flight together.
+        blocks: blocks per row, up to 32; 1 if the number of row groups is symbolic.
     """
 
     threads: int = 1024
     unroll: int = 8
+    blocks: int = 1
 
 
 def default_tiles(kernel: Advance) -> AdvanceTiles:
-    """As many threads as there are columns, up to 1024."""
-    threads = 32
+    """Blocks that read all their columns at once; a single block has a thread for each column, up to 1024."""
+    threads, tiles = 32, AdvanceTiles(256)
+    blocks = -(-kernel.vocabulary // (tiles.threads * tiles.unroll))
+    if kernel.groups is not None and blocks > 1:
+        return replace(tiles, blocks=min(32, blocks))
     while threads < min(kernel.vocabulary, 1024):
         threads *= 2
     return AdvanceTiles(threads)
@@ -45,13 +51,13 @@ def advance(kernel: Advance, tiles: AdvanceTiles, dependent: bool = False) -> ti
     """The function of `Advance`; with `dependent`, it starts before the kernel before it has ended.
 
     A thread keeps the first of its largest numbers, and whether it saw a NaN. Threads then compare unsigned integer
-    keys
-    in the order of the numbers: the sign bit is set for positive numbers, all bits are inverted for negative ones, -0
-    counts as 0, and NaN is above everything. The largest key wins, and of equal keys the smallest index.
+    keys in the order of the numbers: the sign bit is set for positive numbers, all bits are inverted for negative ones,
+    -0 counts as 0, and NaN is above everything. The largest key wins, and of equal keys the smallest index.
     """
     vocabulary, columns, rows, groups = kernel.vocabulary, kernel.columns, kernel.rows, kernel.groups
-    threads, unroll, warps = tiles.threads, tiles.unroll, tiles.threads // 32
+    threads, unroll, blocks, warps = tiles.threads, tiles.unroll, tiles.blocks, tiles.threads // 32
     nan_key, last = 0xFFFFFFFF, 2**31 - 1
+    static_rows = rows * (groups or 0)
 
     attributes = kernel_attributes(dependent)
 
@@ -62,13 +68,26 @@ def advance(kernel: Advance, tiles: AdvanceTiles, dependent: bool = False) -> ti
         logits = T.match_buffer(logits_handle, (g, rows, columns), "float32")
         token_ids = T.match_buffer(token_ids_handle, (g, rows), "int32")
         positions = T.match_buffer(positions_handle, (g, rows), "int32")
+        if blocks > 1:
+            found_keys = T.alloc_buffer((static_rows * blocks,), "uint32", scope="global")
+            found_indices = T.alloc_buffer((static_rows * blocks,), "int32", scope="global")
+            counters = T.alloc_buffer((static_rows,), "uint32", scope="global")
+            with T.attr(0, "tirx.device_entry", True):
+                block = T.cta_id([-(-static_rows // 32)])
+                lane = T.thread_id([32])
+                wait_for_earlier_kernel(dependent)
+                if block * 32 + lane < static_rows:
+                    counters[block * 32 + lane] = T.uint32(0)
+
         T.device_entry()
-        block = T.cta_id([g * rows])
+        piece, block = T.cta_id([blocks, g * rows])
         warp = T.warp_id([warps])
         lane = T.lane_id([32])
         thread = T.thread_id([threads])
         warp_key = T.alloc_shared((warps,), "uint32")
         warp_index = T.alloc_shared((warps,), "int32")
+        arrived = T.alloc_shared((1,), "uint32")
+        before = T.alloc_local((1,), "uint32")
         values = T.alloc_local((unroll,), "float32")
         best = T.alloc_local((1,), "float32")
         nan = T.alloc_local((1,), "bool")
@@ -88,14 +107,21 @@ def advance(kernel: Advance, tiles: AdvanceTiles, dependent: bool = False) -> ti
                 key[0] = T.Select(wins, key[1], key[0])
                 index[0] = T.Select(wins, index[1], index[0])
 
+        @T.inline
+        def finish():
+            """Writes the row's token and position."""
+            token_ids[group, row] = T.Select(key[0] == T.uint32(nan_key), -1, index[0])
+            positions[group, row] = position + 1
+
         wait_for_earlier_kernel(dependent)
         if position >= 0:
             best[0] = T.float32(-math.inf)
             nan[0] = False
             # If everything is minus infinity, the first column wins.
-            index[0] = T.Select(thread < vocabulary, thread, last)
-            for step in range(-(-vocabulary // (threads * unroll))):
-                first: T.let[T.int32] = step * (threads * unroll) + thread
+            own: T.let[T.int32] = piece * (threads * unroll) + thread
+            index[0] = T.Select(own < vocabulary, own, last)
+            for step in range(-(-vocabulary // (threads * unroll * blocks))):
+                first: T.let[T.int32] = step * (threads * unroll * blocks) + own
                 for i in T.unroll(unroll):
                     values[i] = T.float32(-math.inf)
                     if first + i * threads < vocabulary:
@@ -118,21 +144,40 @@ def advance(kernel: Advance, tiles: AdvanceTiles, dependent: bool = False) -> ti
                 key[0] = T.Select(lane < warps, warp_key[T.min(lane, warps - 1)], T.uint32(0))
                 index[0] = T.Select(lane < warps, warp_index[T.min(lane, warps - 1)], last)
                 reduce()
-        # Before the position changes, all threads have read it: they passed the barrier above.
-        if thread == 0:
-            if position >= 0:
-                token_ids[group, row] = T.Select(key[0] == T.uint32(nan_key), -1, index[0])
-                positions[group, row] = position + 1
-            else:
+                if blocks > 1:
+                    if lane == 0:
+                        found_keys[block * blocks + piece] = key[0]
+                        found_indices[block * blocks + piece] = index[0]
+                        arrive(before[0], counters.ptr_to([block]), blocks)
+                        arrived[0] = before[0]
+                    T.cuda.warp_sync()
+        # Before the position changes, all threads of all blocks have read it.
+        if position < 0:
+            if piece == 0 and thread == 0:
                 token_ids[group, row] = 0
+        elif warp == 0:
+            if blocks == 1:
+                if lane == 0:
+                    finish()
+            elif arrived[0] == T.uint32(blocks - 1):
+                key[0] = T.uint32(0)
+                index[0] = last
+                if lane < blocks:
+                    key[0] = found_keys[block * blocks + lane]
+                    index[0] = found_indices[block * blocks + lane]
+                reduce()
+                if lane == 0:
+                    finish()
 
-    return advance
+    return advance.with_attr(ZEROED, "counters") if blocks > 1 else advance
 
 
 def _advance(kernel: Advance, target: CudaTarget, choose: Chooser) -> tirx.PrimFunc:
     default = default_tiles(kernel)
-    candidates = [replace(default, threads=threads) for threads in (128, 256, 512, 1024)]
+    candidates = [default, *(AdvanceTiles(threads) for threads in (128, 256, 512, 1024))]
+    if kernel.groups is not None:
+        candidates += [AdvanceTiles(threads, unroll, 32) for threads in (128, 256) for unroll in (4, 8)]
     return advance(kernel, choose_tiles(choose, default, candidates), target.has_dependent_launch)
 
 
-TEMPLATE = Template("cuda.advance", 1, ("advance",), _advance)
+TEMPLATE = Template("cuda.advance", 2, ("advance",), _advance)

@@ -39,7 +39,8 @@ def embedding(kernel: Embedding) -> tirx.PrimFunc:
         for group, row, column in T.grid(g, rows, width):
             with T.sblock("embed"):
                 vg, vr, vc = T.axis.remap("SSS", [group, row, column])
-                x[vg, vr, vc] = token(wte, scales, token_ids[vg, vr], vc) + T.Cast(
+                # A row without a token, whose logits were not numbers, has id -1.
+                x[vg, vr, vc] = token(wte, scales, T.max(token_ids[vg, vr], 0), vc) + T.Cast(
                     "float32", wpe[T.max(positions[vg, vr], 0), vc]
                 )
 

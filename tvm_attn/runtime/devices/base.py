@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from tvm_attn.runtime.devices.cuda_copies import Copies
     from tvm_attn.targets import GpuTarget
 
 
@@ -91,6 +92,11 @@ class DeviceClass(ABC):
 
     def select(self, index: int) -> None:  # noqa: B027  (nothing to do is the default)
         """Makes a device the current one of this thread, if the class has a current device."""
+
+    def copies(self) -> Copies | None:
+        """Copies to the host that a stream makes without anybody waiting for it, one object a stream; None if every
+        copy waits."""
+        return None
 
     def free_memory(self, device: Any) -> int | None:
         """Free bytes on a TVM device; None if it does not say."""

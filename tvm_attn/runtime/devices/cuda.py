@@ -18,6 +18,7 @@ from typing import Any
 
 from tvm_attn.errors import DeviceError
 from tvm_attn.runtime.devices.base import DeviceClass, Found, lacks_of_block
+from tvm_attn.runtime.devices.cuda_copies import Copies
 
 DRIVER = "libcuda.so.1"
 CUDART = "libcudart.so.13"
@@ -74,6 +75,10 @@ class Driver:
             or self._library.cuDeviceGetAttribute(ctypes.byref(value), _SHARED_MEMORY_OPTIN, device)
         )
         return None if error else value.value
+
+    def copies(self) -> Copies:
+        """Copies of a stream's tensors to the host."""
+        return Copies(self._library)
 
     def _error_name(self, error: int) -> str:
         name = ctypes.c_char_p()
@@ -294,6 +299,13 @@ class Cuda(DeviceClass):
     def select(self, index: int) -> None:
         """See `DeviceClass`."""
         select(index)
+
+    def copies(self) -> Copies | None:
+        """See `DeviceClass`."""
+        try:
+            return Driver().copies()
+        except DeviceError:  # TVM's device is not this driver's, as in tests
+            return None
 
 
 DEVICE_CLASS = Cuda()
