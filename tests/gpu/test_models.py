@@ -137,6 +137,50 @@ def test_two_streams_give_what_one_gives(artifact: Path) -> None:
 
 
 @pytest.mark.usefixtures("memory_is_freed")
+def test_two_models_at_the_same_time_share_nothing(artifact: Path) -> None:
+    """At a context so long that blocks split the keys of a row, and with a step of each in flight."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    models = [tvm_attn.load(artifact, DEVICE, max_batch=3, stream=stream.cuda_stream) for stream in streams]
+    context = models[0].config.n_positions
+    steps, slots = 20, np.arange(3, dtype=np.int32)
+    prompts = ids_of(models[0], context - steps, context // 2, context - steps - 7)
+
+    def start(model: Model) -> tuple[np.ndarray, np.ndarray]:
+        ids = model.engine.prefill(prompts, slots.tolist()).argmax()
+        return ids, np.array([len(prompt) for prompt in prompts], np.int32)
+
+    expected = []
+    ids, positions = start(models[0])
+    for step in range(steps):
+        ids = models[0].engine.decode(ids, slots, positions + step).argmax()
+        expected.append(ids.tolist())
+    given = [start(model) for model in models]
+    for step in range(steps):
+        logits = [
+            model.engine.decode(ids, slots, positions + step, ahead=step + 1 < steps)
+            for model, (ids, positions) in zip(models, given, strict=True)
+        ]
+        given = [(each.argmax(), positions) for each, (_, positions) in zip(logits, given, strict=True)]
+        assert [ids.tolist() for ids, _ in given] == [expected[step]] * 2, step
+
+
+@pytest.mark.parametrize("batch", [1, 5, 20])
+def test_steps_started_ahead_change_no_token(artifact: Path, batch: int) -> None:
+    """Also if a call in between asks for something else."""
+    model = tvm_attn.load(artifact, DEVICE, max_batch=batch)
+    prompts = ids_of(model, *(3 + index for index in range(batch)))
+    slots, lengths = np.arange(batch, dtype=np.int32), np.array([len(prompt) for prompt in prompts], np.int32)
+    found = []
+    for ahead in (False, True):
+        chosen = [model.engine.prefill(prompts, slots.tolist()).argmax()]
+        for step in range(12):
+            ids = chosen[-1] if step % 5 else chosen[-1] // 2
+            chosen.append(model.engine.decode(ids, slots, lengths + step, ahead=ahead).argmax())
+        found.append(np.stack(chosen).tolist())
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("memory_is_freed")
 def test_short_memory_is_an_error_with_numbers(artifact: Path) -> None:
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(max(free - (192 << 20), 0), dtype=torch.uint8, device=DEVICE)
