@@ -226,9 +226,7 @@ def arrive(before: tirx.Expr, counter: tirx.Expr, blocks: tirx.Expr) -> None:
         counter: pointer to uint32 in global memory.
         blocks: the number of blocks that will come.
     """
-    T.evaluate(T.ptx["fence.acq_rel.gpu"]())
-    T.evaluate(T.ptx["atom.relaxed.gpu.global.inc.u32"](before, counter, uint32(blocks - 1)))
-    T.evaluate(T.ptx["fence.acq_rel.gpu"]())
+    T.evaluate(T.ptx["atom.acq_rel.gpu.global.inc.u32"](before, counter, uint32(blocks - 1)))
 
 
 def _vector(registers: Sequence[tirx.Expr]) -> str:

@@ -115,7 +115,7 @@ inline void ptx_membar_cta() {}
 inline void ptx_fence_acq_rel_gpu() {}
 inline void ptx_fence_acq_rel_cta() {}
 template <typename Address>
-void ptx_atom_relaxed_gpu_global_inc_u32(uint32_t& before, Address address, uint32_t most) {
+void ptx_atom_acq_rel_gpu_global_inc_u32(uint32_t& before, Address address, uint32_t most) {
   before = atomicInc(reinterpret_cast<uint32_t*>(emulation::Pointer(address)), most);
 }
 
