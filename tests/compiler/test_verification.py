@@ -181,8 +181,11 @@ class Altered:
         self.engine = engine
         self.config, self.max_batch, self.library = engine.config, engine.max_batch, engine.library
 
-    def prefill(self, prompts: Any, slots: Any) -> Any:
-        return self.engine.prefill(prompts, slots)
+    def prefill(self, prompts: Any, slots: Any, starts: Any = None) -> Any:
+        return self.engine.prefill(prompts, slots, starts)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        self.engine.copy_prefix(source, target, length)
 
     def decode(self, token_ids: Any, slots: Any, positions: Any) -> Any:
         return self.engine.decode(token_ids, slots, positions)
@@ -246,7 +249,7 @@ def test_scaled_parameter_is_found(
     report = verify(artifact, engine)
     assert failed(report) == {"logits", "prefill", "decode_one", "decode"}
     with pytest.raises(
-        VerificationError, match=r"^lib\.so disagrees with PyTorch in \d+ of 17 checks; worst: "
+        VerificationError, match=r"^lib\.so disagrees with PyTorch in \d+ of 18 checks; worst: "
     ) as error:
         report.raise_if_failed("lib.so")
     assert len(str(error.value).splitlines()) == 1
@@ -258,6 +261,22 @@ def test_wrong_position_in_decode_is_found(demo_artifact: Path, engine: Compiled
             return self.engine.decode(token_ids, slots, positions - 1)
 
     assert failed(run(demo_artifact, Late(engine))) == {"decode_one", "decode"}
+
+
+def test_a_part_in_a_wrong_place_is_found(demo_artifact: Path, engine: CompiledEngine) -> None:
+    class Early(Altered):
+        def prefill(self, prompts: Any, slots: Any, starts: Any = None) -> Any:
+            return self.engine.prefill(prompts, slots, [max(start - 1, 0) for start in starts or [0] * len(slots)])
+
+    class Short(Altered):
+        def copy_prefix(self, source: int, target: int, length: int) -> None:
+            self.engine.copy_prefix(source, target, length - 1)
+
+    for altered in (Early(engine), Short(engine)):
+        engine.prefill([np.full(256, 5, np.int32)], [1])
+        report = run(demo_artifact, altered)
+        (wrong,) = [check for check in report.checks if not check.passed]
+        assert wrong.case == "256 tokens in parts, the first copied"
 
 
 def test_mixed_up_slots_are_found(demo_artifact: Path, engine: CompiledEngine) -> None:
@@ -284,8 +303,8 @@ def test_one_wrong_logit_is_found(demo_artifact: Path, engine: CompiledEngine) -
 
 def test_nan_is_found(demo_artifact: Path, engine: CompiledEngine) -> None:
     class Undefined(Altered):
-        def prefill(self, prompts: Any, slots: Any) -> Any:
-            logits = self.engine.prefill(prompts, slots).numpy().copy()
+        def prefill(self, prompts: Any, slots: Any, starts: Any = None) -> Any:
+            logits = self.engine.prefill(prompts, slots, starts).numpy().copy()
             logits[-1, 5] = np.nan
             return GivenLogits(logits)
 
@@ -297,8 +316,8 @@ def test_nan_is_found(demo_artifact: Path, engine: CompiledEngine) -> None:
 
 def test_wrong_argmax_is_found(demo_artifact: Path, engine: CompiledEngine) -> None:
     class Second(Altered):
-        def prefill(self, prompts: Any, slots: Any) -> Any:
-            logits = self.engine.prefill(prompts, slots).numpy()
+        def prefill(self, prompts: Any, slots: Any, starts: Any = None) -> Any:
+            logits = self.engine.prefill(prompts, slots, starts).numpy()
             return GivenLogits(logits, logits.argsort(-1)[:, -2].astype(np.int32))
 
     with pytest.raises(VerificationError, match="argmax"):

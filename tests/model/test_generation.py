@@ -84,6 +84,7 @@ def test_ids_beyond_the_vocabulary_end_nothing(tmp_path: Path) -> None:
             {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1},
         ),
         ({"repetition_penalty": 1.3, "max_new_tokens": 9}, {"repetition_penalty": 1.3, "max_new_tokens": 9}),
+        ({"min_new_tokens": 3}, {"min_new_tokens": 3}),
         ({"stop_strings": ["\n\n"], "use_cache": True, "max_length": 20}, {"stop": ["\n\n"]}),
     ],
 )

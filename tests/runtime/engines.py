@@ -124,6 +124,10 @@ def scripted(tokenizer: Tokenizer, *texts: str, **config: Any) -> ScriptedEngine
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
+    """Waits until something is so; fails after a time in which it would be on any machine."""
     pause = threading.Event()
-    while not condition():
+    for _ in range(60_000):
+        if condition():
+            return
         pause.wait(0.001)
+    raise AssertionError("waited in vain")

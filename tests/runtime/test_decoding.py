@@ -107,6 +107,24 @@ def test_each_of_several_end_tokens_stops_as_in_transformers(model, prompts):
     assert len({completion.token_ids[-1] for completion in completions[:3]} & set(ends)) > 1
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_no_stop_token_is_chosen_too_early_as_in_transformers(model, prompts, penalty):
+    free = [reference(model, prompt, max_new_tokens=8, repetition_penalty=penalty) for prompt in prompts]
+    ends = [free[0][1], free[1][0], free[2][3]]
+    scheduler = Scheduler(TorchEngine(model, 3, eos_token_id=ends))
+    options = {"max_new_tokens": 8, "min_new_tokens": 3, "repetition_penalty": penalty}
+    completions = scheduler.generate(prompts, GenerationOptions(**options))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert completion.token_ids == reference(model, prompt, eos_token_id=ends, **options)
+    assert any(completion.token_ids != ids for completion, ids in zip(completions, free, strict=True))
+    assert not any({*completion.token_ids[:3]} & {*ends} for completion in completions)
+    # Ids outside the vocabulary stop nothing, and sampling does not choose stop tokens either.
+    far = GenerationOptions(**options, stop_token_ids=[VOCAB, 10**6])
+    assert scheduler.generate(prompts[0], far).token_ids == free[0]
+    sampled = GenerationOptions(**options, temperature=9.0, seed=1, stop_token_ids=range(VOCAB - 3), n=20)
+    assert all({*found.token_ids[:3]} <= {*range(VOCAB - 3, VOCAB)} for found in scheduler.generate([3], sampled))
+
+
 def test_sampling_draws_from_the_distribution_at_each_step(model, prompts):
     """Each token is the inverse of the cumulative distribution at the sequence's own random numbers."""
     options = GenerationOptions(max_new_tokens=6, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=3)
@@ -467,6 +485,10 @@ def test_nan_logits_are_refused(options):
     [
         ("max_new_tokens", 0),
         ("max_new_tokens", 1.5),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 129),
+        ("n", 0),
+        ("n", True),
         ("seed", -1),
         ("seed", 0.5),
         ("stop", ""),

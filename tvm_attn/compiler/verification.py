@@ -271,6 +271,8 @@ def _comparisons(
         case = f"ragged batch {', '.join(map(str, room))}, {steps} more"
         if len(room) > 1:
             yield "decode", case, partial(_decode, engine, ids, expected, room, steps)
+    if len(batch) > 1 and context > 3:
+        yield "prefill", f"{context} tokens in parts, the first copied", partial(_parts, engine, ids, expected)
     short = [length for length in batch if length <= LENGTHS[-1] and length < context]
     if engine.max_batch > len(batch) and short:
         many = [short[index % len(short)] for index in range(engine.max_batch)]
@@ -299,6 +301,19 @@ def _last_rows(
     wanted = np.stack([expected[index % 2][length - 1] for index, length in enumerate(lengths)])
     yield logits.numpy(), wanted
     _check_argmax(logits.numpy(), logits.argmax())
+
+
+def _parts(
+    engine: CompiledEngine, ids: np.ndarray, expected: list[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A prompt as a scheduler computes it: the beginning in another slot, then one token, then the rest in company."""
+    context = ids.shape[1]
+    first = context // 3
+    yield engine.prefill([ids[0, :first]], [0]).numpy(), expected[0][first - 1 : first]
+    engine.copy_prefix(0, 1, first)
+    yield engine.prefill([ids[0, first : first + 1]], [1], [first]).numpy(), expected[0][first : first + 1]
+    logits = engine.prefill([ids[1, :1], ids[0, first + 1 :]], [0, 1], [0, first + 1])
+    yield logits.numpy(), np.stack([expected[1][0], expected[0][-1]])
 
 
 def _decode(
