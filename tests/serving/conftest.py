@@ -3,13 +3,9 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
-for _package in ("starlette", "uvicorn", "prometheus_client", "openai", "httpx"):
-    pytest.importorskip(_package, reason="the server's extra or its clients are not installed")
-
 import httpx
 import openai
+import pytest
 
 import tvm_attn
 from tests.serving.servers import SLOTS, Running, serving

@@ -102,7 +102,7 @@ def read_asked(
     most = config.n_positions if max_tokens is None else min(max_tokens, config.n_positions)
     least = body.integer("min_tokens", 0, 0, _LARGEST_COUNT)
     if least > most:
-        raise ApiError(400, f"min_tokens is {least}; it must be at most {most}, max_tokens", "min_tokens")
+        raise body.wrong("min_tokens", f"at most {most}, max_tokens")
     top_k = body.integer("top_k", -1, -1, _LARGEST_COUNT)
     given: dict[str, Any] = {
         "max_new_tokens": max(most, 1),
@@ -120,6 +120,8 @@ def read_asked(
         "seed": None if (seed := body.integer("seed", None, -(1 << 63), _LARGEST_SEED)) is None else seed % (1 << 64),
     }
     if logprobs is not None:
+        if "logprobs" not in GenerationOptions.__dataclass_fields__:
+            raise ApiError(400, "logprobs is not supported here", "logprobs", "unsupported_parameter")
         given |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
     return Asked(
         n,
