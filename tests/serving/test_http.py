@@ -136,7 +136,7 @@ FIELDS = [
 few_tokens = {"max_tokens": 1, "max_completion_tokens": 1}
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
     good=st.booleans(),

@@ -41,6 +41,8 @@ class ApiError(Exception):
         headers = {}
         if self.status in _RETRY_SECONDS:
             headers["retry-after"] = _RETRY_SECONDS[self.status]
+        if self.status == 408:  # the rest of the body may still come
+            headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return JSONResponse(self.content(), self.status, headers)
