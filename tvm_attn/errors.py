@@ -59,6 +59,14 @@ class QueueFullError(GenerationError):
     """As many requests wait as may wait; try again later."""
 
 
+class PromptTooLongError(GenerationError):
+    """A prompt has more tokens than the model's context."""
+
+
+class ServerError(TvmAttnError):
+    """The server cannot start: its address cannot be used, or a library is missing."""
+
+
 class BenchmarkError(TvmAttnError):
     """A benchmark was asked for something that does not fit the model, or for a file it cannot write."""
 

@@ -248,6 +248,9 @@ class TokenSequence:
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
         self.begin = perf_counter()
+        if (largest := max(options.logit_bias, default=0)) >= config.vocab_size:
+            message = f"logit_bias holds the token id {largest}; the model's vocabulary is 0..{config.vocab_size - 1}"
+            raise GenerationError(message)
         self._rng = sequence_rng(options.seed, index)
         self._stop_token_ids = options.stop_ids(config.eos_token_ids)
         self._vocabulary = config.vocab_size
@@ -276,7 +279,7 @@ class TokenSequence:
         if self.length < self._shortest:
             logits = logits.copy()
             logits[[token_id for token_id in self._stop_token_ids if token_id < self._vocabulary]] = -np.inf
-        return sample(logits, self.ids[: self.length], self.options, self._rng)
+        return sample(logits, self.ids[: self.length], self.options, self._rng, len(self.prompt))
 
     def push(self, token_id: int) -> str:
         """Appends a generated token; returns a piece of text, perhaps "", and sets `finish_reason` if this is the end.

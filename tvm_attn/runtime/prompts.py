@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tvm_attn.errors import GenerationError, one_line, shorten
+from tvm_attn.errors import GenerationError, PromptTooLongError, one_line, shorten
 from tvm_attn.numbers import is_bool
 from tvm_attn.runtime.dlpack import host_array
 
@@ -295,7 +295,7 @@ def checked_ids(name: str, ids: IdArray | list[int], config: GPT2Config) -> npt.
         raise GenerationError(f"{name} has no tokens; pass at least one")
     if len(ids) > config.n_positions:
         message = f"{name} has {len(ids)} tokens, the model's context is {config.n_positions}; shorten the prompt"
-        raise GenerationError(message)
+        raise PromptTooLongError(message)
     for extreme in (min(ids), max(ids)):
         if not 0 <= extreme < config.vocab_size:
             message = f"{name} holds the token id {shorten(int(extreme))}"

@@ -1,21 +1,22 @@
 """Choosing the next token from one row of logits.
 
 The filters and their order are those of Hugging Face transformers' `generate`: repetition penalty, temperature, top-k,
-top-p, min-p, draw. Only the work is ordered differently: the candidates are cut down before anything is exponentiated
-or sorted. The filters allow that because temperature keeps the order of the logits.
+top-p, min-p, draw. A bias for single tokens comes before all of them, and the presence and frequency penalties of
+OpenAI's API after the repetition penalty, as in vLLM. Only the work is ordered differently: the candidates are cut down
+before anything is exponentiated or sorted. The filters allow that because temperature keeps the order of the logits.
 
-Arithmetic is float64 from the temperature on; the repetition penalty is applied in the logits' float32, so that greedy
+Arithmetic is float64 from the temperature on; bias and penalties are applied in the logits' float32, so that greedy
 decoding breaks near-ties as transformers does.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tvm_attn.errors import GenerationError
+from tvm_attn.errors import GenerationError, shorten
 from tvm_attn.numbers import integer, real
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -23,6 +24,7 @@ IdArray = npt.NDArray[np.integer[Any]]
 
 # Below this many candidates, sorting is cheaper than narrowing them down further.
 _SORTED_AT_ONCE = 1024
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,11 @@ class SamplingOptions:
     min_p: keep tokens at least min_p times as likely as the likeliest, in [0, 1] (Nguyen et al. 2024).
     repetition_penalty: divides positive logits of tokens in the prompt or already generated, and multiplies negative
         ones, > 0; 1.0 does nothing (Keskar et al. 2019).
+    presence_penalty: subtracted from the logit of every token that has been generated, the prompt's not counted; 0.0
+        does nothing, a negative one is added (OpenAI's API reference, `completions`).
+    frequency_penalty: the same, once for each time that the token has been generated.
+    logit_bias: numbers that are added to the logits of single ids, {id: number}; -inf bans a token. Ids outside the
+        vocabulary are refused when a sequence starts.
 
     Raises GenerationError for a value outside its range.
     """
@@ -48,15 +55,17 @@ class SamplingOptions:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) is None:
-                self._set(field.name, field.default)
-        largest = float(np.finfo(np.float32).max)
+        for each in fields(self):
+            if getattr(self, each.name) is None:
+                self._set(each.name, {} if each.default is MISSING else each.default)
         if self.temperature is not None:
             legal = "a number >= 0 (0 is greedy)"
-            self._set("temperature", real("temperature", self.temperature, legal, 0.0, largest))
+            self._set("temperature", real("temperature", self.temperature, legal, 0.0, _LARGEST))
         if self.top_k is not None:
             self._set("top_k", integer("top_k", self.top_k, 1))
         if self.top_p is not None:
@@ -64,7 +73,10 @@ class SamplingOptions:
         if self.min_p is not None:
             self._set("min_p", real("min_p", self.min_p, "a number in [0, 1]", 0.0, 1.0))
         legal, penalty = "a number > 0 (1 is none)", self.repetition_penalty
-        self._set("repetition_penalty", real("repetition_penalty", penalty, legal, 0.0, largest, open_low=True))
+        self._set("repetition_penalty", real("repetition_penalty", penalty, legal, 0.0, _LARGEST, open_low=True))
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._set(name, real(name, getattr(self, name), "a finite number", -_LARGEST, _LARGEST))
+        self._set("logit_bias", _checked_bias(self.logit_bias))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen
@@ -80,7 +92,23 @@ class SamplingOptions:
     @property
     def is_plain_argmax(self) -> bool:
         """Whether the choice is the largest logit, which a device can find without copying the logits to the host."""
-        return self.effective_temperature == 0.0 and self.repetition_penalty == 1.0
+        return self.effective_temperature == 0.0 and not self.changes_logits
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a bias or a penalty may change which logit is the largest."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
+
+
+def _checked_bias(given: Any) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise GenerationError(f"logit_bias is {shorten(given)}; it must be a mapping of token ids to numbers")
+    legal = "a number, or -inf to ban the token"
+    return {
+        integer("a token id of logit_bias", token_id, 0): real("a logit_bias", bias, legal, -np.inf, _LARGEST)
+        for token_id, bias in given.items()
+    }
 
 
 def sequence_rng(seed: int | None, index: int) -> np.random.Generator:
@@ -93,15 +121,16 @@ def sequence_rng(seed: int | None, index: int) -> np.random.Generator:
 
 
 def distribution(
-    logits: FloatArray, previous_ids: Sequence[int] | IdArray, options: SamplingOptions
+    logits: FloatArray, previous_ids: Sequence[int] | IdArray, options: SamplingOptions, prompt_length: int = 0
 ) -> npt.NDArray[np.float64]:
     """The probabilities (V,) with which `sample` draws, float64 and summing to 1; one-hot if decoding is greedy.
 
-    logits: (V,) float32. previous_ids: ids of prompt and generated tokens, read only for the repetition penalty.
+    logits: (V,) float32. previous_ids: ids of the prompt, `prompt_length` of them, and of generated tokens, read only
+    for penalties.
     Raises GenerationError for logits that contain NaN or +inf, or only -inf.
     """
     probabilities = np.zeros(len(logits))
-    scores = _penalized(logits, previous_ids, options.repetition_penalty)
+    scores = _penalized(logits, previous_ids, options, prompt_length)
     peak = _finite_peak(scores)
     if options.effective_temperature == 0.0:
         probabilities[scores.argmax()] = 1.0
@@ -116,12 +145,13 @@ def sample(
     previous_ids: Sequence[int] | IdArray,
     options: SamplingOptions,
     rng: np.random.Generator,
+    prompt_length: int = 0,
 ) -> int:
-    """Draw one token id from `distribution(logits, previous_ids, options)` by inverting its cumulative sum.
+    """Draw one token id from `distribution(...)` of the same arguments by inverting its cumulative sum.
 
     Takes one number from `rng`, or none if decoding is greedy. Arguments and errors as in `distribution`.
     """
-    scores = _penalized(logits, previous_ids, options.repetition_penalty)
+    scores = _penalized(logits, previous_ids, options, prompt_length)
     peak = _finite_peak(scores)
     if options.effective_temperature == 0.0:
         return int(scores.argmax())
@@ -131,15 +161,22 @@ def sample(
     return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
 
 
-def _penalized(logits: FloatArray, previous_ids: Sequence[int] | IdArray, penalty: float) -> FloatArray:
-    """The logits (V,) after the repetition penalty, applied once to each id however often it occurred."""
-    if penalty == 1.0 or len(previous_ids) == 0:
+def _penalized(
+    logits: FloatArray, previous_ids: Sequence[int] | IdArray, options: SamplingOptions, prompt_length: int
+) -> FloatArray:
+    """The logits (V,) after bias and penalties, each applied once to each id however often it occurred."""
+    if not options.changes_logits:
         return logits
-    ids = np.asarray(previous_ids)
-    scores = logits.copy()
-    seen = logits[ids]
-    with np.errstate(over="ignore"):
-        scores[ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+    scores, ids = logits.copy(), np.asarray(previous_ids, np.int64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for token_id, bias in options.logit_bias.items():
+            scores[token_id] += np.float32(bias)
+        if options.repetition_penalty != 1.0:
+            seen, penalty = scores[ids], options.repetition_penalty
+            scores[ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+        if options.presence_penalty or options.frequency_penalty:
+            generated, counts = np.unique(ids[prompt_length:], return_counts=True)
+            scores[generated] -= (options.presence_penalty + options.frequency_penalty * counts).astype(scores.dtype)
     return scores
 
 

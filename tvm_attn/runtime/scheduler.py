@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from tvm_attn.errors import GenerationError, QueueFullError, TokenizerError
+from tvm_attn.errors import GenerationError, PromptTooLongError, QueueFullError, TokenizerError
 from tvm_attn.runtime.decoding import (
     Completion,
     Engine,
@@ -279,7 +279,7 @@ class Scheduler:
         most = config.n_positions * (self.tokenizer.longest_token or _MOST_CHARACTERS_A_TOKEN)
         if len(text) > most:
             message = f"{name} has {len(text)} characters, and the model's context, {config.n_positions} tokens, holds"
-            raise GenerationError(f"{message} {most} at most; shorten the prompt")
+            raise PromptTooLongError(f"{message} {most} at most; shorten the prompt")
         start = config.eos_token_ids[:1] if config.bos_token_id is None else (config.bos_token_id,)
         return self.tokenizer.encode(text) or list(start)
 

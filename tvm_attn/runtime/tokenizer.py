@@ -149,7 +149,7 @@ class Tokenizer:
 
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder for one stream of token ids, starting empty."""
-        if [step["type"] for step in self._decoder_steps] == ["ByteLevel"]:
+        if self._is_byte_level:
             return ByteStreamDecoder(self)
         if _is_tokenwise(self._decoder_steps) and self._anchor is not None:
             return RunStreamDecoder(self, self._anchor)
@@ -175,6 +175,20 @@ class Tokenizer:
         if known is None:
             known = self._bytes_of_token[token_id] = self._spell(token_id)
         return known
+
+    def written(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; its name for a special token, b"" for an unknown one."""
+        if not self.has_text(token_id):
+            return (self._tokenizer.id_to_token(token_id) or "").encode("utf-8")
+        if self._is_byte_level:
+            return self.token_bytes(token_id)
+        # The first token of a text may lose its space.
+        before = [] if self._anchor is None else [self._anchor]
+        return self.decode([*before, token_id])[len(self.decode(before)) :].encode("utf-8")
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return [step["type"] for step in self._decoder_steps] == ["ByteLevel"]
 
     def _spell(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
