@@ -1,0 +1,1 @@
+"""The server: an ASGI application over `Model.scheduler`, its page, and replicas of it."""
