@@ -93,7 +93,7 @@ class Told:
         self.is_left = threading.Event()
         self.app = Starlette(
             routes=[
-                *page_module.routes(),
+                *page_module.routes(None),
                 Route("/v1/models", self.models),
                 Route("/v1/completions", self.completions, methods=["POST"]),
             ]

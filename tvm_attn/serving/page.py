@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+if TYPE_CHECKING:
+    from tvm_attn.runtime.model import Model
 
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
@@ -31,8 +35,8 @@ _HEADERS = {
 }
 
 
-def routes() -> list[Route]:
-    """The routes of the page: `/` and `/page/NAME` of each of its other files. They need no API key."""
+def routes(model: Model) -> list[Route]:
+    """The routes of the page: `/` and `/page/NAME` of each of its other files, which need no API key."""
     return [
         Route(
             "/" if path.name == "index.html" else f"/page/{path.name}", partial(_file, path.read_bytes(), path.suffix)
