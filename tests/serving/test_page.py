@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra serve")
@@ -25,6 +26,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+import tvm_attn
+from tvm_attn.runtime.model import Model
 from tvm_attn.serving import page as page_module
 
 CHROMIUM = "/usr/bin/chromium"
@@ -341,6 +344,72 @@ def test_a_server_that_is_gone(open_page, told):
     generate(page, "Say")
     page.wait_for_selector("#error:not([hidden])")
     assert page.text_content("#error") == "The server cannot be reached."
+
+
+# --- the real server ---
+
+
+@pytest.fixture(scope="module")
+def model(demo_artifact: Path) -> Model:
+    return tvm_attn.load(demo_artifact, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def real_address(model: Model) -> Iterator[str]:
+    from tvm_attn.serving.app import create_app
+
+    with served(create_app(model, name="demo", api_key="secret")) as found:
+        yield found
+
+
+@pytest.fixture
+def real_page(open_page: Callable[..., Any], real_address: str) -> Any:
+    page = open_page(real_address)
+    page.fill("#key", "secret") if page.is_visible("#key") else None
+    page.press("#key", "Tab")
+    until(page, "document.getElementById('model').textContent === 'demo'")
+    return page
+
+
+def test_the_models_tokens_and_probabilities(real_page, model):
+    page, prompt = real_page, "Return the"
+    generate(page, prompt, temperature=0, top_k="", max_tokens=12)
+    wait_for_end(page)
+    completion = model.generate(prompt, max_new_tokens=12)
+    assert page.eval_on_selector("#output", "each => each.textContent").strip() == prompt + completion.text.rstrip()
+    ids = model.tokenizer.encode(prompt) + list(completion.token_ids)
+    logits = model.logits([ids])[0].astype(np.float64)
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    labels = page.eval_on_selector_all(".token", "found => found.map(each => each.ariaLabel)")
+    begin = len(ids) - 12
+    for place, label in zip(range(begin, len(ids)), labels, strict=True):
+        assert float(label.split(", ")[-1].removesuffix(" %")) == pytest.approx(
+            100 * shares[place - 1, ids[place]], abs=0.06
+        )
+    page.hover("#token-0")
+    found = page.eval_on_selector_all(
+        "#alternatives td.number", "found => found.map(each => parseFloat(each.textContent))"
+    )
+    best = np.sort(shares[begin - 1])[::-1][:5]
+    assert found == pytest.approx(100 * best, abs=0.06)
+
+
+def test_stop_frees_the_slot(real_page, model):
+    generate(real_page, "Return the", max_tokens=200)
+    real_page.wait_for_selector("#token-0")
+    real_page.click("#stop")
+    wait_for_end(real_page)
+    deadline = time.monotonic() + 10
+    while model.scheduler.stats.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_servers_own_words_about_a_wrong_request(real_page, model):
+    generate(real_page, "Return the " * 2000)
+    real_page.wait_for_selector("#error:not([hidden])")
+    assert str(model.config.n_positions) in real_page.text_content("#error")
 
 
 # --- how it looks ---
