@@ -2,6 +2,7 @@
 # ruff: noqa: E402 (imports after those that may skip the file)
 
 import asyncio
+import base64
 import contextlib
 import json
 import math
@@ -99,6 +100,7 @@ class Told:
                 *page_module.routes(None),
                 Route("/v1/models", self.models),
                 Route("/v1/completions", self.completions, methods=["POST"]),
+                Route("/attention", self.attention, methods=["POST"]),
             ]
         )
 
@@ -120,6 +122,23 @@ class Told:
         if body["prompt"] == "no json":
             return StreamingResponse(iter([b"<html>"]), 502)
         return StreamingResponse(self.events(body["prompt"]), media_type="text/event-stream")
+
+    async def attention(self, request: Request) -> Any:
+        """Head h of layer l attends to token h with 3/4 and to itself with 1/4, in layer 1 the other way."""
+        body = await request.json()
+        self.requests.append(body)
+        if body["prompt"] == "long":
+            return error(400, "the prompt is too long")
+        words = [f" {word}" for word in body["prompt"].split()]
+        values = []
+        for head in range(3):
+            for to in range(len(words)):
+                row = np.zeros(to + 1)
+                row[min(head, to)] += 0.25 if body["layer"] else 0.75
+                row[to] += 1 - row.sum()
+                values += row.tolist()
+        weights = base64.b64encode((np.array(values) * 65535).astype("<u2").tobytes()).decode()
+        return JSONResponse({"tokens": words, "layers": 2, "heads": 3, "layer": body["layer"], "weights": weights})
 
     async def events(self, prompt: str) -> AsyncIterator[bytes]:
         def event(content: Any) -> bytes:
@@ -346,6 +365,85 @@ def test_a_server_that_is_gone(open_page, told):
     assert page.text_content("#error") == "The server cannot be reached."
 
 
+# --- attention ---
+
+
+def test_a_head_is_chosen(open_page, address, told):
+    page = open_page(address)
+    page.fill("#prompt", "one two three four five")
+    page.click("#attend")
+    page.wait_for_selector(".head[aria-pressed=true]")
+    until(page, "!document.getElementById('attend').disabled")
+    assert told.requests == [{"prompt": "one two three four five", "layer": layer} for layer in (0, 1)]
+    names = page.eval_on_selector_all(".head", "found => found.map(each => each.ariaLabel)")
+    assert names == [f"Layer {layer}, head {head}" for layer in (1, 2) for head in (1, 2, 3)]
+    assert page.text_content(".detail h3") == "Layer 1, head 1"
+    said = "␣five (5 of 5) attends to ␣one 75 %, ␣five 25 %, "
+    assert page.text_content(".detail .note").startswith(said)
+    page.click("[aria-label='Layer 2, head 2']")
+    until(page, "document.querySelector('.detail h3').textContent === 'Layer 2, head 2'")
+    assert page.text_content(".detail .note").startswith("␣five (5 of 5) attends to ␣five 75 %, ␣two 25 %, ")
+    page.hover(".to span >> nth=2")
+    assert page.text_content(".detail .note").startswith("␣three (3 of 5) attends to ␣three 75 %, ␣two 25 %")
+    assert page.locator(".lines path").count() == 2
+    assert page.locator(".head[aria-pressed=true]").count() == 1
+
+
+def test_a_head_is_chosen_with_keys(open_page, address):
+    page = open_page(address)
+    page.fill("#prompt", "one two three")
+    page.click("#attend")
+    page.wait_for_selector(".head[aria-pressed=true]")
+    until(page, "!document.getElementById('attend').disabled")
+    page.focus("#attend")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Layer 2, head 2"
+    until(page, "document.querySelector('.detail h3').textContent === 'Layer 2, head 2'")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowUp")
+    assert page.text_content(".detail .note").startswith("␣two (2 of 3) attends to ␣two 100 %")
+    page.keyboard.press("Home")
+    assert page.text_content(".detail .note").startswith("␣one (1 of 3) attends to ␣one 100 %")
+
+
+def test_the_pictures_show_the_weights(open_page, address):
+    """The picture of head 1 has its first column and its diagonal filled, and nothing above the diagonal."""
+    page = open_page(address)
+    page.fill("#prompt", "a b c d")
+    page.click("#attend")
+    page.wait_for_selector(".head[aria-pressed=true]")
+    until(page, "!document.getElementById('attend').disabled")
+    pixels = page.eval_on_selector(".head canvas", "each => [...each.getContext('2d').getImageData(0, 0, 4, 4).data]")
+    alpha = np.array(pixels).reshape(4, 4, 4)[:, :, 3] / 255
+    weights = np.zeros((4, 4))
+    weights[:, 0] = 0.75
+    weights[range(4), range(4)] += 0.25
+    np.testing.assert_allclose(alpha, np.sqrt(weights), atol=0.01)
+
+
+def test_the_attention_of_a_completion(open_page, address, told):
+    page = open_page(address)
+    generate(page, "one two")
+    wait_for_end(page)
+    page.click("#attend")
+    page.wait_for_selector(".head[aria-pressed=true]")
+    assert told.requests[1]["prompt"] == "one two Hello\n€ab<b>"
+
+
+def test_an_error_of_the_attention(open_page, address):
+    page = open_page(address)
+    page.fill("#prompt", "long")
+    page.click("#attend")
+    page.wait_for_selector("#attention-error:not([hidden])")
+    assert page.text_content("#attention-error") == "the prompt is too long"
+    page.fill("#prompt", "one two")
+    page.click("#attend")
+    page.wait_for_selector(".head[aria-pressed=true]")
+    assert page.is_hidden("#attention-error")
+
+
 # --- the real server ---
 
 
@@ -421,16 +519,24 @@ def test_no_horizontal_scroll(open_page, address, width):
     generate(page, "a" * 300)
     wait_for_end(page)
     page.hover("#token-0")
+    page.click("#attend")
+    page.wait_for_selector(".detail h3")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     inside = """found => found.every(each => each.getBoundingClientRect().right <= innerWidth)"""
     assert page.eval_on_selector_all("main *", inside)
 
 
-def luminance(color: str) -> float:
-    """https://www.w3.org/TR/WCAG21/#dfn-relative-luminance of "rgb(r, g, b)"."""
-    shares = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+def rgba(color: str) -> np.ndarray:
+    """Red, green, blue and opacity, 0 to 1, of "rgb(r, g, b)", "rgba(r, g, b, a)" or "color(srgb r g b / a)"."""
+    parts = [float(part) for part in re.findall(r"[\d.]+(?:e-?\d+)?", color.removeprefix("color(srgb"))]
+    scale = 1 if color.startswith("color") else 255
+    return np.array([*(part / scale for part in parts[:3]), *parts[3:], 1.0][:4])
+
+
+def luminance(color: np.ndarray) -> float:
+    """https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in color[:3]]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -438,20 +544,26 @@ def test_text_has_contrast_in_light_and_dark(open_page, address, scheme):
     page = open_page(address, color_scheme=scheme)
     generate(page, "Say")
     wait_for_end(page)
-    back = luminance(page.eval_on_selector("body", "each => getComputedStyle(each).backgroundColor"))
-    assert (back < 0.1) == (scheme == "dark")
-    # The color of each element's text against the nearest background that is not transparent.
-    pairs = page.evaluate("""() => [...document.querySelectorAll("body *")]
-        .filter(each => each.checkVisibility() && !each.disabled && !each.classList.contains("token")
+    page.click("#attend")
+    page.wait_for_selector(".detail h3")
+    page.hover("#token-0")
+    back = rgba(page.eval_on_selector("body", "each => getComputedStyle(each).backgroundColor"))
+    assert (luminance(back) < 0.1) == (scheme == "dark")
+    # The color of each element's text, and the backgrounds of the element and of all around it.
+    found = page.evaluate("""() => [...document.querySelectorAll("body *")]
+        .filter(each => each.checkVisibility() && !each.disabled
             && [...each.childNodes].some(node => node.nodeType === 3 && node.data.trim()))
         .map(each => {
-            let above = each;
-            while (getComputedStyle(above).backgroundColor === "rgba(0, 0, 0, 0)") above = above.parentElement;
-            return [getComputedStyle(each).color, getComputedStyle(above).backgroundColor, each.outerHTML.slice(0, 80)];
+            const layers = [];
+            for (let at = each; at; at = at.parentElement) layers.push(getComputedStyle(at).backgroundColor);
+            return [getComputedStyle(each).color, layers, each.outerHTML.slice(0, 80)];
         })""")
-    assert len(pairs) > 10
-    for text, behind, where in pairs:
-        light, dark = sorted((luminance(text), luminance(behind)), reverse=True)
+    assert len(found) > 20
+    for text, layers, where in found:
+        behind = back
+        for layer in map(rgba, reversed(layers)):
+            behind = layer * layer[3] + behind * (1 - layer[3])
+        light, dark = sorted((luminance(rgba(text)), luminance(behind)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, where
 
 

@@ -1,6 +1,8 @@
 // The page of the server: streams a completion with its probabilities, and shows attention.
 // It talks to /v1/models, /v1/completions and /attention of the server that it comes from, and to nothing else.
 
+import { show } from "./attention.js";
+
 const find = (id) => document.getElementById(id);
 const ALTERNATIVES = 5;
 const REASONS = { length: "cut at the most tokens", stop: "complete" };
@@ -264,6 +266,33 @@ function step(event) {
   tokens[chosen].element.scrollIntoView({ block: "nearest" });
 }
 
+// --- attention ---
+
+/** Shows the attention in the prompt and what has been generated. */
+async function attend() {
+  const prompt = find("given").textContent + tokens.map((token) => token.text).join("") || find("prompt").value;
+  find("attention-error").hidden = true;
+  find("attend").disabled = true;
+  try {
+    const layer = async (number) => (await ask("/attention", { prompt, layer: number })).json();
+    const first = await layer(0);
+    const load = async (number) => triangles(number ? await layer(number) : first);
+    await show(find("view"), { ...first, load });
+  } catch (error) {
+    complain("attention-error", error);
+  }
+  find("attend").disabled = false;
+}
+
+/** The weights of a layer's heads: of each, the rows of a lower triangle, in 16 bits. */
+function triangles({ heads, tokens: { length }, weights }) {
+  const bytes = Uint8Array.from(atob(weights), (character) => character.charCodeAt(0));
+  const view = new DataView(bytes.buffer);
+  const size = (length * (length + 1)) / 2;
+  return Array.from({ length: heads }, (_, head) => (to, from) =>
+    view.getUint16(2 * (head * size + (to * (to + 1)) / 2 + from), true) / 65535);
+}
+
 // --- the page ---
 
 async function loadModel() {
@@ -289,6 +318,7 @@ find("copy").addEventListener("click", async () => {
   find("say").textContent = "Copied";
 });
 find("key").addEventListener("change", loadModel);
+find("attend").addEventListener("click", attend);
 for (const kind of ["pointerover", "click"]) {
   find("tokens").addEventListener(kind, (event) => choose(indexOf(event)));
 }
