@@ -378,11 +378,11 @@ def test_a_head_is_chosen(open_page, address, told):
     names = page.eval_on_selector_all(".head", "found => found.map(each => each.ariaLabel)")
     assert names == [f"Layer {layer}, head {head}" for layer in (1, 2) for head in (1, 2, 3)]
     assert page.text_content(".detail h3") == "Layer 1, head 1"
-    said = "␣five (5 of 5) attends to ␣one 75 %, ␣five 25 %, "
+    said = "␣five (5 of 5) attends to ␣one 75 %, ␣five 25 %"
     assert page.text_content(".detail .note").startswith(said)
     page.click("[aria-label='Layer 2, head 2']")
     until(page, "document.querySelector('.detail h3').textContent === 'Layer 2, head 2'")
-    assert page.text_content(".detail .note").startswith("␣five (5 of 5) attends to ␣five 75 %, ␣two 25 %, ")
+    assert page.text_content(".detail .note").startswith("␣five (5 of 5) attends to ␣five 75 %, ␣two 25 %")
     page.hover(".to span >> nth=2")
     assert page.text_content(".detail .note").startswith("␣three (3 of 5) attends to ␣three 75 %, ␣two 25 %")
     assert page.locator(".lines path").count() == 2

@@ -112,6 +112,7 @@ function detail(state, weight) {
   lines.setAttribute("aria-hidden", "true");
   lines.setAttribute("viewBox", `0 0 100 ${tokens.length * ROW}`);
   lines.setAttribute("preserveAspectRatio", "none");
+  lines.style.setProperty("height", `${tokens.length * ROW}px`);
   const box = make("div", { className: "flow" });
   box.append(list, lines, sources);
   state.detail.replaceChildren(title, said, box);
@@ -124,8 +125,8 @@ function detail(state, weight) {
     const shares = tokens.map((_, from) => (from <= token ? weight(token, from) : 0));
     lines.replaceChildren(...shares.map((share, from) => (share < LEAST ? "" : line(token, from, share))));
     for (const [from, source] of [...sources.children].entries()) source.style.setProperty("--share", shares[from]);
-    const best = [...shares.entries()].sort((one, two) => two[1] - one[1]).slice(0, Math.min(LISTED, token + 1));
-    const words = best.map(([from, share]) => `${visible(tokens[from])} ${(share * 100).toFixed(0)} %`);
+    const best = [...shares.entries()].filter(([, share]) => share >= LEAST / 2).sort((one, two) => two[1] - one[1]);
+    const words = best.slice(0, LISTED).map(([from, share]) => `${visible(tokens[from])} ${(share * 100).toFixed(0)} %`);
     said.textContent = `${visible(tokens[token])} (${token + 1} of ${tokens.length}) attends to ${words.join(", ")}`;
   };
   const keep = (token) => {
