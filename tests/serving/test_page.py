@@ -247,9 +247,9 @@ def test_streams_tokens_with_their_probabilities(open_page, address, told):
     labels = page.eval_on_selector_all(".token", "found => found.map(each => each.ariaLabel)")
     assert labels[:3] == ["␣Hello, 50.0 %", "↵, 12.5 %", "€, 25.0 %"]
     assert re.fullmatch(
-        r"7 tokens, first after [\d.]+ m?s, [\d.]+ tokens/s, cut at the most tokens", page.text_content("#stats")
+        r"7 tokens, first after [\d.]+ m?s, [\d.]+ tokens/s, max tokens reached", page.text_content("#stats")
     )
-    assert page.text_content("#say").startswith("cut at the most tokens.")
+    assert page.text_content("#say").startswith("max tokens reached.")
 
 
 def test_alternatives_by_pointer_and_by_keys(open_page, address):
@@ -298,7 +298,7 @@ def test_stop(open_page, address, told, how):
     page.focus("#prompt")
     page.fill("#prompt", "Say")
     page.keyboard.press("Control+Enter")
-    until(page, "document.getElementById('stats').textContent.endsWith('cut at the most tokens')")
+    until(page, "document.getElementById('stats').textContent.endsWith('max tokens reached')")
     assert page.text_content("#output").startswith("Say Hello")
 
 
@@ -307,7 +307,7 @@ def test_a_new_completion_takes_the_place_of_the_last(open_page, address, told):
     generate(page, "slow")
     page.wait_for_selector("#token-1")
     generate(page, "Say")
-    until(page, "document.getElementById('stats').textContent.endsWith('cut at the most tokens')")
+    until(page, "document.getElementById('stats').textContent.endsWith('max tokens reached')")
     assert told.is_left.wait(10)
     assert page.text_content("#output").startswith("Say Hello\n€ab<b>")
     assert page.locator(".token").count() == 6

@@ -5,7 +5,7 @@ import { show } from "./attention.js";
 
 const find = (id) => document.getElementById(id);
 const ALTERNATIVES = 5;
-const REASONS = { length: "cut at the most tokens", stop: "complete" };
+const REASONS = { length: "max tokens reached", stop: "complete" };
 
 let model = null; // its name
 let running = null; // the AbortController of the completion
