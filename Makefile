@@ -16,7 +16,7 @@ SWIFTSHADER := $(abspath $(VENV))/swiftshader/icd.json
 VULKAN_SOURCES := CMakeLists.txt hatch_build.py $(wildcard tvm_attn/vulkan/src/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint bench clean swiftshader system system-vulkan
+.PHONY: help demo test test-slow lint bench clean swiftshader system system-chromium system-vulkan
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,7 +60,7 @@ $(VENV)/.installed-%: pyproject.toml $(VULKAN_SOURCES) $(VENV)/.installed-torch
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
-$(VENV)/.installed-test: | system-vulkan
+$(VENV)/.installed-test: | system-vulkan system-chromium
 
 $(VENV)/.installed-torch: | $(BIN)/pip
 	$(PIP) $(TORCH)
@@ -93,6 +93,13 @@ system-vulkan: | system
 	if [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; then exit 0; fi; \
 	echo "missing for Vulkan:$$missing; tests are skipped until: apt-get install$$missing" >&2
+
+# A browser for tests/serving/test_page.py, which is skipped without it.
+system-chromium: | system-vulkan
+	@[ ! -e /usr/bin/chromium ] || exit 0; \
+	if [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; then exit 0; fi; \
+	echo "missing for the page of the server: chromium; its tests are skipped until: apt-get install chromium" >&2
 
 # The second Vulkan driver is extracted from Debian's Chromium package (30 MB); nothing is installed. If the package is not
 # available, the tests run without it.

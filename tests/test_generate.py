@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -98,7 +99,7 @@ def test_the_checkpoints_own_sampling_is_used_where_it_is_asked_for(model):
 
 def test_defaults(model):
     assert generate.main(["dist/x", "--prompt", "Hello"]) == 0
-    assert model.loaded == [((Path("dist/x"),), {"device": "auto", "threads": None})]
+    assert model.loaded == [((Path("dist/x"),), {"device": "auto", "threads": None, "max_batch": 8})]
     assert model.prompts == ["Hello"]
     assert model.options == {
         "max_new_tokens": 128,
@@ -119,10 +120,10 @@ def test_every_option_is_passed_on(model):
     command = (
         "dist/x --prompt Hello --max-new-tokens 3 --min-new-tokens 2 -n 2 --temperature 0.5 --top-k 4 "
         "--top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --stop a --stop b --stop-token-id 5 --stop-token-id 6 "
-        "--seed 7 --device cpu --threads 2"
+        "--seed 7 --device cpu --threads 2 --max-batch 3"
     )
     assert generate.main(command.split()) == 0
-    assert model.loaded == [((Path("dist/x"),), {"device": "cpu", "threads": 2})]
+    assert model.loaded == [((Path("dist/x"),), {"device": "cpu", "threads": 2, "max_batch": 3})]
     assert model.options == {
         "max_new_tokens": 3,
         "min_new_tokens": 2,
@@ -145,6 +146,15 @@ def test_a_dash_reads_stdin_less_one_newline(model, monkeypatch, data, prompt):
     assert model.prompts == [prompt]
 
 
+def test_without_a_prompt_off_a_terminal_stdin_is_it(model, monkeypatch, capsys):
+    give_stdin(monkeypatch, b"one\n")
+    assert generate.main(["dist/x"]) == 0
+    assert model.prompts == ["one"]
+    give_stdin(monkeypatch, b"")
+    assert generate.main(["dist/x"]) == 2
+    assert "there is no prompt, and standard input is empty" in capsys.readouterr().err
+
+
 def test_token_ids_that_are_none(model, capsys):
     assert generate.main(["dist/x", "--prompt-ids", "1,two"]) == 2
     assert "argument --prompt-ids: '1,two' is not a list of integers such as 1,2,3" in capsys.readouterr().err
@@ -153,7 +163,7 @@ def test_token_ids_that_are_none(model, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["dist/x"],
+        ["dist/x", "--prompt", "a", "--prompts", "b", "--out", "c"],
         ["dist/x", "--prompt", "a", "--prompt-ids", "1"],
         ["dist/x", "--prompt", "a", "--top-k", "many"],
     ],
@@ -297,6 +307,117 @@ def test_ctrl_c_ends_quietly(model, capsys):
     out, err = capsys.readouterr()
     assert out == "Hello wö"
     assert "Traceback" not in err and "tokens/s" not in err
+
+
+# --- the loop on a terminal ---
+
+TERMINAL = """
+import sys, time
+from contextlib import suppress
+sys.path.insert(0, {tests!r})
+import tvm_attn
+from test_generate import ByteTokenizer, FakeModel
+from tvm_attn import generate
+from tvm_attn.errors import GenerationError
+
+class Model(FakeModel):
+    def stream(self, prompt, **options):
+        if prompt == "bad":
+            raise GenerationError("the prompt is bad")
+        return super().stream(prompt, **options)
+
+    def fail(self):
+        if self.prompts[-1] == "slow":
+            print("<waits>", flush=True)
+            time.sleep(60)
+
+model = Model(ByteTokenizer())
+model.fail = lambda: Model.fail(model)
+loads = []
+tvm_attn.load = lambda *_, **__: loads.append(1) or model
+generate.open_artifact = lambda *_: model
+status = generate.main(["dist/x", "--seed", "3"])
+print("status", status, "loads", len(loads), "prompts", model.prompts, "seed", model.options["seed"])
+"""
+
+
+class Terminal:
+    """A process whose standard streams are a terminal."""
+
+    def __init__(self) -> None:
+        ours, theirs = os.openpty()
+        self.end, self.said = ours, ""
+        script = TERMINAL.format(tests=str(Path(__file__).parent))
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "TERM": "dumb"},
+            preexec_fn=self._take_terminal,
+            **streams,
+        )
+        os.close(theirs)
+
+    @staticmethod
+    def _take_terminal() -> None:
+        import fcntl
+        import termios
+
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it
+
+    def expect(self, text: str) -> None:
+        """Reads until there is `text`, and drops all up to its end."""
+        while text not in self.said:
+            ready, _, _ = select.select([self.end], [], [], 60)
+            assert ready, f"no {text!r} in {self.said!r}"
+            try:
+                self.said += os.read(self.end, 4096).decode()
+            except OSError:  # the other end is closed
+                raise AssertionError(f"no {text!r} in {self.said!r}") from None
+        self.said = self.said.split(text, 1)[1]
+
+    def type(self, keys: str) -> None:
+        os.write(self.end, keys.encode())
+
+
+def test_the_loop_keeps_the_model_and_goes_on():
+    terminal = Terminal()
+    try:
+        terminal.expect("Ctrl-C stops an answer, Ctrl-D ends.")
+        terminal.expect("> ")
+        terminal.type("Hello\n")
+        terminal.expect("Hello wörld")
+        terminal.expect("2.0 tokens/s")
+        terminal.expect("> ")
+        terminal.type("\n")  # nothing to complete
+        terminal.expect("> ")
+        terminal.type("half a line\x03")  # dropped
+        terminal.expect("> ")
+        terminal.type("slow\n")
+        terminal.expect("<waits>")
+        terminal.type("\x03")
+        terminal.expect("> ")
+        terminal.type("bad\n")
+        terminal.expect("error: the prompt is bad")
+        terminal.expect("> ")
+        terminal.type("\x1b[A\x1b[A\x1b[A\n")  # three lines up: "Hello" again, without what was dropped
+        terminal.expect("Hello wörld")
+        terminal.expect("> ")
+        terminal.type("\x04")
+        terminal.expect("status 0 loads 1 prompts ['Hello', 'slow', 'Hello'] seed 3")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.end)
+
+
+def test_the_loop_has_no_json(model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert generate.main(["dist/x", "--json"]) == 2
+    assert "--json needs a prompt" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback():

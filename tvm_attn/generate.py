@@ -1,4 +1,7 @@
-"""`tvm-attn generate`: continue prompts with a compiled model, streaming to the terminal."""
+"""`tvm-attn generate`: continue prompts with a compiled model, streaming to the terminal.
+
+Without a prompt on a terminal it is a loop: a line is a prompt. The prompts of a file go to `tvm_attn.prompt_file`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvm_attn.cli import Parser, existing_folder, integer, open_artifact, progress, real, run
-from tvm_attn.errors import GenerationError, TokenizerError, UsageError, shorten
+from tvm_attn.cli import Parser, existing_folder, integer, open_artifact, output_file, progress, real, run
+from tvm_attn.errors import GenerationError, TokenizerError, TvmAttnError, UsageError, shorten
 
 if TYPE_CHECKING:
     from tvm_attn.runtime.decoding import Completion, GenerationStats
@@ -26,10 +31,11 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tvm-attn generate",
-        description="Continue prompts with a compiled model. Greedy, unless a sampling option is given.",
+        description="Continue prompts with a compiled model. Greedy, unless a sampling option is given. Without a "
+        "prompt on a terminal, every line that is typed is one; elsewhere standard input is.",
     )
     parser.add_argument("artifact", metavar="ARTIFACT", type=existing_folder, help="folder that tvm-attn build wrote")
-    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt",
         action="append",
@@ -42,6 +48,19 @@ def _parser() -> argparse.ArgumentParser:
         type=_token_ids,
         metavar="1,2,3",
         help="a prompt as token ids; several make a batch",
+    )
+    prompts.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='complete a file of JSON lines such as {"prompt": "Hello", "id": 7, "max_new_tokens": 20}, into --out; '
+        "the same command goes on after an interruption",
+    )
+    parser.add_argument(
+        "--out",
+        type=output_file,
+        metavar="FILE",
+        help="results of --prompts, a line of JSON each, appended as they end",
     )
     parser.add_argument("--max-new-tokens", type=integer(None), metavar="N", help="default: 128")
     parser.add_argument("--min-new-tokens", type=integer(None), metavar="N", help="do not end at a token before that")
@@ -80,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=integer(1, 4096), metavar="N", help="CPU threads; default: all cores that the process may use"
     )
+    parser.add_argument(
+        "--max-batch", type=integer(), metavar="N", default=8, help="sequences computed together; default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object when done")
     return parser
 
@@ -117,15 +139,15 @@ def _generate(args: argparse.Namespace) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = dataclasses.asdict(GenerationOptions(stop=[])) | given
     GenerationOptions(**options)  # refuse a wrong value before the model is loaded, which takes seconds
+    if (args.prompts is None) != (args.out is None):
+        raise UsageError("--prompts names the input and --out the output: one needs the other")
     artifact = open_artifact(args.artifact, args.device)
-    if args.prompt and artifact.tokenizer_json() is None:
+    if artifact.tokenizer_json() is None and args.prompts is None and not args.prompt_ids:
         raise TokenizerError(
             f"artifact {args.artifact} has no tokenizer: give token ids, as in --prompt-ids 1,2,3, or build it from a "
             "checkpoint that has one"
         )
-    if args.prompt and args.prompt.count("-") > 1:
-        raise UsageError("two prompts are '-', and standard input can be read once")
-    prompts: list[Any] = args.prompt_ids or [_read_stdin() if text == "-" else text for text in args.prompt]
+    prompts = _prompts(args)
 
     import tvm_attn
     from tvm_attn.runtime.tvm_import import runtime_only
@@ -133,9 +155,13 @@ def _generate(args: argparse.Namespace) -> int:
     # Generating needs TVM's runtime only, and that library loads faster than the one with the compiler.
     with runtime_only(), progress(quiet=True) as show:
         show(f"loading {args.artifact}")
-        model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads)
+        model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads, max_batch=args.max_batch)
     if args.use_generation_config:
         options |= model.generation_config | given
+    if args.prompts is not None:
+        return _complete_file(model, args, options, artifact.manifest["sha256"])
+    if prompts is None:
+        return _loop(model, options)
     options["stats"] = stats = GenerationStats()
     if len(prompts) * options["n"] == 1 and not args.json:
         _print_stream(model, prompts[0], options)
@@ -154,6 +180,82 @@ def _generate(args: argparse.Namespace) -> int:
     print(f"first token: after {stats.first_token_seconds:.3f} s", file=sys.stderr)
     print(_speed("decode", stats.decode_tokens, stats.decode_seconds, stats.decode_tokens_per_second), file=sys.stderr)
     return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[Any] | None:
+    """The prompts of the arguments or of standard input; None if they come from a file, or line by line."""
+    if args.prompts is not None:
+        return None
+    if args.prompt_ids:
+        ids: list[Any] = args.prompt_ids
+        return ids
+    if args.prompt:
+        if args.prompt.count("-") > 1:
+            raise UsageError("two prompts are '-', and standard input can be read once")
+        return [_read_stdin() if text == "-" else text for text in args.prompt]
+    if not sys.stdin.isatty():
+        if text := _read_stdin():
+            return [text]
+        raise UsageError("there is no prompt, and standard input is empty; see tvm-attn generate --help")
+    if args.json:
+        raise UsageError("--json needs a prompt; see tvm-attn generate --help")
+    return None
+
+
+def _loop(model: Model, options: dict[str, Any]) -> int:
+    """Reads prompts from the terminal, a line each, until it ends."""
+    from tvm_attn.runtime.decoding import GenerationStats
+
+    with suppress(ImportError):
+        import readline  # noqa: F401  (input() then edits lines and knows the last ones)
+    print("A line is a prompt. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:  # drops the line, as in a shell
+            print()
+            continue
+        if not prompt:
+            continue
+        stats = GenerationStats()
+        try:
+            if options["n"] == 1:
+                _print_stream(model, prompt, options | {"stats": stats})
+            else:
+                _print_batch(model, [prompt] * options["n"], model.generate([prompt], **options, stats=stats))
+        except KeyboardInterrupt:
+            print()
+        except TvmAttnError as error:
+            print("error:", error, file=sys.stderr)
+            continue
+        sys.stdout.flush()
+        print(
+            _speed("decode", stats.decode_tokens, stats.decode_seconds, stats.decode_tokens_per_second), file=sys.stderr
+        )
+
+
+def _complete_file(model: Model, args: argparse.Namespace, options: dict[str, Any], identity: str) -> int:
+    """Returns 1 if there are lines that cannot be completed."""
+    from tvm_attn.prompt_file import complete_file
+
+    try:
+        with progress() as show:
+            summary = complete_file(model, args.prompts, args.out, options, identity, show)
+    except KeyboardInterrupt:
+        print(f"\nstopped; {args.out} keeps its results, and the same command goes on", file=sys.stderr)
+        raise
+    if args.json:
+        print(json.dumps(dataclasses.asdict(summary) | {"tokens_per_second": summary.tokens_per_second}))
+    else:
+        counts = f"{summary.done} completed, {summary.skipped} were there, {summary.failed} failed"
+        speed = (
+            f"{summary.completion_tokens} tokens in {summary.seconds:.1f} s, {summary.tokens_per_second:.1f} tokens/s"
+        )
+        print(f"{counts}; {speed}", file=sys.stderr)
+    return 1 if summary.failed else 0
 
 
 def _read_stdin() -> str:
@@ -199,14 +301,19 @@ def _speed(name: str, tokens: int, seconds: float, rate: float | None) -> str:
     return line if rate is None else f"{line}, {rate:.1f} tokens/s"
 
 
+def completions_object(found: list[Completion]) -> dict[str, Any]:
+    """One completion as an object of JSON; several are its "completions"."""
+    objects = [dataclasses.asdict(completion) for completion in found]
+    return objects[0] if len(objects) == 1 else {"completions": objects}
+
+
 def _json_object(completions: list[Completion], stats: GenerationStats) -> dict[str, Any]:
     """One completion at the top level, several under "completions"; and the timings of the whole request."""
-    found = [dataclasses.asdict(completion) for completion in completions]
     timings = dataclasses.asdict(stats) | {
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,
         "decode_tokens_per_second": stats.decode_tokens_per_second,
     }
-    return (found[0] if len(found) == 1 else {"completions": found}) | {"timings": timings}
+    return completions_object(completions) | {"timings": timings}
 
 
 if __name__ == "__main__":

@@ -11,5 +11,7 @@
 | `logprobs.py` | log-probabilities in the forms of both endpoints |
 | `tokens.py` | `/tokenize`, `/detokenize`, `/tokenizer_info` |
 | `metrics.py` | `/metrics` for Prometheus |
+| `page/`, `page.py` | the page at `/`, and the attention that it shows |
+| `ray.py` | replicas on Ray Serve |
 | `server.py` | uvicorn: sockets, time limits, signals |
 """
