@@ -232,7 +232,8 @@ def test_copies_wait_for_a_stream_of_its_own() -> None:
 )
 def test_handing_over_to_a_stream(handle: int, consumer: int | None, waits: list[int]) -> None:
     with stream(handle) as (own, waited):
-        logits = DeviceLogits(own, 5, lambda tensor: np.zeros(8, np.int32), [(padded(8), 3)])
+        unused: Any = None
+        logits = DeviceLogits(own, 5, unused, unused, [(padded(8), 3)])
         assert logits.__dlpack_device__() == (2, 1)
         logits.__dlpack__(stream=consumer)
         assert waited == waits

@@ -99,7 +99,7 @@ def stepping(plain: CompiledEngine, groups: bool = True) -> tuple[CompiledEngine
     engine, uploads = plain.on(machine), Uploads(plain)  # type: ignore[arg-type]
     assert engine.graph
     engine._inputs = uploads
-    engine._steps = Steps(machine, uploads, plain._stream, plain.config.vocab_size, SLOTS)  # type: ignore[arg-type]
+    engine._steps = Steps(machine, uploads, plain._stream, plain.config.vocab_size, SLOTS, plain.logprobs)  # type: ignore[arg-type]
     return engine, machine, uploads
 
 

@@ -160,5 +160,7 @@ def kernel_work(
         "quantize_rows": lambda: round(kernel["width"] * (_FLOAT32 + _INPUT_BYTES[kernel["weights"]])),
         "advance": lambda: kernel["columns"] * _FLOAT32,
         "argmax": lambda: kernel["columns"] * _FLOAT32,
+        "exp_sums": lambda: kernel["columns"] * _FLOAT32,
+        "top_logits": lambda: kernel["columns"] * _FLOAT32,
     }
     return Work(0, 0, rows * bytes_of_row[family]()) if family in bytes_of_row else None

@@ -16,6 +16,7 @@ from tvm_attn.kernels.base import Case, Kernel
 from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.embedding import Embedding, GatherRows
 from tvm_attn.kernels.linear import Head, Linear, LinearKernel, QKVLinear, ResidualLinear
+from tvm_attn.kernels.logprobs import ExpSums, TopLogits
 from tvm_attn.kernels.norm import LayerNorm
 from tvm_attn.kernels.prefill_attention import PrefillAttention
 from tvm_attn.kernels.quant import PackPairs, QuantizeRows
@@ -38,6 +39,8 @@ FAMILIES: tuple[type[Kernel], ...] = (
     DecodeAttention,
     Argmax,
     Advance,
+    ExpSums,
+    TopLogits,
 )
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "Case",
     "DecodeAttention",
     "Embedding",
+    "ExpSums",
     "GatherRows",
     "Head",
     "Kernel",
@@ -60,4 +64,5 @@ __all__ = [
     "QKVLinear",
     "QuantizeRows",
     "ResidualLinear",
+    "TopLogits",
 ]

@@ -13,6 +13,8 @@ packed parameters that `transform_params` returns.
     step(...)         decode, then token_ids becomes the argmax of the logits and positions increase by one, in place;
                       step_one and step_group for one row and group; only with tensor cores
     argmax(logits (g, R, V')) -> token_ids (g, R);  argmax_one for one row
+    exp_sums(logits (n, V'), token_ids (n,)) -> distances (n,), totals (n,);  see `tvm_attn.kernels.ExpSums`
+    top_logits(logits (n, V')) -> ids (n, 20), values (n, 20);  see `tvm_attn.kernels.TopLogits`
     transform_params(get) -> packed parameters; `get(index, name)` gives a canonical one
 
 V' is the vocabulary rounded up to whole weight strips; the columns past V are zero. `PrefillAttention` explains
@@ -25,10 +27,11 @@ from __future__ import annotations
 from tvm import relax, tirx
 
 from tvm_attn.config import GPT2Config
-from tvm_attn.kernels import Advance, Argmax
+from tvm_attn.kernels import Advance, Argmax, ExpSums, TopLogits
 from tvm_attn.model.forward import Forward
 from tvm_attn.model.layout import Layout
 from tvm_attn.model.module import Module, Program, padded_vocabulary
+from tvm_attn.runtime.logprobs import MOST_LOGPROBS
 
 
 class _Tuples:
@@ -217,6 +220,24 @@ def _add_argmax(module: Module, name: str, rows: int, groups: tirx.Var | int) ->
         builder.emit_func_output(output)
 
 
+def _add_logprobs(module: Module) -> None:
+    """Adds exp_sums and top_logits, what log-probabilities are made of."""
+    builder, columns, n = module.builder, padded_vocabulary(module.config, module.layout), tirx.Var("n", "int64")
+    logits = relax.Var("logits", relax.TensorType((n, columns), "float32"))
+    token_ids = relax.Var("token_ids", relax.TensorType((n,), "int32"))
+    sums = [relax.TensorType((n,), "float32")] * 2
+    best = [relax.TensorType((n, MOST_LOGPROBS), dtype) for dtype in ("int32", "float32")]
+    vocabulary = module.config.vocab_size
+    for name, kernel, arguments, types in (
+        ("exp_sums", ExpSums(vocabulary, columns), [logits, token_ids], sums),
+        ("top_logits", TopLogits(vocabulary, columns, MOST_LOGPROBS), [logits], best),
+    ):
+        with builder.function(name, arguments):
+            with builder.dataflow():
+                output = builder.emit_output(module.call(kernel, arguments, types))
+            builder.emit_func_output(output)
+
+
 def _add_transform_params(module: Module) -> None:
     builder = module.builder
     given = {name: kind for parameter in module.parameters.values() for name, kind in parameter.given.items()}
@@ -262,6 +283,7 @@ def build_program(
         _add_step(module, "step_one", 1, 1, 1)
     _add_argmax(module, "argmax", rows, tirx.Var("g", "int64"))
     _add_argmax(module, "argmax_one", 1, 1)
+    _add_logprobs(module)
     _add_transform_params(module)
     given = [name for parameter in module.parameters.values() for name in parameter.given]
     return Program(module.builder.finalize(), module.kernels, given)

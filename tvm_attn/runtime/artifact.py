@@ -33,7 +33,7 @@ from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 
 MANIFEST = "manifest.json"
 PARAMS_INDEX = "params/tensor-cache.json"
-FORMAT = 5
+FORMAT = 6
 """Version of the artifact's format; a reader accepts its own version only. In 5, a model has several end tokens, and no
 library is compiled for them; the checkpoint's sampling options are recorded; libraries for processors have threads of
 their own."""

@@ -26,6 +26,7 @@ from tvm_attn.runtime.graph import Steps
 from tvm_attn.runtime.inputs import Inputs, Int32Array, in_groups
 from tvm_attn.runtime.library import load_library
 from tvm_attn.runtime.logits import DeviceLogits
+from tvm_attn.runtime.logprobs import RowLogprobs
 from tvm_attn.runtime.machine import thread_count
 from tvm_attn.runtime.memory import memory_needs
 from tvm_attn.runtime.stream import Stream
@@ -36,6 +37,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 SetThreads = Callable[[int], None]
 """Sets the number of threads that compute what the calling thread calls in a library."""
+_SCORED_ROWS = 256  # logits of so many rows are on the device while they are scored: 50 MB of GPT-2's
 _BITS = {16: "uint16", 32: "uint32"}  # dtypes to copy values with: NumPy knows no bfloat16
 
 
@@ -149,7 +151,7 @@ class CompiledEngine:
         self._steps = None
         if self._wants_graph and has("step"):
             inputs = Inputs(self._device, self._stream.wait)
-            self._steps = Steps(machine, inputs, self._stream, self.config.vocab_size, self.max_batch)
+            self._steps = Steps(machine, inputs, self._stream, self.config.vocab_size, self.max_batch, self.logprobs)
 
     def _call(self, name: str, *rows: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         """Calls a function of the library that takes the KV cache and the parameters."""
@@ -334,13 +336,67 @@ class CompiledEngine:
         self._logits_shape = shape
 
     def _device_logits(self, parts: Sequence[tuple[tvm.runtime.Tensor, int]]) -> DeviceLogits:
-        return DeviceLogits(self._stream, self.config.vocab_size, self.argmax, parts)
+        return DeviceLogits(self._stream, self.config.vocab_size, self.argmax, self.logprobs, parts)
 
     @_in_turn
     def argmax(self, logits: tvm.runtime.Tensor) -> Int32Array:
         """argmax of logits (g, R, V') over the vocabulary, as (g * R,) int32."""
         name = "argmax_one" if tuple(logits.shape[:2]) == (1, 1) else "argmax"
         return self._stream.read(self._run(name, logits))
+
+    @_in_turn
+    def logprobs(self, logits: tvm.runtime.Tensor, token_ids: Int32Array, count: int) -> RowLogprobs:
+        """Log-probabilities of the first B rows of logits (g, R, V'), in nats.
+
+        Args:
+            logits: on the device.
+            token_ids: int32 (B,), a token for each row.
+            count: how many of the most likely tokens are wanted, 0 .. `MOST_LOGPROBS`.
+        """
+        rows = int(np.prod(logits.shape[:-1]))
+        flat = logits._create_view((rows, int(logits.shape[-1])))
+        chosen = self._inputs.write("chosen", in_groups(token_ids, (1, rows), -1).reshape(rows))
+        wanted = len(token_ids)
+        results = [*self._run("exp_sums", flat, chosen), *(self._run("top_logits", flat) if count else ())]
+        arrays = [self._stream.read(result).reshape(result.shape)[:wanted] for result in results]
+        distances, totals, *best = arrays
+        ids, values = (array[:, :count] for array in best) if best else (None, None)
+        return RowLogprobs.from_sums(distances, totals, ids, values)
+
+    @_in_turn
+    def score(
+        self,
+        prompts: Sequence[Int32Array],
+        slots: Sequence[int],
+        starts: Sequence[int],
+        targets: Sequence[Int32Array],
+        count: int = 0,
+    ) -> list[RowLogprobs]:
+        """As `prefill`, but returns log-probabilities of the token that follows each token.
+
+        The logits on the device are those of a part of the prompts at a time.
+
+        Args:
+            prompts, slots, starts: as in `prefill`.
+            targets: int32 arrays (T_b,), the token after each of prompt b.
+            count: how many of the most likely tokens are wanted too.
+
+        Returns:
+            T_b rows for each prompt.
+        """
+        found: list[list[RowLogprobs]] = [[] for _ in prompts]
+        for parts in _parts([len(prompt) for prompt in prompts], _SCORED_ROWS):
+            tokens = [prompts[b][first:last] for b, first, last in parts]
+            rows = self._prompt_rows(
+                tokens, [slots[b] for b, _, _ in parts], [starts[b] + first for b, first, _ in parts]
+            )
+            self._drop_unused(rows[0].shape)
+            wanted = np.concatenate([targets[b][first:last] for b, first, last in parts])
+            logprobs = self.logprobs(self._call("logits", *rows), wanted, count)
+            row = 0
+            for b, first, last in parts:
+                found[b].append(logprobs.rows(row, row := row + last - first))
+        return [RowLogprobs.join(rows) for rows in found]
 
     def _calls(self, prompts: Sequence[Int32Array]) -> list[tuple[int, int]]:
         """Ranges of prompts that fit one call, in order."""
@@ -377,6 +433,24 @@ class CompiledEngine:
         """(n,) int32 as whole groups (g, R), padded with `fill`; a new array."""
         rows = self.library.rows
         return in_groups(values, (-(-len(values) // rows), rows), fill)
+
+
+def _parts(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Calls of at most `most` rows that together take sequences of these lengths: (sequence, first, last) of each
+    part, those of one sequence in order and at most one a call."""
+    call: list[tuple[int, int, int]] = []
+    room = most
+    for sequence, length in enumerate(lengths):
+        first = 0
+        while first < length:
+            last = min(first + room, length)
+            call.append((sequence, first, last))
+            room, first = room - (last - first), last
+            if not room:
+                yield call
+                call, room = [], most
+    if call:
+        yield call
 
 
 def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Tensor:

@@ -23,7 +23,7 @@ from tvm.runtime.vm import VirtualMachine
 
 from tvm_attn.errors import GenerationError
 from tvm_attn.runtime.inputs import Inputs, Int32Array, in_groups
-from tvm_attn.runtime.logits import DeviceLogits, Part
+from tvm_attn.runtime.logits import DeviceLogits, Logprobs, Part
 from tvm_attn.runtime.stream import Stream
 
 
@@ -36,11 +36,20 @@ class Steps:
         stream: the model's stream.
         vocabulary: V, the columns of the logits that count.
         slots: S, the number of KV-cache slots.
+        logprobs: see `DeviceLogits`.
     """
 
-    def __init__(self, machine: VirtualMachine, inputs: Inputs, stream: Stream, vocabulary: int, slots: int) -> None:
+    def __init__(
+        self,
+        machine: VirtualMachine,
+        inputs: Inputs,
+        stream: Stream,
+        vocabulary: int,
+        slots: int,
+        logprobs: Logprobs,
+    ) -> None:
         self._machine, self._inputs, self._slots = machine, inputs, slots
-        self.stream, self.vocabulary = stream, vocabulary
+        self.stream, self.vocabulary, self.logprobs = stream, vocabulary, logprobs
         self._states: dict[tuple[str, tuple[int, int]], _State] = {}
         self._expected: _Expected | None = None
         self.number = 0
@@ -178,12 +187,12 @@ class _State:
 class StepLogits(DeviceLogits):
     """Logits of a step. Valid until the next step of the same engine, with any batch size, as steps share their memory.
 
-    After that, `numpy` and `__dlpack__` raise GenerationError, and so does `argmax` unless it was called before. What
-    another library has taken through DLPack changes with the next step.
+    After that, `numpy`, `logprobs` and `__dlpack__` raise GenerationError, and so does `argmax` unless it was called
+    before. What another library has taken through DLPack changes with the next step.
     """
 
     def __init__(self, steps: Steps, part: Part, state: _State) -> None:
-        super().__init__(steps.stream, steps.vocabulary, self._read_ids, [part])
+        super().__init__(steps.stream, steps.vocabulary, self._read_ids, steps.logprobs, [part])
         self._steps, self._state, self._number = steps, state, steps.number
         self._reading: Callable[[], Int32Array] | None = None
         self._ids: Int32Array | None = None

@@ -11,8 +11,10 @@ import tvm
 
 from tvm_attn.runtime.dlpack import rows_view
 from tvm_attn.runtime.inputs import Int32Array
+from tvm_attn.runtime.logprobs import RowLogprobs
 from tvm_attn.runtime.stream import Stream
 
+Logprobs = Callable[[tvm.runtime.Tensor, Int32Array, int], RowLogprobs]
 Part = tuple[tvm.runtime.Tensor, int]
 """Logits (g, R, V') of one call of the model, and how many of their rows count."""
 
@@ -28,6 +30,7 @@ class DeviceLogits:
         stream: the model's stream.
         vocabulary: V.
         argmax: computes the ids (g * R,) of one part.
+        logprobs: computes log-probabilities of one part; see `CompiledEngine.logprobs`.
         parts: the logits, one part per call of the model.
     """
 
@@ -36,9 +39,10 @@ class DeviceLogits:
         stream: Stream,
         vocabulary: int,
         argmax: Callable[[tvm.runtime.Tensor], Int32Array],
+        logprobs: Logprobs,
         parts: Sequence[Part],
     ) -> None:
-        self._stream, self._vocabulary, self._argmax = stream, vocabulary, argmax
+        self._stream, self._vocabulary, self._argmax, self._logprobs = stream, vocabulary, argmax, logprobs
         self._tensors = parts
 
     def _parts(self) -> Sequence[Part]:
@@ -53,6 +57,14 @@ class DeviceLogits:
         """The id of the largest logit of each row, (B,) int32; -1 for a row with NaN."""
         ids = [self._argmax(tensor)[:count] for tensor, count in self._parts()]
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    def logprobs(self, token_ids: Int32Array, count: int) -> RowLogprobs:
+        """Log-probabilities of a token for each row, (B,) int32, and of the `count` best, found on the device."""
+        found, first = [], 0
+        for tensor, rows in self._parts():
+            found.append(self._logprobs(tensor, token_ids[first : first + rows], count))
+            first += rows
+        return RowLogprobs.join(found)
 
     def _view(self) -> tvm.runtime.Tensor:
         parts = self._parts()

@@ -18,6 +18,7 @@ from tvm_attn.kernels import (
     Case,
     DecodeAttention,
     Embedding,
+    ExpSums,
     Head,
     Kernel,
     LinearKernel,
@@ -25,9 +26,11 @@ from tvm_attn.kernels import (
     PrefillAttention,
     QKVLinear,
     ResidualLinear,
+    TopLogits,
     decode_attention,
     embedding,
     linear,
+    logprobs,
     norm,
     prefill_attention,
     quant,
@@ -187,7 +190,7 @@ def _packed_row_bytes(kernel: Any) -> int:
     return kernel.width * 4 + packed
 
 
-def _logit_bytes(kernel: Argmax | Advance) -> int:
+def _logit_bytes(kernel: Argmax | Advance | ExpSums | TopLogits) -> int:
     return 4 * kernel.vocabulary
 
 
@@ -207,4 +210,6 @@ _CALLS: dict[str, Callable[[Any], tuple[Call, ...]]] = {
     "quantize_rows": _row_calls(_packed_row_bytes, quant.random_case),
     "argmax": _row_calls(_logit_bytes, sampling.random_case),
     "advance": _row_calls(_logit_bytes, sampling.random_case),
+    "exp_sums": _row_calls(_logit_bytes, logprobs.random_case),
+    "top_logits": _row_calls(_logit_bytes, logprobs.random_case),
 }

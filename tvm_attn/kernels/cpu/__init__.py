@@ -4,6 +4,7 @@ from tvm_attn.kernels.cpu import (
     decode_attention,
     embedding,
     linear,
+    logprobs,
     norm,
     prefill_attention,
     quant,
@@ -20,5 +21,6 @@ TEMPLATES = (
     prefill_attention.TEMPLATE,
     decode_attention.TEMPLATE,
     sampling.TEMPLATE,
+    *logprobs.TEMPLATES,
 )
 """The templates of this device class."""

@@ -7,6 +7,7 @@ from tvm_attn.kernels.gpu import (
     decode_attention,
     embedding,
     linear,
+    logprobs,
     norm,
     prefill_attention,
     quant,
@@ -23,5 +24,6 @@ TEMPLATES = (
     prefill_attention.TEMPLATE,
     decode_attention.TEMPLATE,
     sampling.TEMPLATE,
+    *logprobs.TEMPLATES,
 )
 """The templates of this device class."""
