@@ -37,6 +37,13 @@ def test_calls_are_made_by_one_thread_in_their_order() -> None:
     assert worker.run(dict, a=1) == {"a": 1}
     with pytest.raises(ZeroDivisionError):
         worker.run(divmod, 7, 0)
+    posted, go = list[int](), threading.Event()
+    for function in (go.wait, lambda: posted.append(1), lambda: worker.post(lambda: posted.append(3))):
+        worker.post(function)
+    assert posted == []
+    go.set()
+    assert worker.run(lambda: posted.append(2)) is None
+    assert worker.run(list, posted) == [1, 2, 3]
     inside, numbers = list[int](), list[int]()
 
     def step(number: int) -> int:

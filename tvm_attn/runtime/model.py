@@ -157,7 +157,8 @@ class Model:
     ) -> Generator[str, None, Completion]:
         """Completes one prompt and yields its text piece by piece, never splitting a character.
 
-        Arguments and errors as in `generate`. The generator returns the `Completion`.
+        Arguments and errors as in `generate`; n must be 1. The generator returns the `Completion`. It starts when it is
+        first advanced, then runs ahead of its reader, and is cancelled when it is closed or dropped.
         """
         read = _take_prompts(prompt, options)
         return self.scheduler.stream(read, _options(options), stats)

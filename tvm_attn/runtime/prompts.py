@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tvm_attn.errors import GenerationError, PromptTooLongError, one_line, shorten
+from tvm_attn.errors import GenerationError, PromptTooLongError, TokenizerError, one_line, shorten
 from tvm_attn.numbers import is_bool
 from tvm_attn.runtime.dlpack import host_array
 
 if TYPE_CHECKING:
     from tvm_attn.config import GPT2Config
+    from tvm_attn.runtime.tokenizer import Tokenizer
 
 IdArray: TypeAlias = npt.NDArray[np.integer[Any]]
 Prompt: TypeAlias = str | Sequence[int] | IdArray | Mapping[str, Any]
@@ -36,6 +37,7 @@ FIELDS = ("input_ids", "attention_mask", "token_type_ids")
 """Fields of a mapping that say something about the prompt; also keywords of `Model.generate` and similar methods."""
 
 _IGNORED = ("special_tokens_mask", "offset_mapping", "length")
+_MOST_CHARACTERS_A_TOKEN = 1024  # if the tokenizer does not know
 _MOST_TOKENS = 1 << 20  # beyond any model's context: a range may be too long to read
 _HINT = "pass text, a list of token ids, an array or tensor of integers, or what a tokenizer returns"
 
@@ -283,6 +285,31 @@ def _described(value: Any) -> str:
     if isinstance(value, str | int | float | None):
         return shorten(value)
     return f"a {type(value).__name__}"
+
+
+def prompt_ids(
+    name: str, prompt: str | IdArray | list[int], config: GPT2Config, tokenizer: Tokenizer | None
+) -> npt.NDArray[np.int32]:
+    """One prompt, without padding, as (T,) int32; `name` is used in messages.
+
+    Empty text is the model's `bos_token_id`, else the first of its `eos_token_ids`.
+
+    Raises:
+        TokenizerError: it is text, and there is no tokenizer.
+        GenerationError: as from `checked_ids`, or the text is certainly too long.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise TokenizerError("the artifact has no tokenizer; pass token ids instead of text")
+        most = config.n_positions * (tokenizer.longest_token or _MOST_CHARACTERS_A_TOKEN)
+        if len(prompt) > most:
+            message = (
+                f"{name} has {len(prompt)} characters, and the model's context, {config.n_positions} tokens, holds"
+            )
+            raise PromptTooLongError(f"{message} {most} at most; shorten the prompt")
+        start = config.eos_token_ids[:1] if config.bos_token_id is None else (config.bos_token_id,)
+        prompt = tokenizer.encode(prompt) or list(start)
+    return checked_ids(name, prompt, config)
 
 
 def checked_ids(name: str, ids: IdArray | list[int], config: GPT2Config) -> npt.NDArray[np.int32]:

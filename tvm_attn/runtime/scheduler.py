@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from tvm_attn.errors import GenerationError, PromptTooLongError, QueueFullError, TokenizerError
+from tvm_attn.errors import GenerationError, QueueFullError, TokenizerError
 from tvm_attn.runtime.decoding import (
     Completion,
     Engine,
@@ -32,7 +32,7 @@ from tvm_attn.runtime.decoding import (
     Logits,
     TokenSequence,
 )
-from tvm_attn.runtime.prompts import IdArray, Prompt, Prompts, checked_ids, read_prompts
+from tvm_attn.runtime.prompts import Prompt, Prompts, prompt_ids, read_prompts
 from tvm_attn.runtime.request import Feed, Request, wake
 from tvm_attn.runtime.slots import Int32Array, Slots, reusable
 
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from tvm_attn.runtime.tokenizer import Tokenizer
 
 R = TypeVar("R")
-_MOST_CHARACTERS_A_TOKEN = 1024  # if the tokenizer does not know
+_COPIES = 128
+"""Tokens of a prompt that are copied from another slot in less time than one is computed."""
 
 
 @dataclass(frozen=True)
@@ -261,27 +262,10 @@ class Scheduler:
         sequences = []
         for number in range(len(prompts.items)):
             name = "the prompt" if len(prompts.items) == 1 else f"prompt {number + 1} of {len(prompts.items)}"
-            ids = self._prompt_ids(prompts.unpadded(number), name)
+            ids = prompt_ids(name, prompts.unpadded(number), self.engine.config, self.tokenizer)
             for index in range(first + number * options.n, first + (number + 1) * options.n):
                 sequences.append(TokenSequence(ids, options, self.engine.config, self.tokenizer, index, stats))
         return sequences
-
-    def _prompt_ids(self, prompt: str | IdArray | list[int], name: str) -> Int32Array:
-        """The prompt as (T,) int32, checked against vocabulary and context; `name` is used in messages."""
-        if isinstance(prompt, str):
-            prompt = self._encode(prompt, name)
-        return checked_ids(name, prompt, self.engine.config)
-
-    def _encode(self, text: str, name: str) -> list[int]:
-        config = self.engine.config
-        if self.tokenizer is None:
-            raise TokenizerError("the artifact has no tokenizer; pass token ids instead of text")
-        most = config.n_positions * (self.tokenizer.longest_token or _MOST_CHARACTERS_A_TOKEN)
-        if len(text) > most:
-            message = f"{name} has {len(text)} characters, and the model's context, {config.n_positions} tokens, holds"
-            raise PromptTooLongError(f"{message} {most} at most; shorten the prompt")
-        start = config.eos_token_ids[:1] if config.bos_token_id is None else (config.bos_token_id,)
-        return self.tokenizer.encode(text) or list(start)
 
     # --- from the caller's thread to the device's ---
 
@@ -418,8 +402,10 @@ class Scheduler:
         self._is_turn_of_running = True
         parts: list[tuple[_Entry, Int32Array]] = []
         for index, entry in enumerate(self._beginning):
-            if most and (entry.has_begun or self._begin(entry, self._beginning[:index])):
-                sequence = entry.sequence
+            sequence = entry.sequence
+            if most > 0 and not entry.has_begun and self._begin(entry, self._beginning[:index]):
+                most = max(most - sequence.cached // _COPIES, 1)
+            if most > 0 and entry.has_begun:
                 parts.append((entry, sequence.prompt[sequence.cached : sequence.cached + most]))
                 most -= len(parts[-1][1])
         entries = [entry for entry, _ in parts]
