@@ -48,9 +48,11 @@ class HashEngine(FakeEngine):
         self.rows.append(("prefill", [len(prompt) for prompt in prompts]))
         return super().prefill(prompts, slots, starts)
 
-    def decode(self, token_ids: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> HostLogits:
+    def decode(
+        self, token_ids: np.ndarray, slots: np.ndarray, positions: np.ndarray, *, ahead: bool = False
+    ) -> HostLogits:
         self.rows.append(("decode", [1] * len(slots)))
-        return super().decode(token_ids, slots, positions)
+        return super().decode(token_ids, slots, positions, ahead=ahead)
 
     def next_logits(self, token_ids: list[int]) -> np.ndarray:
         logits = np.zeros(VOCAB)
