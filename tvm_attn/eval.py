@@ -60,7 +60,7 @@ def _eval(args: argparse.Namespace) -> int:
         message = f"scoring {name}"
         show(message)
         begin = perf_counter()
-        score = model.score(
+        (score,) = model.score(
             text,
             context=context,
             stride=stride,
@@ -88,8 +88,8 @@ def _eval(args: argparse.Namespace) -> int:
         return 0
     print(f"perplexity {score.perplexity:.4f}, {score.bits_per_byte:.4f} bits per byte")
     print(
-        f"{score.tokens} of {len(score.token_ids)} tokens scored, {score.bytes} bytes, windows of {context} tokens every "
-        f"{stride}, in {seconds:.1f} s on {model.device}",
+        f"{score.tokens} of {len(score.token_ids)} tokens scored, {score.bytes} bytes, windows of {context} tokens "
+        f"every {stride}, in {seconds:.1f} s on {model.device}",
         file=sys.stderr,
     )
     return 0

@@ -121,7 +121,7 @@ class Model:
         context: int | None = None,
         stride: int | None = None,
         progress: Progress = lambda done, total: None,
-    ) -> TextScore | list[TextScore]:
+    ) -> list[TextScore]:
         """How likely the model finds texts: the log-probability of each token, perplexity, bits per byte.
 
         Args:
@@ -132,7 +132,7 @@ class Model:
             progress: called with the number of tokens scored so far, and of all.
 
         Returns:
-            One `TextScore`, or a list of them if a list was given.
+            A `TextScore` for each text, also if there is only one.
 
         Raises:
             GenerationError: a text is empty, an option is out of range, or the logits are not numbers.
@@ -154,11 +154,10 @@ class Model:
                 ids.append(known_ids(name, item, self.config))
                 sizes.append(None)
         logprobs = score(self.scheduler, ids, context, stride, progress)
-        scores = [
+        return [
             TextScore(tuple(tokens.tolist()), tuple(found), size)
             for tokens, found, size in zip(ids, logprobs, sizes, strict=True)
         ]
-        return scores[0] if read.is_single else scores
 
     # Every str is a Sequence[str] too; the first signature that matches is used.
     @overload
