@@ -99,9 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         "--logprobs",
         type=integer(None),
         metavar="K",
-        help="with --json: log-probabilities of the tokens, and of the K (0 to 20) most likely ones in their place",
+        help="with --json or --out: log-probabilities of the tokens, and of the K (0 to 20) most likely ones in their place",
     )
-    parser.add_argument("--prompt-logprobs", action="store_true", help="with --json: those of the prompt's tokens too")
+    parser.add_argument("--prompt-logprobs", action="store_true", help="with --json or --out: those of the prompt's tokens too")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
     parser.add_argument(
         "--threads", type=integer(1, 4096), metavar="N", help="CPU threads; default: all cores that the process may use"
@@ -150,7 +150,7 @@ def _generate(args: argparse.Namespace) -> int:
     GenerationOptions(**options)  # refuse a wrong value before the model is loaded, which takes seconds
     if (args.prompts is None) != (args.out is None):
         raise UsageError("--prompts names the input and --out the output: one needs the other")
-    if (args.logprobs is not None or args.prompt_logprobs) and not args.json:
+    if (args.logprobs is not None or args.prompt_logprobs) and not args.json and args.out is None:
         raise UsageError("log-probabilities are printed as JSON: add --json")
     artifact = open_artifact(args.artifact, args.device)
     if artifact.tokenizer_json() is None and args.prompts is None and not args.prompt_ids:
