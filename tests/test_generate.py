@@ -16,6 +16,7 @@ import tvm_attn
 from tvm_attn import cli, generate
 from tvm_attn.errors import ArtifactError, GenerationError
 from tvm_attn.runtime.decoding import Completion, GenerationStats
+from tvm_attn.runtime.logprobs import TokenLogprobs
 
 
 class ByteTokenizer:
@@ -113,6 +114,8 @@ def test_defaults(model):
         "stop": (),
         "stop_token_ids": None,
         "seed": None,
+        "logprobs": None,
+        "prompt_logprobs": False,
     }
 
 
@@ -120,7 +123,7 @@ def test_every_option_is_passed_on(model):
     command = (
         "dist/x --prompt Hello --max-new-tokens 3 --min-new-tokens 2 -n 2 --temperature 0.5 --top-k 4 "
         "--top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --stop a --stop b --stop-token-id 5 --stop-token-id 6 "
-        "--seed 7 --device cpu --threads 2 --max-batch 3"
+        "--seed 7 --logprobs 3 --prompt-logprobs --json --device cpu --threads 2 --max-batch 3"
     )
     assert generate.main(command.split()) == 0
     assert model.loaded == [((Path("dist/x"),), {"device": "cpu", "threads": 2, "max_batch": 3})]
@@ -136,6 +139,8 @@ def test_every_option_is_passed_on(model):
         "stop": ["a", "b"],
         "stop_token_ids": [5, 6],
         "seed": 7,
+        "logprobs": 3,
+        "prompt_logprobs": True,
     }
 
 
@@ -260,6 +265,19 @@ def test_json(model, capsys):
     assert err == ""
     assert generate.main(["dist/x", "--prompt", "Hello", "--prompt", "Bye", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"completions": [completion] * 2, "timings": timings}
+
+
+def test_log_probabilities_are_json(model, monkeypatch, capsys):
+    found = TokenLogprobs(7, -0.5, ((7, -0.5), (9, -2.0)))
+    completion = Completion("x", (7,), "length", (found,), (None, found))
+    monkeypatch.setattr(model, "generate", lambda prompts, **options: [completion])
+    assert generate.main(["dist/x", "--prompt", "Hello", "--logprobs", "2", "--prompt-logprobs", "--json"]) == 0
+    printed = {"token_id": 7, "logprob": -0.5, "top": [[7, -0.5], [9, -2.0]]}
+    read = json.loads(capsys.readouterr().out)
+    assert (read["logprobs"], read["prompt_logprobs"]) == ([printed], [None, printed])
+    for option in (["--logprobs", "2"], ["--prompt-logprobs"]):
+        assert generate.main(["dist/x", "--prompt", "Hello", *option]) == 2
+        assert "add --json" in capsys.readouterr().err
 
 
 # --- errors ---

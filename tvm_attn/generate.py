@@ -95,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         help="sample as the checkpoint's generation_config.json says, unless other options differ",
     )
     parser.add_argument("--seed", type=integer(None), metavar="S", help="repeat the same sampling")
+    parser.add_argument(
+        "--logprobs",
+        type=integer(None),
+        metavar="K",
+        help="with --json or --out: log-probabilities of the tokens, and of the K (0 to 20) most likely ones in their place",
+    )
+    parser.add_argument("--prompt-logprobs", action="store_true", help="with --json or --out: those of the prompt's tokens too")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
     parser.add_argument(
         "--threads", type=integer(1, 4096), metavar="N", help="CPU threads; default: all cores that the process may use"
@@ -135,12 +142,16 @@ def _generate(args: argparse.Namespace) -> int:
         "stop": args.stop,
         "stop_token_ids": args.stop_token_id,
         "seed": args.seed,
+        "logprobs": args.logprobs,
+        "prompt_logprobs": args.prompt_logprobs or None,
     }
     given = {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = dataclasses.asdict(GenerationOptions(stop=[])) | given
     GenerationOptions(**options)  # refuse a wrong value before the model is loaded, which takes seconds
     if (args.prompts is None) != (args.out is None):
         raise UsageError("--prompts names the input and --out the output: one needs the other")
+    if (args.logprobs is not None or args.prompt_logprobs) and not args.json and args.out is None:
+        raise UsageError("log-probabilities are printed as JSON: add --json")
     artifact = open_artifact(args.artifact, args.device)
     if artifact.tokenizer_json() is None and args.prompts is None and not args.prompt_ids:
         raise TokenizerError(
@@ -303,7 +314,10 @@ def _speed(name: str, tokens: int, seconds: float, rate: float | None) -> str:
 
 def completions_object(found: list[Completion]) -> dict[str, Any]:
     """One completion as an object of JSON; several are its "completions"."""
-    objects = [dataclasses.asdict(completion) for completion in found]
+    objects = [
+        {name: value for name, value in dataclasses.asdict(completion).items() if value is not None}
+        for completion in found
+    ]
     return objects[0] if len(objects) == 1 else {"completions": objects}
 
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from tvm_attn.config import GPT2Config
+from tvm_attn.runtime.logprobs import RowLogprobs
 from tvm_attn.runtime.tokenizer import Tokenizer
 from tvm_attn.runtime.worker import Worker
 
@@ -32,6 +33,20 @@ class HostLogits:
         self.asked.append("argmax")
         found = self.rows.argmax(-1).astype(np.int32)
         return np.where(np.isnan(self.rows).any(-1), np.int32(-1), found)
+
+    def logprobs(self, token_ids: np.ndarray, count: int) -> RowLogprobs:
+        self.asked.append("logprobs")
+        return row_logprobs(self.rows, token_ids, count)
+
+
+def row_logprobs(rows: np.ndarray, token_ids: np.ndarray, count: int) -> RowLogprobs:
+    """From NumPy's float64."""
+    logits = rows.astype(np.float64)
+    every = logits - logits.max(-1, keepdims=True)
+    every -= np.log(np.exp(every).sum(-1, keepdims=True))
+    ids = np.argsort(-every, axis=-1, kind="stable")[:, :count].astype(np.int32)
+    chosen = every[np.arange(len(rows)), np.maximum(token_ids, 0)]
+    return RowLogprobs(chosen, ids, np.take_along_axis(every, ids, -1))
 
 
 class FakeEngine:
@@ -64,6 +79,23 @@ class FakeEngine:
             assert position == len(self.cache[slot]) < self.config.n_positions
             self.cache[slot].append(int(token_id))
         return self._logits("decode", slots.tolist())
+
+    def score(
+        self,
+        prompts: Sequence[np.ndarray],
+        slots: Sequence[int],
+        starts: Sequence[int],
+        targets: Sequence[np.ndarray],
+        count: int = 0,
+    ) -> list[RowLogprobs]:
+        self.prefill(prompts, slots, starts)
+        self.calls[-1] = ("score", list(slots))
+        results = []
+        for prompt, slot, start, target in zip(prompts, slots, starts, targets, strict=True):
+            assert len(prompt) == len(target) >= 1
+            rows = [self.next_logits(self.cache[slot][: start + i + 1]) for i in range(len(prompt))]
+            results.append(row_logprobs(np.stack(rows), target, count))
+        return results
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         assert len(self.cache[source]) >= length and source != target

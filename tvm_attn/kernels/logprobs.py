@@ -1,7 +1,7 @@
 """What log-probabilities are made of: the sum of a row's exponentials, and its largest logits.
 
 With the largest logit m of a row, the log-probability of token t is ``(logits[t] - m) - log(sum(exp(logits - m)))``.
-The difference is exact or nearly so, and the logarithm is left to the host, so a device needs none and nothing cancels.
+Nothing large cancels, and the logarithm is left to the host.
 """
 
 from __future__ import annotations

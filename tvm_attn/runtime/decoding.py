@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_attn.errors import GenerationError, shorten
-from tvm_attn.numbers import integer
+from tvm_attn.numbers import integer, is_bool
+from tvm_attn.runtime.logprobs import MOST_LOGPROBS, RowLogprobs, TokenLogprobs
 from tvm_attn.runtime.sampling import NOT_NUMBERS, SamplingOptions, sample, sequence_rng
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class Logits(Protocol):
 
     def argmax(self) -> Int32Array:
         """The id of the largest logit of each row, (B,) int32, found on the device; -1 for a row with NaN."""
+
+    def logprobs(self, token_ids: Int32Array, count: int) -> RowLogprobs:
+        """Log-probabilities of a token for each row, (B,) int32, and of the `count` best, found on the device."""
 
 
 class Engine(Protocol):
@@ -63,6 +67,16 @@ class Engine(Protocol):
     def prefill(self, prompts: Sequence[Int32Array], slots: Sequence[int], starts: Sequence[int]) -> Logits:
         """Run tokens, each (T_b,) int32, into positions starts[b].. of their slots; the logits of each last token."""
 
+    def score(
+        self,
+        prompts: Sequence[Int32Array],
+        slots: Sequence[int],
+        starts: Sequence[int],
+        targets: Sequence[Int32Array],
+        count: int = 0,
+    ) -> list[RowLogprobs]:
+        """As `prefill`, but gives log-probabilities of the token after each, targets[b] (T_b,) int32."""
+
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's cache to another slot."""
 
@@ -86,6 +100,11 @@ class GenerationOptions(SamplingOptions):
     min_new_tokens: no stop token is chosen before this many tokens, >= 0; stop strings count at once, as in
         transformers.
     n: completions of each prompt, >= 1.
+    logprobs: 0 .. 20: the log-probability of each generated token is returned, and those of so many of the most likely
+        tokens in its place; None returns none. They are of the model's own distribution, before temperature, penalties
+        and filters; see `tvm_attn.runtime.logprobs`.
+    prompt_logprobs: whether those of the prompt's tokens are returned too, as many for each as `logprobs` says. The
+        prompt is computed in full, even if a KV-cache slot holds its beginning.
 
     Raises GenerationError for a value outside its range.
     """
@@ -96,6 +115,8 @@ class GenerationOptions(SamplingOptions):
     seed: int | None = None
     min_new_tokens: int = 0
     n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +126,11 @@ class GenerationOptions(SamplingOptions):
             smaller = f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}"
             raise GenerationError(f"{smaller}; it must be at most max_new_tokens")
         self._set("n", integer("n", self.n, 1, _MOST_COMPLETIONS))
+        if self.logprobs is not None:
+            self._set("logprobs", integer("logprobs", self.logprobs, 0, MOST_LOGPROBS))
+        if not is_bool(self.prompt_logprobs):
+            raise GenerationError(f"prompt_logprobs is {shorten(self.prompt_logprobs)}; it must be True or False")
+        self._set("prompt_logprobs", bool(self.prompt_logprobs))
         if self.seed is not None:
             self._set("seed", integer("seed", self.seed, 0, _LARGEST_SEED))
         self._set("stop", tuple(_stop_string(stop) for stop in _several("stop", self.stop)))
@@ -141,11 +167,15 @@ class Completion:
     token_ids: the generated ids; the last may be the stop token, or the token that completed the stop string.
     finish_reason: "stop" after a stop token or string, "length" at `max_new_tokens` or the end of the context,
         "cancelled" if the request was cancelled before: then this is what it had by then.
+    logprobs: of each of `token_ids`, if they were asked for.
+    prompt_logprobs: of each token of the prompt, if they were asked for; None for the first, which has none before it.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass
@@ -226,6 +256,8 @@ class TokenSequence:
         cached: positions of the slot that hold its prompt.
         finish_reason: set when it ends, unless by an error.
         error: why it failed.
+        logprobs: of the generated tokens, if they are wanted.
+        prompt_logprobs: of the prompt's tokens so far, if they are wanted.
     """
 
     def __init__(
@@ -247,6 +279,8 @@ class TokenSequence:
         self.pieces: list[str] = []
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         self.begin = perf_counter()
         if (largest := max(options.logit_bias, default=0)) >= config.vocab_size:
             message = f"logit_bias holds the token id {largest}; the model's vocabulary is 0..{config.vocab_size - 1}"
@@ -261,7 +295,7 @@ class TokenSequence:
         self._is_plain_argmax = options.is_plain_argmax
 
     @property
-    def takes_argmax(self) -> bool:
+    def chooses_largest(self) -> bool:
         """Whether the next token is that of the largest logit, whatever it is."""
         return self._is_plain_argmax and self.length >= self._shortest
 
@@ -269,6 +303,28 @@ class TokenSequence:
     def continues(self) -> bool:
         """Whether it goes on after the next token, unless that ends it."""
         return self.length + 1 < len(self.ids)
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether the index of the largest logit is all that is wanted of the logits."""
+        return self.chooses_largest and self.options.logprobs is None
+
+    @property
+    def unscored(self) -> int:
+        """Tokens of the prompt that are still to be computed with the log-probabilities of those after them."""
+        return len(self.prompt) - 1 - self.cached if self.options.prompt_logprobs else 0
+
+    def add_scores(self, scores: RowLogprobs) -> None:
+        """Adds log-probabilities of the next tokens of the prompt, as many as there are rows.
+
+        Raises:
+            GenerationError: the logits are not numbers.
+        """
+        scores.require_numbers()
+        first = len(self.prompt_logprobs)
+        ids = self.prompt[first : first + len(scores.chosen)].tolist()
+        count = self.options.logprobs or 0
+        self.prompt_logprobs += [scores.token(row, token_id, count) for row, token_id in enumerate(ids)]
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token for its logits (V,).
@@ -308,6 +364,11 @@ class TokenSequence:
     def completion(self) -> Completion:
         """What has been generated, once `finish_reason` is set."""
         assert self.finish_reason is not None
+        options = self.options
         return Completion(
-            "".join(self.pieces), tuple(self.ids[len(self.prompt) : self.length].tolist()), self.finish_reason
+            "".join(self.pieces),
+            tuple(self.ids[len(self.prompt) : self.length].tolist()),
+            self.finish_reason,
+            None if options.logprobs is None else tuple(self.logprobs),
+            tuple(self.prompt_logprobs) if options.prompt_logprobs else None,
         )

@@ -56,11 +56,11 @@ class RowLogprobs:
         values: npt.NDArray[np.float32] | None,
     ) -> RowLogprobs:
         """From what `ExpSums` and `TopLogits` of `tvm_attn.kernels.logprobs` give; ids and values may be missing."""
-        logarithms = np.log(np.where(totals > 0, totals, np.nan), dtype=np.float64)
+        logarithms = np.log(np.where(totals > 0, totals.astype(np.float64), np.nan))
         if ids is None or values is None:
             ids, values = np.empty((len(totals), 0), np.int32), np.empty((len(totals), 0), np.float32)
         top = values.astype(np.float64) - values[:, :1] - logarithms[:, None]
-        return RowLogprobs(distances - logarithms, ids, top)
+        return RowLogprobs(distances.astype(np.float64) - logarithms, ids, top)
 
     @staticmethod
     def join(parts: Sequence[RowLogprobs]) -> RowLogprobs:

@@ -11,14 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_attn.config import GPT2Config
-from tvm_attn.errors import GenerationError, shorten
+from tvm_attn.errors import GenerationError, TokenizerError, shorten
 from tvm_attn.runtime.artifact import Artifact, open_artifact
 from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
 from tvm_attn.runtime.device import parse_device
 from tvm_attn.runtime.machine import thread_count
-from tvm_attn.runtime.prompts import FIELDS, Prompt, Prompts, read_prompts
+from tvm_attn.runtime.prompts import FIELDS, Prompt, Prompts, known_ids, read_prompts
 from tvm_attn.runtime.sampling import NOT_NUMBERS
 from tvm_attn.runtime.scheduler import Scheduler
+from tvm_attn.runtime.scoring import Progress, TextScore, checked_windows, score
 from tvm_attn.runtime.tokenizer import Tokenizer
 from tvm_attn.runtime.tvm_import import import_tvm
 
@@ -113,6 +114,51 @@ class Model:
             result[index][places[index]] = logits
         return len(slots)
 
+    def score(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        context: int | None = None,
+        stride: int | None = None,
+        progress: Progress = lambda done, total: None,
+    ) -> list[TextScore]:
+        """How likely the model finds texts: the log-probability of each token, perplexity, bits per byte.
+
+        Args:
+            texts: as the prompts of `generate`, but of any length.
+            context: tokens of a window, 2 .. n_positions; by default n_positions.
+            stride: tokens from the beginning of a window to the next, 1 .. context; by default half a window. See
+                `tvm_attn.runtime.scoring`.
+            progress: called with the number of tokens scored so far, and of all.
+
+        Returns:
+            A `TextScore` for each text, also if there is only one.
+
+        Raises:
+            GenerationError: a text is empty, an option is out of range, or the logits are not numbers.
+            TokenizerError: text was given and the artifact has no tokenizer.
+        """
+        context, stride = checked_windows(self.config.n_positions, context, stride)
+        read = read_prompts(texts)
+        ids: list[npt.NDArray[np.int32]] = []
+        sizes: list[int | None] = []
+        for number in range(len(read.items)):
+            name = "the text" if len(read.items) == 1 else f"text {number + 1} of {len(read.items)}"
+            item = read.unpadded(number)
+            if isinstance(item, str):
+                if self.tokenizer is None:
+                    raise TokenizerError("the artifact has no tokenizer; pass token ids instead of text")
+                ids.append(known_ids(name, self.tokenizer.encode(item), self.config))
+                sizes.append(len(item.encode("utf-8")))
+            else:
+                ids.append(known_ids(name, item, self.config))
+                sizes.append(None)
+        logprobs = score(self.scheduler, ids, context, stride, progress)
+        return [
+            TextScore(tuple(tokens.tolist()), tuple(found), size)
+            for tokens, found, size in zip(ids, logprobs, sizes, strict=True)
+        ]
+
     # Every str is a Sequence[str] too; the first signature that matches is used.
     @overload
     def generate(
@@ -138,9 +184,9 @@ class Model:
             prompts: text, token ids, a tokenizer's result, or a list of these; see `tvm_attn.runtime.prompts`.
             stats: filled with counts and times.
             options: the fields of `GenerationOptions`: max_new_tokens, min_new_tokens, n, temperature, top_k, top_p,
-                min_p, repetition_penalty, stop, stop_token_ids, seed; None is the default. Greedy if no sampling option
-                is given. Also input_ids and attention_mask instead of `prompts`, so that the result of a transformers
-                tokenizer can be passed as `**inputs`.
+                min_p, repetition_penalty, stop, stop_token_ids, seed, logprobs, prompt_logprobs; None is the default.
+                Greedy if no sampling option is given. Also input_ids and attention_mask instead of `prompts`, so that
+                the result of a transformers tokenizer can be passed as `**inputs`.
 
         Returns:
             One `Completion`; for several prompts or n > 1 a list, n for each prompt, in the order of the prompts.

@@ -318,11 +318,20 @@ def checked_ids(name: str, ids: IdArray | list[int], config: GPT2Config) -> npt.
     Raises:
         GenerationError: there are no ids, more than the model's context holds, or some outside its vocabulary.
     """
-    if len(ids) == 0:
-        raise GenerationError(f"{name} has no tokens; pass at least one")
     if len(ids) > config.n_positions:
         message = f"{name} has {len(ids)} tokens, the model's context is {config.n_positions}; shorten the prompt"
         raise PromptTooLongError(message)
+    return known_ids(name, ids, config)
+
+
+def known_ids(name: str, ids: IdArray | list[int], config: GPT2Config) -> npt.NDArray[np.int32]:
+    """As `checked_ids`, of any length.
+
+    Raises:
+        GenerationError: there are no ids, or some outside the vocabulary.
+    """
+    if len(ids) == 0:
+        raise GenerationError(f"{name} has no tokens; pass at least one")
     for extreme in (min(ids), max(ids)):
         if not 0 <= extreme < config.vocab_size:
             message = f"{name} holds the token id {shorten(int(extreme))}"

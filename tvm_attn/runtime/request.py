@@ -11,6 +11,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING
 
 from tvm_attn.runtime.decoding import Completion, GenerationStats, TokenSequence
+from tvm_attn.runtime.logprobs import TokenLogprobs
 
 if TYPE_CHECKING:
     import asyncio
@@ -23,10 +24,12 @@ class Token:
     Attributes:
         id: its id.
         text: the text that is final with it; "" while a character is incomplete or may belong to a stop string.
+        logprobs: its log-probability and the best ones, if they were asked for.
     """
 
     id: int
     text: str
+    logprobs: TokenLogprobs | None = None
 
 
 class Feed:
@@ -50,10 +53,10 @@ class Feed:
         self._readers: list[asyncio.Future[None]] = []  # tasks that wait for a token
         self._waiters: list[asyncio.Future[None]] = []  # and for the end
 
-    def put(self, token_id: int, text: str) -> None:
+    def put(self, token_id: int, text: str, logprobs: TokenLogprobs | None) -> None:
         """Adds a token."""
         if self._tokens is not None:
-            self._tokens.put(Token(token_id, text))
+            self._tokens.put(Token(token_id, text, logprobs))
 
     def end(self) -> None:
         """Says that no more tokens follow."""
@@ -159,6 +162,11 @@ class Request:
     def prompt_ids(self) -> tuple[int, ...]:
         """The ids of the prompt."""
         return tuple(self._sequence.prompt.tolist())
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """As in `Completion`; complete once there is a token."""
+        return tuple(self._sequence.prompt_logprobs) if self._sequence.options.prompt_logprobs else None
 
     def __iter__(self) -> Iterator[Token]:
         """The tokens; waits for each.

@@ -376,8 +376,12 @@ class Scheduler:
                 first.run(slots)
                 return  # the others wait for a step of those who run
             sequence = first.sequence
-            promised = self._promised(sequence.prompt, [*self._running, *self._beginning])
-            sequence.slot, sequence.cached = self._slots.take(sequence.prompt, promised)
+            if sequence.unscored:  # all of the prompt's logits are wanted
+                sequence.slot, sequence.cached = self._slots.take(sequence.prompt[:0], 0)
+                first.has_begun = True
+            else:
+                promised = self._promised(sequence.prompt, [*self._running, *self._beginning])
+                sequence.slot, sequence.cached = self._slots.take(sequence.prompt, promised)
             self._beginning.append(first)
 
     def _promised(self, prompt: Int32Array, others: Sequence[_Entry]) -> int:
@@ -394,7 +398,11 @@ class Scheduler:
         if alternates and self._is_turn_of_running:
             self._decode()
         else:
-            self._prefill(self.engine.prefill_chunk if alternates else self.engine.max_prefill_rows)
+            most = self.engine.prefill_chunk if alternates else self.engine.max_prefill_rows
+            if self._beginning[0].sequence.unscored:
+                self._score(most)
+            else:
+                self._prefill(most)
 
     def _prefill(self, most: int) -> None:
         """Computes up to `most` tokens of prompts, of the first ones first."""
@@ -403,6 +411,8 @@ class Scheduler:
         parts: list[tuple[_Entry, Int32Array]] = []
         for index, entry in enumerate(self._beginning):
             sequence = entry.sequence
+            if sequence.unscored:
+                continue
             if most > 0 and not entry.has_begun and self._begin(entry, self._beginning[:index]):
                 most = max(most - sequence.cached // _COPIES, 1)
             if most > 0 and entry.has_begun:
@@ -423,16 +433,52 @@ class Scheduler:
         except BaseException as error:
             self._fail(entries, error)
             return
-        seconds = perf_counter() - begin
-        for entry, tokens in parts:
-            entry.sequence.stats.prompt_tokens += len(tokens)
-            self._prompt_tokens += len(tokens)
-        for stats in _distinct(entries):
-            stats.prefill_seconds += seconds
+        self._count(parts, perf_counter() - begin)
         for entry, _ in found:
             self._beginning.remove(entry)
             self._running.append(entry)
         self._deliver(found)
+
+    def _score(self, most: int) -> None:
+        """As `_prefill`, for prompts whose log-probabilities are wanted; their last tokens are left to `_prefill`."""
+        begin = perf_counter()
+        self._is_turn_of_running = True
+        parts: list[tuple[_Entry, Int32Array]] = []
+        for entry in self._beginning:
+            sequence = entry.sequence
+            if size := min(most, sequence.unscored):
+                parts.append((entry, sequence.prompt[sequence.cached : sequence.cached + size]))
+                most -= size
+        entries, sequences = [entry for entry, _ in parts], [entry.sequence for entry, _ in parts]
+        starts = [sequence.cached for sequence in sequences]
+        targets = [
+            sequence.prompt[start + 1 : start + 1 + len(tokens)]
+            for sequence, start, (_, tokens) in zip(sequences, starts, parts, strict=True)
+        ]
+        count = max(sequence.options.logprobs or 0 for sequence in sequences)
+        try:
+            slots = [sequence.slot for sequence in sequences]
+            scores = self.engine.score([tokens for _, tokens in parts], slots, starts, targets, count)
+        except BaseException as error:
+            self._fail(entries, error)
+            return
+        self._count(parts, perf_counter() - begin)
+        for (entry, tokens), found in zip(parts, scores, strict=True):
+            sequence = entry.sequence
+            sequence.cached += len(tokens)
+            self._slots.held[sequence.slot] = sequence.prompt[: sequence.cached]
+            try:
+                sequence.add_scores(found)
+            except GenerationError as error:
+                self._fail([entry], error)
+
+    def _count(self, parts: Sequence[tuple[_Entry, Int32Array]], seconds: float) -> None:
+        """Records that parts of prompts were computed."""
+        for entry, tokens in parts:
+            entry.sequence.stats.prompt_tokens += len(tokens)
+            self._prompt_tokens += len(tokens)
+        for stats in _distinct([entry for entry, _ in parts]):
+            stats.prefill_seconds += seconds
 
     def _begin(self, entry: _Entry, ahead: Sequence[_Entry]) -> bool:
         """Copies the beginning of a prompt from another slot, unless one of those ahead will have more of it soon."""
@@ -481,10 +527,12 @@ class Scheduler:
 
         A sequence whose logits are not numbers ends alone.
         """
-        wants_argmax = [entry is not None and entry.sequence.takes_argmax for entry in entries]
+        wants_argmax = [entry is not None and entry.sequence.chooses_largest for entry in entries]
         ids = logits.argmax().tolist() if any(wants_argmax) else []
         rows = logits.numpy() if any(e and not plain for e, plain in zip(entries, wants_argmax, strict=True)) else None
         found = []
+        scored: list[tuple[int, TokenSequence]] = []
+        chosen = np.full(len(entries), -1, np.int32)
         for row, entry in enumerate(entries):
             if entry is None:
                 continue
@@ -495,8 +543,16 @@ class Scheduler:
                 else:
                     text = sequence.push(sequence.choose(rows[row]))
                 found.append((entry, text))
+                chosen[row] = sequence.ids[sequence.length - 1]
+                if sequence.options.logprobs is not None:
+                    scored.append((row, sequence))
             except Exception as error:
                 self._end(entry, error)
+        if scored:
+            logprobs = logits.logprobs(chosen, max(sequence.options.logprobs or 0 for _, sequence in scored))
+            for row, sequence in scored:
+                count = sequence.options.logprobs or 0
+                sequence.logprobs.append(logprobs.token(row, int(chosen[row]), count))
         return found
 
     def _deliver(self, found: list[tuple[_Entry, str]]) -> None:
@@ -509,7 +565,8 @@ class Scheduler:
             stats = sequence.stats
             if not stats.first_token_seconds:
                 stats.first_token_seconds = now - sequence.begin
-            entry.feed.put(int(sequence.ids[sequence.length - 1]), text)
+            logprobs = sequence.logprobs[-1] if sequence.logprobs else None
+            entry.feed.put(int(sequence.ids[sequence.length - 1]), text, logprobs)
             if sequence.finish_reason is not None:
                 self._end(entry)
         wake(entry.feed for entry, _ in found)

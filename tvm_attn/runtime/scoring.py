@@ -21,7 +21,7 @@ from tvm_attn.errors import GenerationError
 from tvm_attn.numbers import integer
 
 if TYPE_CHECKING:
-    from tvm_attn.runtime.engine import CompiledEngine
+    from tvm_attn.runtime.decoding import Engine
     from tvm_attn.runtime.scheduler import Scheduler
 
 Int32Array = npt.NDArray[np.int32]
@@ -37,7 +37,7 @@ class TextScore:
         token_ids: the text's tokens.
         token_logprobs: the log-probability of each, in nats; None for the first token of the text, which has nothing
             before it, and of every window if they do not overlap.
-        bytes: of the text in UTF-8; None if it was given as ids and there is no tokenizer.
+        bytes: of the text in UTF-8; None if it was given as ids.
     """
 
     token_ids: tuple[int, ...]
@@ -57,7 +57,10 @@ class TextScore:
     @property
     def perplexity(self) -> float | None:
         """exp of the mean negative log-probability of the tokens; None for a text of one token."""
-        return math.exp(-self.logprob / self.tokens) if self.tokens else None
+        if not self.tokens:
+            return None
+        mean = -self.logprob / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -141,16 +144,14 @@ def _count(waiting: list[Window], most: int) -> int:
     return len(waiting)
 
 
-def _score_windows(
-    engine: CompiledEngine, texts: list[Int32Array], taken: list[Window], slots: list[int]
-) -> list[list[float]]:
+def _score_windows(engine: Engine, texts: list[Int32Array], taken: list[Window], slots: list[int]) -> list[list[float]]:
     """The log-probabilities of the first windows, one for each slot."""
     taken = taken[: len(slots)]
     # The logits after a token are those of the next; the last token's are not needed, nor those before `scored - 1`.
     ahead = [(slot, window) for slot, window in zip(slots, taken, strict=False) if window.scored - 1 > window.first]
     if ahead:
         prompts = [texts[window.text][window.first : window.scored - 1] for _, window in ahead]
-        engine.prefill(prompts, [slot for slot, _ in ahead])
+        engine.prefill(prompts, [slot for slot, _ in ahead], [0] * len(ahead))
     results = engine.score(
         [texts[window.text][window.scored - 1 : window.last - 1] for window in taken],
         slots[: len(taken)],
