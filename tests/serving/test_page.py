@@ -493,7 +493,14 @@ def test_the_models_tokens_and_probabilities(real_page, model):
     assert found == pytest.approx(100 * best, abs=0.06)
 
 
-def test_stop_frees_the_slot(real_page, model):
+def test_stop_frees_the_slot(real_page, model, monkeypatch):
+    decode = model.engine.decode
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(model.engine, "decode", slow)
     generate(real_page, "Return the", max_tokens=200)
     real_page.wait_for_selector("#token-0")
     real_page.click("#stop")
