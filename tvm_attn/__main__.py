@@ -13,6 +13,7 @@ COMMANDS = {
     "build": ("tvm_attn.build", "compile a checkpoint, check it against PyTorch, write an artifact"),
     "generate": ("tvm_attn.generate", "continue prompts with an artifact, streamed to the terminal"),
     "serve": ("tvm_attn.serve", "answer completions over HTTP, as OpenAI's API does"),
+    "attend": ("tvm_attn.attend", "show what every head attends to: a page, picture or arrays"),
     "verify": ("tvm_attn.verify", "compare an artifact with PyTorch on this machine"),
     "bench": ("tvm_attn.bench", "measure an artifact's speed against this machine's limits"),
     "tune": ("tvm_attn.tune", "search schedules on this machine, write tuned records"),
