@@ -19,11 +19,12 @@ import io
 import itertools
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Protocol
 
 from tvm_attn.errors import TvmAttnError, UsageError, shorten
 
@@ -161,6 +162,36 @@ def output_file(text: str) -> Path:
     if problem:
         raise argparse.ArgumentTypeError(f"{problem}; name another file")
     return path
+
+
+@contextmanager
+def writing(path: Path, error: type[TvmAttnError]) -> Iterator[BinaryIO]:
+    """An `output_file` to write: under a temporary name, which becomes its own at the end of the block.
+
+    A link's target is written, and the link stays. What is not a regular file, such as /dev/null or a pipe, is written
+    in place: renaming would replace the device.
+
+    Raises `error` if it cannot be written; then, and after any other exception, the old file is still there.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                yield file
+            return
+        path = Path(os.path.realpath(path))
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:100]}-", delete=False) as temporary:
+            try:
+                yield temporary  # type: ignore[misc]
+                temporary.flush()
+                os.chmod(temporary.name, 0o644)
+                os.replace(temporary.name, path)
+            except BaseException:
+                os.unlink(temporary.name)
+                raise
+    except BrokenPipeError:
+        raise
+    except OSError as failure:
+        raise error(f"{path} cannot be written ({failure.strerror}); name another file") from failure
 
 
 def _name_error(path: Path) -> str | None:

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument(
         "--prompt-ids",
         action="append",
-        type=_token_ids,
+        type=token_ids,
         metavar="1,2,3",
         help="a prompt as token ids; several make a batch",
     )
@@ -113,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _token_ids(text: str) -> list[int]:
+def token_ids(text: str) -> list[int]:
+    """Reads token ids separated by commas."""
     try:
         return [int(token_id) for token_id in text.split(",")]
     except ValueError:
@@ -203,9 +204,9 @@ def _prompts(args: argparse.Namespace) -> list[Any] | None:
     if args.prompt:
         if args.prompt.count("-") > 1:
             raise UsageError("two prompts are '-', and standard input can be read once")
-        return [_read_stdin() if text == "-" else text for text in args.prompt]
+        return [read_stdin() if text == "-" else text for text in args.prompt]
     if not sys.stdin.isatty():
-        if text := _read_stdin():
+        if text := read_stdin():
             return [text]
         raise UsageError("there is no prompt, and standard input is empty; see tvm-attn generate --help")
     if args.json:
@@ -269,7 +270,7 @@ def _complete_file(model: Model, args: argparse.Namespace, options: dict[str, An
     return 1 if summary.failed else 0
 
 
-def _read_stdin() -> str:
+def read_stdin() -> str:
     """Standard input without its final newline, as a shell's $(...) reads it."""
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")

@@ -11,6 +11,7 @@ import re
 import socket
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,10 @@ class Told:
         self.is_left = threading.Event()
         self.app = Starlette(
             routes=[
-                *page_module.routes(None),
                 Route("/v1/models", self.models),
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/attention", self.attention, methods=["POST"]),
+                *page_module.routes(None),  # type: ignore[arg-type]
             ]
         )
 
@@ -130,6 +131,9 @@ class Told:
         if body["prompt"] == "long":
             return error(400, "the prompt is too long")
         words = [f" {word}" for word in body["prompt"].split()]
+        if "layer" not in body:
+            lens = [[[[f" {layer}{word}", 0.5], [" other", 0.25]] for word in words] for layer in range(3)]
+            return JSONResponse({"tokens": words, "layers": 2, "heads": 3, "lens": lens})
         values = []
         for head in range(3):
             for to in range(len(words)):
@@ -137,8 +141,8 @@ class Told:
                 row[min(head, to)] += 0.25 if body["layer"] else 0.75
                 row[to] += 1 - row.sum()
                 values += row.tolist()
-        weights = base64.b64encode((np.array(values) * 65535).astype("<u2").tobytes()).decode()
-        return JSONResponse({"tokens": words, "layers": 2, "heads": 3, "layer": body["layer"], "weights": weights})
+        content = (np.array(values) * 10000).astype("<u2").tobytes()
+        return JSONResponse({"weights": base64.b64encode(zlib.compress(content)).decode()})
 
     async def events(self, prompt: str) -> AsyncIterator[bytes]:
         def event(content: Any) -> bytes:
@@ -374,19 +378,26 @@ def test_a_head_is_chosen(open_page, address, told):
     page.click("#attend")
     page.wait_for_selector(".head[aria-pressed=true]")
     until(page, "!document.getElementById('attend').disabled")
-    assert told.requests == [{"prompt": "one two three four five", "layer": layer} for layer in (0, 1)]
+    prompt = {"prompt": "one two three four five"}
+    assert told.requests == [prompt, prompt | {"layer": 0}, prompt | {"layer": 1}]
     names = page.eval_on_selector_all(".head", "found => found.map(each => each.ariaLabel)")
-    assert names == [f"Layer {layer}, head {head}" for layer in (1, 2) for head in (1, 2, 3)]
-    assert page.text_content(".detail h3") == "Layer 1, head 1"
+    assert names == [f"Layer {layer}, head {head}" for layer in (0, 1) for head in (0, 1, 2)]
+    assert page.text_content(".detail h3") == "Layer 0, head 0"
     said = "␣five (5 of 5) attends to ␣one 75 %, ␣five 25 %"
     assert page.text_content(".detail .note").startswith(said)
-    page.click("[aria-label='Layer 2, head 2']")
-    until(page, "document.querySelector('.detail h3').textContent === 'Layer 2, head 2'")
+    page.click("[aria-label='Layer 1, head 1']")
+    until(page, "document.querySelector('.detail h3').textContent === 'Layer 1, head 1'")
     assert page.text_content(".detail .note").startswith("␣five (5 of 5) attends to ␣five 75 %, ␣two 25 %")
     page.hover(".to span >> nth=2")
     assert page.text_content(".detail .note").startswith("␣three (3 of 5) attends to ␣three 75 %, ␣two 25 %")
     assert page.locator(".lines path").count() == 2
     assert page.locator(".head[aria-pressed=true]").count() == 1
+    rows = page.eval_on_selector_all(
+        ".lens tr", "found => found.map(row => [...row.cells].map(each => each.textContent))"
+    )
+    assert rows[0] == ["input", "␣0␣three 50 %", "␣other 25 %"]
+    assert [row[0] for row in rows] == ["input", "layer 0", "layer 1"]
+    assert page.text_content(".lens caption").startswith("The next token after ␣three")
 
 
 def test_a_head_is_chosen_with_keys(open_page, address):
@@ -399,8 +410,8 @@ def test_a_head_is_chosen_with_keys(open_page, address):
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
-    assert page.evaluate("document.activeElement.ariaLabel") == "Layer 2, head 2"
-    until(page, "document.querySelector('.detail h3').textContent === 'Layer 2, head 2'")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Layer 1, head 1"
+    until(page, "document.querySelector('.detail h3').textContent === 'Layer 1, head 1'")
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowUp")
     assert page.text_content(".detail .note").startswith("␣two (2 of 3) attends to ␣two 100 %")
@@ -493,7 +504,14 @@ def test_the_models_tokens_and_probabilities(real_page, model):
     assert found == pytest.approx(100 * best, abs=0.06)
 
 
-def test_stop_frees_the_slot(real_page, model):
+def test_stop_frees_the_slot(real_page, model, monkeypatch):
+    decode = model.engine.decode
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(model.engine, "decode", slow)
     generate(real_page, "Return the", max_tokens=200)
     real_page.wait_for_selector("#token-0")
     real_page.click("#stop")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -19,7 +17,7 @@ from tvm_attn.benchmark.kernels import KernelTime
 from tvm_attn.benchmark.limits import Limits
 from tvm_attn.benchmark.session import OURS, Benchmark, Measurement
 from tvm_attn.benchmark.system import Case
-from tvm_attn.cli import new_table
+from tvm_attn.cli import new_table, writing
 from tvm_attn.errors import BenchmarkError
 
 FORMAT = 2
@@ -206,26 +204,10 @@ def write_json(benchmark: Benchmark, path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it; a link's target is written, and the link stays.
-
-    What is not a regular file, such as /dev/null or a pipe, is written to: renaming would replace the device.
+    """Writes a file completely or not at all, as `tvm_attn.cli.writing` does.
 
     Raises:
         BenchmarkError: it cannot be written.
     """
-    try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(content)
-            return
-        path = Path(os.path.realpath(path))
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise BenchmarkError(f"{path} cannot be written ({error.strerror}); name another file") from error
+    with writing(path, BenchmarkError) as file:
+        file.write(content)

@@ -10,21 +10,20 @@ const SVG = "http://www.w3.org/2000/svg";
  * Fills `element` with a view.
  *
  * tokens: the T tokens as text.
- * layers, heads: how many there are.
- * load: load(layer) promises the weights of a layer: `heads` functions of (to, from), each weight a number from 0 to 1
- *     with which token `to` attends to token `from` <= `to`. It is called for each layer in turn, then again when a head
- *     of a layer other than the last one used is chosen, so that one layer at a time is in memory.
+ * layers, heads: the numbers of those that are shown.
+ * lens: for the input and after each layer, for each token, the likeliest next tokens, best first, as [text, probability];
+ *     empty for none.
+ * load: load(layer) promises the weights of a layer as the server writes them. It is called for each layer in turn, then
+ *     again when a head of a layer other than the last one used is chosen, so that one layer at a time is in memory.
  */
-export async function show(element, { tokens, layers, heads, load }) {
-  const state = { tokens, layers, heads, load, loaded: null, layer: -1, head: -1, token: tokens.length - 1 };
+export async function show(element, { tokens, layers, heads, lens, load }) {
   const grid = make("div", { className: "heads", role: "group", ariaLabel: "Heads; arrow keys choose one" });
-  grid.style.setProperty("--heads", heads);
+  grid.style.setProperty("--heads", heads.length);
   const pictures = [];
-  for (let layer = 0; layer < layers; layer++) {
-    for (let head = 0; head < heads; head++) {
+  for (const layer of layers) {
+    for (const head of heads) {
       const picture = make("button", { type: "button", className: "head", tabIndex: pictures.length ? -1 : 0 });
-      picture.ariaLabel = `Layer ${layer + 1}, head ${head + 1}`;
-      picture.title = picture.ariaLabel;
+      picture.ariaLabel = picture.title = `Layer ${layer}, head ${head}`;
       picture.ariaPressed = "false";
       picture.append(make("canvas", { width: tokens.length, height: tokens.length }));
       pictures.push(picture);
@@ -32,28 +31,29 @@ export async function show(element, { tokens, layers, heads, load }) {
   }
   grid.append(...pictures);
   const detail = make("div", { className: "detail" });
-  element.replaceChildren(grid, detail);
-  Object.assign(state, { pictures, detail });
+  const guesses = make("div", { className: "lens" });
+  element.replaceChildren(grid, detail, guesses);
+  const state = { tokens, layers, heads, lens, load, pictures, detail, guesses };
+  Object.assign(state, { loaded: null, chosen: -1, token: tokens.length - 1 });
 
-  const choose = (index) => chooseHead(state, Math.floor(index / heads), index % heads);
   grid.addEventListener("click", (event) => {
     const index = pictures.indexOf(event.target.closest("button"));
-    if (index >= 0) choose(index);
+    if (index >= 0) choose(state, index);
   });
   grid.addEventListener("keydown", (event) => {
-    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: heads, ArrowUp: -heads };
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: heads.length, ArrowUp: -heads.length };
     const next = pictures.indexOf(document.activeElement) + (steps[event.key] ?? NaN);
     if (!(next in pictures)) return;
     event.preventDefault();
     pictures[next].focus();
-    choose(next);
+    choose(state, next);
   });
 
-  for (let layer = 0; layer < layers; layer++) {
-    const weights = await layerOf(state, layer);
+  for (const [row, layer] of layers.entries()) {
+    const weights = await weightsOf(state, layer);
     if (!grid.isConnected) return; // another view has taken its place
-    for (let head = 0; head < heads; head++) draw(pictures[layer * heads + head], weights[head], tokens.length);
-    if (layer === 0) await chooseHead(state, 0, 0);
+    for (const column of heads.keys()) draw(pictures[row * heads.length + column], weights[column], tokens.length);
+    if (row === 0) await choose(state, 0);
   }
 }
 
@@ -61,9 +61,22 @@ function make(name, properties = {}) {
   return Object.assign(document.createElement(name), properties);
 }
 
-async function layerOf(state, layer) {
-  if (state.loaded?.layer !== layer) state.loaded = { layer, weights: state.load(layer) };
+/** The weights of a layer: of each head a function of (to, from), with which token `to` attends to `from` <= `to`. */
+async function weightsOf(state, layer) {
+  if (state.loaded?.layer !== layer) {
+    state.loaded = { layer, weights: state.load(layer).then((text) => unpack(text, state)) };
+  }
   return state.loaded.weights;
+}
+
+/** Base64 of zlib of the rows of each head's lower triangle, one after the other: 16 bits each, in ten-thousandths. */
+async function unpack(text, { tokens: { length }, heads }) {
+  const packed = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const view = new DataView(await new Response(stream).arrayBuffer());
+  const size = (length * (length + 1)) / 2;
+  return heads.map((_, head) => (to, from) =>
+    view.getUint16(2 * (head * size + (to * (to + 1)) / 2 + from), true) / 10000);
 }
 
 function draw(picture, weight, size) {
@@ -80,21 +93,21 @@ function draw(picture, weight, size) {
 
 // --- one head ---
 
-async function chooseHead(state, layer, head) {
-  state.pictures[state.layer * state.heads + state.head]?.setAttribute("aria-pressed", "false");
-  Object.assign(state, { layer, head });
-  for (const [index, picture] of state.pictures.entries()) {
-    const isChosen = index === layer * state.heads + head;
-    picture.tabIndex = isChosen ? 0 : -1;
-    if (isChosen) picture.setAttribute("aria-pressed", "true");
+async function choose(state, index) {
+  const { pictures, layers, heads } = state;
+  state.chosen = index;
+  for (const [place, picture] of pictures.entries()) {
+    picture.tabIndex = place === index ? 0 : -1;
+    picture.ariaPressed = String(place === index);
   }
-  const weights = await layerOf(state, layer);
-  if (state.layer === layer && state.head === head) detail(state, weights[head]);
+  const layer = layers[Math.floor(index / heads.length)];
+  const weights = await weightsOf(state, layer);
+  if (state.chosen === index) detail(state, weights[index % heads.length]);
 }
 
 function detail(state, weight) {
   const { tokens } = state;
-  const title = make("h3", { textContent: `Layer ${state.layer + 1}, head ${state.head + 1}` });
+  const title = make("h3", { textContent: state.pictures[state.chosen].ariaLabel });
   const said = make("p", { className: "note", ariaLive: "polite" });
   const list = make("div", { className: "to", role: "listbox", tabIndex: 0 });
   list.ariaLabel = "Tokens; arrow keys choose the one whose attention is shown";
@@ -128,6 +141,7 @@ function detail(state, weight) {
     const best = [...shares.entries()].filter(([, share]) => share >= LEAST / 2).sort((one, two) => two[1] - one[1]);
     const words = best.slice(0, LISTED).map(([from, share]) => `${visible(tokens[from])} ${(share * 100).toFixed(0)} %`);
     said.textContent = `${visible(tokens[token])} (${token + 1} of ${tokens.length}) attends to ${words.join(", ")}`;
+    if (state.lens.length) state.guesses.replaceChildren(lensTable(state, token));
   };
   const keep = (token) => {
     select(token);
@@ -147,6 +161,22 @@ function detail(state, weight) {
     });
   }
   keep(state.token);
+}
+
+/** What the model would say after a token, if each layer were the last one. */
+function lensTable({ tokens, lens }, token) {
+  const table = make("table");
+  table.createCaption().textContent = `The next token after ${visible(tokens[token])}, if the layers ended there`;
+  for (const [number, guesses] of lens.entries()) {
+    const row = table.insertRow();
+    row.append(make("th", { scope: "row", textContent: number ? `layer ${number - 1}` : "input" }));
+    for (const [text, probability] of guesses[token]) {
+      const cell = row.insertCell();
+      cell.append(make("span", { textContent: visible(text) }), ` ${(probability * 100).toFixed(0)} %`);
+      cell.style.setProperty("--share", probability);
+    }
+  }
+  return table;
 }
 
 function line(to, from, share) {

@@ -271,26 +271,17 @@ function step(event) {
 /** Shows the attention in the prompt and what has been generated. */
 async function attend() {
   const prompt = find("given").textContent + tokens.map((token) => token.text).join("") || find("prompt").value;
+  const fetched = async (request) => (await ask("/attention", { prompt, ...request })).json();
   find("attention-error").hidden = true;
   find("attend").disabled = true;
   try {
-    const layer = async (number) => (await ask("/attention", { prompt, layer: number })).json();
-    const first = await layer(0);
-    const load = async (number) => triangles(number ? await layer(number) : first);
-    await show(find("view"), { ...first, load });
+    const { layers, heads, ...found } = await fetched({});
+    const load = async (layer) => (await fetched({ layer })).weights;
+    await show(find("view"), { ...found, layers: [...Array(layers).keys()], heads: [...Array(heads).keys()], load });
   } catch (error) {
     complain("attention-error", error);
   }
   find("attend").disabled = false;
-}
-
-/** The weights of a layer's heads: of each, the rows of a lower triangle, in 16 bits. */
-function triangles({ heads, tokens: { length }, weights }) {
-  const bytes = Uint8Array.from(atob(weights), (character) => character.charCodeAt(0));
-  const view = new DataView(bytes.buffer);
-  const size = (length * (length + 1)) / 2;
-  return Array.from({ length: heads }, (_, head) => (to, from) =>
-    view.getUint16(2 * (head * size + (to * (to + 1)) / 2 + from), true) / 65535);
 }
 
 // --- the page ---
