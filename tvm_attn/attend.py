@@ -72,15 +72,15 @@ def _attend(args: argparse.Namespace) -> int:
 
     import tvm_attn
     from tvm_attn.attention_view import LENS_TOP, View, lens_texts, token_text, write_html, write_npz, write_png
-    from tvm_attn.runtime.prompts import checked_ids
+    from tvm_attn.runtime.prompts import prompt_ids
     from tvm_attn.runtime.tvm_import import runtime_only
 
     text = read_stdin() if args.text == "-" else args.text
     with runtime_only(), progress() as show:
         show(f"loading {args.artifact}")
         model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads, max_batch=1)
-        given = args.ids if text is None else model.tokenizer.encode(text)
-        ids = checked_ids("the text", given, model.config).tolist()
+        given = args.ids if text is None else text
+        ids = prompt_ids("the text", given, model.config, model.tokenizer).tolist()
         lens: Any = [] if kind == ".png" else model.logit_lens(ids, top=LENS_TOP)
         view = View(
             title=shorten(ids if text is None else text, 60),
@@ -115,12 +115,9 @@ def _require_matplotlib() -> None:
 
 def _weights(model: Model, ids: list[int], layers: list[int], show: Show) -> Iterator[Weights]:
     """The weights of the layers that are shown, one at a time."""
-    for layer, weights in enumerate(model.attention_layers(ids)):
-        show("attention", layer / model.config.n_layer)
-        if layer in layers:
-            yield weights
-        if layer == layers[-1]:
-            return
+    for done, weights in enumerate(model.attention_layers(ids, layers)):
+        show("attention", done / len(layers))
+        yield weights
 
 
 if __name__ == "__main__":

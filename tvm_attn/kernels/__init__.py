@@ -12,6 +12,7 @@ no predicate, whatever the number of tokens; the caller pads with rows whose pos
 the KV cache.
 """
 
+from tvm_attn.kernels.attention_weights import AttentionWeights
 from tvm_attn.kernels.base import Case, Kernel
 from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.embedding import Embedding, GatherRows
@@ -37,6 +38,7 @@ FAMILIES: tuple[type[Kernel], ...] = (
     PackWords,
     PrefillAttention,
     DecodeAttention,
+    AttentionWeights,
     Argmax,
     Advance,
     ExpSums,
@@ -47,6 +49,7 @@ __all__ = [
     "FAMILIES",
     "Advance",
     "Argmax",
+    "AttentionWeights",
     "Case",
     "DecodeAttention",
     "Embedding",

@@ -161,26 +161,23 @@ class Forward:
     def block(self, x: relax.Var, layer: int, sequences: relax.Var | None) -> tuple[relax.Var, relax.Var]:
         """One transformer layer: its cache and x; `sequences` is None for one token per row (decode)."""
         cache, q = self.qkv(x, layer)
+        return cache, self.after_qkv(x, q, cache, layer, sequences)
+
+    def after_qkv(
+        self, x: relax.Var, q: relax.Var, cache: relax.Var, layer: int, sequences: relax.Var | None
+    ) -> relax.Var:
+        """The rest of a layer, after its queries, keys and values."""
         x = self.residual_linear(self._attention(q, cache, layer, sequences), f"h.{layer}.attn.c_proj", x)
-        return cache, self.residual_linear(self.hidden(x, layer), f"h.{layer}.mlp.c_proj", x)
+        return self.residual_linear(self.hidden(x, layer), f"h.{layer}.mlp.c_proj", x)
 
     def _attention(self, q: relax.Var, cache: relax.Var, layer: int, sequences: relax.Var | None) -> relax.Var:
-        config = self.config
-        sizes: dict[str, Any] = {
-            "heads": config.n_head,
-            "head_dim": config.head_dim,
-            "context": config.n_positions,
-            "rows": self.rows,
-            "dtype": self.dtype,
-            "scale": config.attention_scale(layer),
-            "activations": self.activations,
-        }
+        sizes = attention_sizes(self.module, layer, self.rows)
         if sequences is None:
             kernel: Kernel = DecodeAttention(**sizes, groups=self.static_groups)
             rows = [self.slots, self.positions]
         else:
             kernel, rows = PrefillAttention(**sizes), [sequences]
-        return self.module.call(kernel, [q, cache, *rows], [self._type(config.n_embd, self.activations)])
+        return self.module.call(kernel, [q, cache, *rows], [self._type(self.config.n_embd, self.activations)])
 
     def gather(self, x: relax.Var, rows: relax.Var) -> relax.Var:
         """The given rows of x, as many as this pass has rows."""
@@ -193,3 +190,17 @@ class Forward:
         columns = padded_vocabulary(self.config, self.module.layout)
         arguments = [*self._normalized(x, "ln_f"), *self._param(name)]
         return self.module.call(Head(**self._sizes(name, self.fuses_norm)), arguments, [self._type(columns)])
+
+
+def attention_sizes(module: Module, layer: int, rows: int) -> dict[str, Any]:
+    """The fields that the kernels of a layer's attention share."""
+    config = module.config
+    return {
+        "heads": config.n_head,
+        "head_dim": config.head_dim,
+        "context": config.n_positions,
+        "rows": rows,
+        "dtype": module.layout.dtype,
+        "scale": config.attention_scale(layer),
+        "activations": module.layout.activations,
+    }

@@ -15,6 +15,11 @@ packed parameters that `transform_params` returns.
     argmax(logits (g, R, V')) -> token_ids (g, R);  argmax_one for one row
     exp_sums(logits (n, V'), token_ids (n,)) -> distances (n,), totals (n,);  see `tvm_attn.kernels.ExpSums`
     top_logits(logits (n, V')) -> ids (n, 20), values (n, 20);  see `tvm_attn.kernels.TopLogits`
+    trace(token_ids, positions, slots, sequences, kv, params)
+        -> for each layer the x (g, R, E) that it gets and its queries (g, R, E), then the x after the last layer
+    attention_weights_L(q (g, R, E), cache of a layer, slot (1,)) -> weights (H, g R, g R), of layers with the scale of
+        layer L; see `tvm_attn.kernels.AttentionWeights`
+    lens(x (g, R, E), params) -> logits (g, R, V') of x as if it came after the last layer
     transform_params(get) -> packed parameters; `get(index, name)` gives a canonical one
 
 V' is the vocabulary rounded up to whole weight strips; the columns past V are zero. `PrefillAttention` explains
@@ -27,8 +32,8 @@ from __future__ import annotations
 from tvm import relax, tirx
 
 from tvm_attn.config import GPT2Config
-from tvm_attn.kernels import Advance, Argmax, ExpSums, TopLogits
-from tvm_attn.model.forward import Forward
+from tvm_attn.kernels import Advance, Argmax, AttentionWeights, ExpSums, TopLogits
+from tvm_attn.model.forward import Forward, attention_sizes
 from tvm_attn.model.layout import Layout
 from tvm_attn.model.module import Module, Program, padded_vocabulary
 from tvm_attn.runtime.logprobs import MOST_LOGPROBS
@@ -238,6 +243,42 @@ def _add_logprobs(module: Module) -> None:
             builder.emit_func_output(output)
 
 
+def _add_trace(module: Module, max_groups: int) -> None:
+    """Adds trace, attention_weights_L and lens, which show what happens inside."""
+    config, layout, builder, tuples = module.config, module.layout, module.builder, _Tuples(module)
+    rows, g, attributes = layout.rows, tirx.Var("g", "int64"), {"tir_var_upper_bound": {"g": max_groups}}
+    inputs, sequences = _row_inputs(g, rows), _sequences()
+    with builder.function("trace", [*inputs, sequences, tuples.kv, tuples.params], attrs=attributes):
+        with builder.dataflow():
+            forward = Forward(module, g, rows, max_groups, inputs, tuples.cache, tuples.param)
+            seen = [forward.embed()]
+            for layer in range(config.n_layer):
+                cache, q = forward.qkv(seen[-1], layer)
+                seen += [q, forward.after_qkv(seen[-1], q, cache, layer, sequences)]
+            output = builder.emit_output(relax.Tuple(seen))
+        builder.emit_func_output(output)
+    scales = [config.attention_scale(layer) for layer in range(config.n_layer)]
+    for scale in dict.fromkeys(scales):
+        layer, g = scales.index(scale), tirx.Var("g", "int64")
+        q = relax.Var("q", relax.TensorType((g, rows, config.n_embd), layout.activations))
+        cache = relax.Var("cache", module.kv_type(tirx.Var("s", "int64")).fields[layer])
+        slot = relax.Var("slot", relax.TensorType((1,), "int32"))
+        weights = relax.TensorType((config.n_head, g * rows, g * rows), "float32")
+        kernel = AttentionWeights(**attention_sizes(module, layer, rows))
+        with builder.function(f"attention_weights_{layer}", [q, cache, slot]):
+            with builder.dataflow():
+                output = builder.emit_output(module.call(kernel, [q, cache, slot], [weights]))
+            builder.emit_func_output(output)
+    tuples, g = _Tuples(module), tirx.Var("g", "int64")
+    x = relax.Var("x", relax.TensorType((g, rows, config.n_embd), "float32"))
+    with builder.function("lens", [x, tuples.params], attrs=attributes):
+        with builder.dataflow():
+            (_, positions, slots) = _row_inputs(g, rows)
+            forward = Forward(module, g, rows, max_groups, (None, positions, slots), tuples.cache, tuples.param)
+            output = builder.emit_output(forward.head(x))
+        builder.emit_func_output(output)
+
+
 def _add_transform_params(module: Module) -> None:
     builder = module.builder
     given = {name: kind for parameter in module.parameters.values() for name, kind in parameter.given.items()}
@@ -284,6 +325,7 @@ def build_program(
     _add_argmax(module, "argmax", rows, tirx.Var("g", "int64"))
     _add_argmax(module, "argmax_one", 1, 1)
     _add_logprobs(module)
+    _add_trace(module, prefill_groups)
     _add_transform_params(module)
     given = [name for parameter in module.parameters.values() for name in parameter.given]
     return Program(module.builder.finalize(), module.kernels, given)

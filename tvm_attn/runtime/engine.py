@@ -30,6 +30,7 @@ from tvm_attn.runtime.logprobs import RowLogprobs
 from tvm_attn.runtime.machine import thread_count
 from tvm_attn.runtime.memory import memory_needs
 from tvm_attn.runtime.stream import Stream
+from tvm_attn.runtime.trace import Trace
 from tvm_attn.runtime.worker import worker
 from tvm_attn.storage import numpy_dtype
 
@@ -130,7 +131,8 @@ class CompiledEngine:
         self._bind(*_load(artifact, self.library, self._device, stream))
         self._require_memory(artifact)
         self._params = self._pack(artifact)
-        self._kv = self._new_cache(artifact.dtype)
+        self._dtype = artifact.dtype
+        self._kv = self._new_cache(self.max_batch)
         self._stream.wait()
 
     @property
@@ -189,13 +191,13 @@ class CompiledEngine:
         finally:
             parameters.close()
 
-    def _new_cache(self, dtype: str) -> Sequence[tvm.runtime.Tensor]:
+    def _new_cache(self, slots: int) -> Sequence[tvm.runtime.Tensor]:
         """One tensor per layer, in the TVM array that calls take.
 
         The tensors are not filled: nothing reads beyond a sequence's length.
         """
-        config = self.config
-        shape = (self.max_batch, 2, config.n_head, config.n_positions, config.head_dim)
+        config, dtype = self.config, self._dtype
+        shape = (slots, 2, config.n_head, config.n_positions, config.head_dim)
         try:
             caches: Sequence[tvm.runtime.Tensor] = tvm_ffi.convert(
                 [tvm.runtime.empty(shape, dtype, self._device) for _ in range(config.n_layer)]
@@ -304,6 +306,29 @@ class CompiledEngine:
         values = {"token_ids": (token_ids, 0), "positions": (positions, -1), "slots": (slots, 0)}
         tensors = [self._inputs.write(key, in_groups(array, shape, fill)) for key, (array, fill) in values.items()]
         return self._device_logits([(self._call(name, *tensors), count)])
+
+    @_in_turn
+    def trace(self, prompt: Int32Array) -> Trace:
+        """Runs one prompt, (T,) int32, outside of all slots and keeps what each layer sees."""
+        caches = self._new_cache(1)
+        rows = self._prompt_rows([prompt], [0], [0])
+        return Trace(self, prompt, self._run("trace", *rows, caches, self._params), caches)
+
+    @_in_turn
+    def attention_weights(
+        self, layer: int, queries: tvm.runtime.Tensor, cache: tvm.runtime.Tensor
+    ) -> npt.NDArray[np.float32]:
+        """Attention weights (H, g R, g R) of a layer's queries (g, R, E) over slot 0 of a cache."""
+        scale, config = self.config.attention_scale(layer), self.config
+        first = next(other for other in range(config.n_layer) if config.attention_scale(other) == scale)
+        slot = self._inputs.write("slot", np.zeros(1, np.int32))
+        weights = self._run(f"attention_weights_{first}", queries, cache, slot)
+        return self._stream.read(weights).reshape(weights.shape)
+
+    @_in_turn
+    def lens(self, x: tvm.runtime.Tensor, rows: int) -> DeviceLogits:
+        """Logits of the first rows of x (g, R, E), as if it came after the last layer."""
+        return self._device_logits([(self._run("lens", x, self._params), rows)])
 
     @_in_turn
     def copy_prefix(self, source: int, target: int, length: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -12,15 +12,18 @@ import numpy.typing as npt
 
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import GenerationError, TokenizerError, shorten
+from tvm_attn.numbers import integer
 from tvm_attn.runtime.artifact import Artifact, open_artifact
 from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
 from tvm_attn.runtime.device import parse_device
+from tvm_attn.runtime.logprobs import MOST_LOGPROBS
 from tvm_attn.runtime.machine import thread_count
 from tvm_attn.runtime.prompts import FIELDS, Prompt, Prompts, known_ids, read_prompts
 from tvm_attn.runtime.sampling import NOT_NUMBERS
 from tvm_attn.runtime.scheduler import Scheduler
 from tvm_attn.runtime.scoring import Progress, TextScore, checked_windows, score
 from tvm_attn.runtime.tokenizer import Tokenizer
+from tvm_attn.runtime.trace import MOST_BYTES, Prediction
 from tvm_attn.runtime.tvm_import import import_tvm
 
 
@@ -159,6 +162,58 @@ class Model:
             for tokens, found, size in zip(ids, logprobs, sizes, strict=True)
         ]
 
+    def attention(
+        self, prompt: Prompt, layers: int | Sequence[int] | None = None, heads: int | Sequence[int] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Attention weights: what each token takes from the tokens up to it.
+
+        Args:
+            prompt: text or token ids, T tokens.
+            layers, heads: which ones; None means all.
+
+        Returns:
+            float32 (layers, heads, T, T); each row sums to 1, and is 0 after its own token.
+
+        Raises:
+            GenerationError: the prompt does not fit the model, there is no such layer or head, or the weights take more
+                than 1 GiB: use `attention_layers`.
+            TokenizerError: text was given and the artifact has no tokenizer.
+        """
+        ids = self.scheduler.prompt_ids(prompt)
+        chosen = _chosen("layer", layers, self.config.n_layer), _chosen("head", heads, self.config.n_head)
+        size = 4 * len(chosen[0]) * len(chosen[1]) * len(ids) ** 2
+        if size > MOST_BYTES:
+            message = f"the attention weights of {len(ids)} tokens take {size / 2**30:.1f} GiB"
+            raise GenerationError(f"{message}; choose layers and heads, or take one layer at a time: attention_layers")
+        return np.stack(list(self.attention_layers(ids, *chosen)))
+
+    def attention_layers(
+        self, prompt: Prompt, layers: int | Sequence[int] | None = None, heads: int | Sequence[int] | None = None
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """As `attention`, but one layer after the other: (heads, T, T) for each."""
+        ids = self.scheduler.prompt_ids(prompt)
+        chosen = _chosen("layer", layers, self.config.n_layer), _chosen("head", heads, self.config.n_head)
+        trace = self.engine.trace(ids)
+        return (trace.weights(layer)[chosen[1]] for layer in chosen[0])
+
+    def logit_lens(self, prompt: Prompt, top: int = 5) -> list[list[Prediction]]:
+        """What the model would predict after each token if it ended after fewer layers.
+
+        Args:
+            prompt: text or token ids, T tokens.
+            top: how many tokens, 1 .. 20.
+
+        Returns:
+            For 0, 1, ... L layers and each token, ids and probabilities of the most likely next tokens, best first.
+
+        Raises:
+            GenerationError: the prompt does not fit the model, or an argument is out of range.
+            TokenizerError: text was given and the artifact has no tokenizer.
+        """
+        top = integer("top", top, 1, MOST_LOGPROBS)
+        trace = self.engine.trace(self.scheduler.prompt_ids(prompt))
+        return [trace.predictions(depth, top) for depth in range(self.config.n_layer + 1)]
+
     # Every str is a Sequence[str] too; the first signature that matches is used.
     @overload
     def generate(
@@ -215,6 +270,16 @@ class Model:
         """As `stream`, but yields token ids; needs no tokenizer if the prompt is ids."""
         read = _take_prompts(prompt, options)
         return self.scheduler.stream_ids(read, _options(options), stats)
+
+
+def _chosen(kind: str, wanted: int | Sequence[int] | None, count: int) -> list[int]:
+    """The chosen layers or heads, each in 0 .. count - 1."""
+    if wanted is None:
+        return list(range(count))
+    several = list(wanted) if isinstance(wanted, Sequence | np.ndarray) else [wanted]
+    if not several:
+        raise GenerationError(f"no {kind} was chosen; pass some of 0..{count - 1}, or None for all")
+    return [integer(f"a {kind}", number, 0, count - 1) for number in several]
 
 
 def _take_prompts(prompts: Any, options: dict[str, Any]) -> Prompts:

@@ -145,6 +145,13 @@ class Scheduler:
         """
         return self._start([self._sequence(prompt, options, GenerationStats(), index)], keep_tokens=True)[0]
 
+    def prompt_ids(self, prompt: Prompt | Prompts) -> Int32Array:
+        """One prompt as token ids (T,), int32; errors as in `submit`."""
+        read = prompt if isinstance(prompt, Prompts) else read_prompts(prompt)
+        if len(read.items) != 1:
+            raise GenerationError(f"this takes one prompt, not {len(read.items)}")
+        return prompt_ids("the prompt", read.unpadded(0), self.engine.config, self.tokenizer)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt] | Prompts,

@@ -15,6 +15,7 @@ from tvm_attn.errors import TuningError
 from tvm_attn.kernels import (
     Advance,
     Argmax,
+    AttentionWeights,
     Case,
     DecodeAttention,
     Embedding,
@@ -27,6 +28,7 @@ from tvm_attn.kernels import (
     QKVLinear,
     ResidualLinear,
     TopLogits,
+    attention_weights,
     decode_attention,
     embedding,
     linear,
@@ -151,6 +153,13 @@ def _prefill_calls(kernel: PrefillAttention) -> tuple[Call, ...]:
     return tuple(calls)
 
 
+def _weights_calls(kernel: AttentionWeights) -> tuple[Call, ...]:
+    length = max(kernel.context - 1, 1)
+    flops = kernel.heads * kernel.head_dim * length * (length + 1)
+    case = partial(attention_weights.random_case, kernel, length)
+    return (Call(f"{length} rows", flops, 4 * kernel.heads * length**2, case),)
+
+
 def _decode_calls(kernel: DecodeAttention) -> tuple[Call, ...]:
     rows = kernel.rows * (kernel.groups or 1)
     lengths = sorted({min(_ROWS[0], kernel.context), max(kernel.context - 1, 1)})
@@ -203,6 +212,7 @@ _CALLS: dict[str, Callable[[Any], tuple[Call, ...]]] = {
     "pack_words": _pack_calls,
     "prefill_attention": _prefill_calls,
     "decode_attention": _decode_calls,
+    "attention_weights": _weights_calls,
     "layer_norm": _row_calls(lambda kernel: kernel.width * (4 + _bytes(kernel.activations)), norm.random_case),
     "embedding": _row_calls(_embedding_bytes, embedding.random_case),
     "gather_rows": _row_calls(lambda kernel: 4 + 8 * kernel.width, embedding.random_case),

@@ -1,6 +1,7 @@
 """The loops and templates of processors with vector units, one file a family."""
 
 from tvm_attn.kernels.cpu import (
+    attention_weights,
     decode_attention,
     embedding,
     linear,
@@ -20,6 +21,7 @@ TEMPLATES = (
     norm.TEMPLATE,
     prefill_attention.TEMPLATE,
     decode_attention.TEMPLATE,
+    attention_weights.TEMPLATE,
     sampling.TEMPLATE,
     *logprobs.TEMPLATES,
 )

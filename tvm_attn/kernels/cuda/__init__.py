@@ -12,6 +12,7 @@ TEMPLATES = (
     prefill_attention.TEMPLATE,
     decode_attention.TEMPLATE,
     sampling.TEMPLATE,
+    gpu.attention_weights.CUDA_TEMPLATE,
     *gpu.TEMPLATES,
 )
 """The templates of this device class."""

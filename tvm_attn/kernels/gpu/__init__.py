@@ -4,6 +4,7 @@ The target says what a device can do: threads per block, shared memory, width of
 """
 
 from tvm_attn.kernels.gpu import (
+    attention_weights,
     decode_attention,
     embedding,
     linear,
@@ -23,6 +24,7 @@ TEMPLATES = (
     norm.TEMPLATE,
     prefill_attention.TEMPLATE,
     decode_attention.TEMPLATE,
+    attention_weights.TEMPLATE,
     sampling.TEMPLATE,
     *logprobs.TEMPLATES,
 )
