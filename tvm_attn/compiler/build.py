@@ -69,7 +69,7 @@ def build(
     Args:
         model: a published size ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), a folder with a checkpoint, a Hugging
             Face hub id, "demo" (the small model that comes with tvm_attn), or the result of `open_weights`.
-        target: "cpu" for this machine, or names of targets, separated by commas.
+        target: "cpu" for this machine, or names of targets, separated by commas; see `targets.resolve_all`.
         dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are always float32.
         quant: "none", "int8" or "int4": matrices with a scale for every 32 weights, multiplied as integers.
         out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced once the build has
@@ -84,7 +84,7 @@ def build(
         VerificationError: the compiled functions disagree with PyTorch.
         ArtifactError: `out` cannot be written.
     """
-    resolved = [targets.resolve(name.strip()) for name in target.split(",")]
+    resolved = targets.resolve_all(target, dtype)
     _check_choices(resolved, dtype, quant)
     progress("reading the checkpoint")
     weights = model if isinstance(model, Weights) else open_weights(model, random_weights, progress)

@@ -41,6 +41,7 @@ __all__ = [
     "read",
     "read_all",
     "resolve",
+    "resolve_all",
 ]
 
 
@@ -98,6 +99,20 @@ def resolve(name: str) -> Target:
     if name == "cpu":
         return detect_cpu()
     return read("vulkan-generic" if name == "vulkan" else name)
+
+
+def resolve_all(names: str, dtype: str) -> list[Target]:
+    """The targets of a build, from names separated by commas.
+
+    "cuda" brings "cuda-sm90" along, which has Hopper's own instructions, for dtypes that tensor cores multiply.
+
+    Raises:
+        TargetError: as in `resolve`.
+    """
+    wanted = [name.strip() for name in names.split(",")]
+    if "cuda" in wanted and "cuda-sm90" not in wanted and dtype != "float32":
+        wanted.append("cuda-sm90")
+    return [resolve(name) for name in wanted]
 
 
 def check_names(names: str) -> list[Target]:
