@@ -1,5 +1,7 @@
 """Linear layers on tensor cores: one static group of rows (`gemv`) at the speed of memory, or any number (`matmul`).
 
+One row with 16-bit weights needs no tensor cores (`gemv_rows`).
+
 A weight has strips of one column, (N, K, 1): each output's inputs are contiguous, which is the column-major operand of
 `mma.sync`. Quantized weights become floats in registers; x is not quantized.
 """
@@ -10,7 +12,7 @@ from tvm import tirx
 
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.base import TENSOR_CORE_DTYPES
-from tvm_attn.kernels.cuda import hopper_matmul
+from tvm_attn.kernels.cuda import gemv_rows, hopper_matmul
 from tvm_attn.kernels.cuda.gemv import gemv
 from tvm_attn.kernels.cuda.gemv_tiles import candidates as gemv_candidates
 from tvm_attn.kernels.cuda.gemv_tiles import default_tiles as default_gemv_tiles
@@ -25,6 +27,8 @@ from tvm_attn.targets import CudaTarget
 
 _PROMPT_ROWS = 1024
 """Rows that tiles are chosen for if a kernel does not say how many there can be."""
+_BY_ROWS = False
+"""Whether one row takes `gemv_rows` where no record says so: it has never been measured."""
 _HOPPER_ROWS = 256
 """Rows from which a warpgroup's 64 are worth it; fewer are decoded, and latency decides."""
 
@@ -38,6 +42,9 @@ def _linear(kernel: LinearKernel, target: CudaTarget, choose: Chooser) -> tirx.P
         )
     if kernel.groups == 1:
         sizes = kernel, target.multiprocessors
+        if gemv_rows.suits(kernel) and choose("by_rows", (0, 1), int(_BY_ROWS)):
+            rows_tiles = choose_tiles(choose, gemv_rows.default_tiles(*sizes), gemv_rows.candidates(*sizes))
+            return gemv_rows.gemv_rows(kernel, rows_tiles, target.has_dependent_launch)
         tiles = choose_tiles(choose, default_gemv_tiles(*sizes), gemv_candidates(*sizes))
         return gemv(kernel, tiles, target.has_dependent_launch)
     rows = _PROMPT_ROWS if kernel.max_groups is None else kernel.max_groups * kernel.rows
@@ -48,4 +55,4 @@ def _linear(kernel: LinearKernel, target: CudaTarget, choose: Chooser) -> tirx.P
     return matmul(kernel, choose_tiles(choose, default, others))
 
 
-TEMPLATE = Template("cuda.linear", 1, ("linear", "residual_linear", "qkv_linear", "head"), _linear, TENSOR_CORE_DTYPES)
+TEMPLATE = Template("cuda.linear", 2, ("linear", "residual_linear", "qkv_linear", "head"), _linear, TENSOR_CORE_DTYPES)
