@@ -172,7 +172,7 @@ def write_png(view: View, file: BinaryIO) -> None:
     figure = Figure(figsize=(len(view.heads) * size + 1.2, len(view.layers) * size + 1.2), layout="constrained")
     axis = figure.subplots()
     axis.imshow(picture, vmin=0, vmax=1, cmap="Blues", aspect="equal", interpolation="antialiased")
-    axis.set_title("attention of the token of a row to the token of a column", fontsize=9)
+    axis.set_title("rows attend to columns", fontsize=9)
     if is_one:
         axis.set_xlabel(f"layer {view.layers[0]}, head {view.heads[0]}")
         if len(view.tokens) <= _LABELLED:
