@@ -241,7 +241,9 @@ def test_a_real_model_against_transformers(demo_artifact, demo_model_dir, tmp_pa
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     out, text = tmp_path / "attention.npz", "Return the name of the file.\n"
     assert attend.main([str(demo_artifact), "--text", text, "--out", str(out), "--device", "cpu"]) == 0
-    reference = transformers.GPT2LMHeadModel.from_pretrained(demo_model_dir, attn_implementation="eager").eval()
+    reference = transformers.GPT2LMHeadModel.from_pretrained(
+        demo_model_dir, attn_implementation="eager", dtype=torch.float32
+    ).eval()
     with np.load(out) as found, torch.no_grad():
         assert "".join(found["tokens"]) == text
         result = reference(torch.tensor(found["token_ids"])[None].long(), output_attentions=True)

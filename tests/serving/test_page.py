@@ -514,7 +514,9 @@ def test_the_models_attention(real_page, model, demo_model_dir):
     until(page, "!document.getElementById('attend').disabled")
     page.click("[aria-label='Layer 3, head 1']")
     until(page, "document.querySelector('.detail h3').textContent === 'Layer 3, head 1'")
-    reference = transformers.GPT2LMHeadModel.from_pretrained(demo_model_dir, attn_implementation="eager").eval()
+    reference = transformers.GPT2LMHeadModel.from_pretrained(
+        demo_model_dir, attn_implementation="eager", dtype=torch.float32
+    ).eval()
     ids = model.tokenizer.encode(prompt)
     with torch.no_grad():
         result = reference(torch.tensor([ids]), output_attentions=True)
