@@ -30,6 +30,8 @@ def weights_of(layer: int, length: int) -> np.ndarray:
 class Words:
     """A tokenizer of bytes."""
 
+    longest_token = 1
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
@@ -42,16 +44,16 @@ class FakeModel:
 
     def __init__(self) -> None:
         self.tokenizer: Words | None = Words()
-        self.config = SimpleNamespace(n_layer=LAYERS, n_head=HEADS, n_positions=1024, vocab_size=256)
+        self.config = SimpleNamespace(n_layer=LAYERS, n_head=HEADS, n_positions=1024, vocab_size=256, bos_token_id=0)
         self.computed: list[int] = []
 
     def tokenizer_json(self) -> str | None:
         return "{}" if self.tokenizer else None
 
-    def attention_layers(self, ids: list[int]) -> Iterator[np.ndarray]:
-        for layer in range(LAYERS):
+    def attention_layers(self, ids: list[int], layers: list[int], heads: list[int]) -> Iterator[np.ndarray]:
+        for layer in layers:
             self.computed.append(layer)
-            yield weights_of(layer, len(ids))
+            yield weights_of(layer, len(ids))[heads]
 
     def logit_lens(self, ids: list[int], top: int) -> list[list[list[tuple[int, float]]]]:
         return [[[((i + 1) % 256, 0.75), (layer, 0.125)] for i in ids] for layer in range(LAYERS + 1)]
@@ -90,7 +92,7 @@ def test_chosen_layers_and_heads(model, tmp_path):
         expected = [weights_of(layer, 3)[[1, 3]] for layer in (0, 1)]
         np.testing.assert_array_equal(found["attention"], expected)
         assert (found["layers"].tolist(), found["heads"].tolist()) == ([0, 1], [1, 3])
-    assert model.computed == [0, 1]  # nothing after the last that is shown
+    assert model.computed == [0, 1]
 
 
 def test_ids_repeat(model, tmp_path):
@@ -197,8 +199,7 @@ def test_memory_is_that_of_a_layer(tmp_path):
         (["--text", "a", "--out", "no-such-folder/x.npz"], "no such folder"),
         (["--text", "a", "--out", "x.npz", "--layers", "3"], "there is no layer 3; the model has layers 0 to 2"),
         (["--text", "a", "--out", "x.npz", "--heads", "4"], "there is no head 4; the model has heads 0 to 3"),
-        (["--text", "", "--out", "x.npz"], "the text has no tokens"),
-        (["--text", "a" * 2000, "--out", "x.npz"], "the text has 2000 tokens, the model's context is 1024"),
+        (["--text", "a" * 2000, "--out", "x.npz"], "the text has 2000 characters"),
         (["--ids", "999", "--out", "x.npz"], "the token id 999"),
         (["--ids", "1,x", "--out", "x.npz"], "'1,x' is not a list of integers such as 1,2,3"),
         (["--out", "x.npz"], "one of the arguments --text --ids is required"),
@@ -216,7 +217,7 @@ def test_a_failure_keeps_the_old_file(model, monkeypatch, tmp_path):
     out = tmp_path / "x.npz"
     out.write_text("old")
 
-    def fail(ids: Any) -> Iterator[np.ndarray]:
+    def fail(ids: list[int], *_: Any) -> Iterator[np.ndarray]:
         yield weights_of(0, len(ids))
         raise TokenizerError("no more")
 
@@ -233,3 +234,22 @@ def test_text_without_a_tokenizer_is_refused(model, tmp_path, capsys):
     assert attend.main(["dist/x", "--ids", "1,2", "--out", out]) == 0
     with np.load(out) as found:
         assert found["tokens"].tolist() == ["1", "2"]
+
+
+def test_a_real_model_against_transformers(demo_artifact, demo_model_dir, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    out, text = tmp_path / "attention.npz", "Return the name of the file.\n"
+    assert attend.main([str(demo_artifact), "--text", text, "--out", str(out), "--device", "cpu"]) == 0
+    reference = transformers.GPT2LMHeadModel.from_pretrained(
+        demo_model_dir, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with np.load(out) as found, torch.no_grad():
+        assert "".join(found["tokens"]) == text
+        result = reference(torch.tensor(found["token_ids"])[None].long(), output_attentions=True)
+        expected = torch.cat(result.attentions).numpy()
+        np.testing.assert_allclose(found["attention"], expected, atol=2e-5)
+        shares = result.logits[0].double().softmax(-1).numpy()
+        best = np.take_along_axis(shares, found["lens_ids"][-1].astype(np.int64), -1)
+        np.testing.assert_allclose(found["lens_probabilities"][-1], best, atol=1e-5)
+        np.testing.assert_allclose(best[:, 0], shares.max(-1), atol=1e-6)

@@ -89,7 +89,7 @@ def _attend(args: argparse.Namespace) -> int:
             layers=layers,
             heads=heads,
             lens=lens,
-            weights=_weights(model, ids, layers, show),
+            weights=_weights(model, ids, layers, heads, show),
         )
         with writing(args.out, UsageError) as file:
             if kind == ".html":
@@ -113,9 +113,8 @@ def _require_matplotlib() -> None:
         raise UsageError("pictures need matplotlib: pip install 'tvm-attn[plot]', or write .html or .npz")
 
 
-def _weights(model: Model, ids: list[int], layers: list[int], show: Show) -> Iterator[Weights]:
-    """The weights of the layers that are shown, one at a time."""
-    for done, weights in enumerate(model.attention_layers(ids, layers)):
+def _weights(model: Model, ids: list[int], layers: list[int], heads: list[int], show: Show) -> Iterator[Weights]:
+    for done, weights in enumerate(model.attention_layers(ids, layers, heads)):
         show("attention", done / len(layers))
         yield weights
 

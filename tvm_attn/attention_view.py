@@ -16,7 +16,7 @@ import base64
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -48,7 +48,7 @@ class View:
         tokens: the same as text; ids where there is no tokenizer.
         layers, heads: the numbers of those that are shown.
         lens: see `Lens`.
-        weights: of each of `layers` in turn, all heads of the model (heads, T, T).
+        weights: of each of `layers` in turn, those of `heads`, float32 (heads, T, T).
     """
 
     title: str
@@ -58,11 +58,6 @@ class View:
     heads: list[int]
     lens: Lens
     weights: Iterable[Weights]
-
-    def chosen(self) -> Iterator[Weights]:
-        """The weights of `heads`, layer by layer, float32 (heads, T, T)."""
-        for weights in self.weights:
-            yield np.ascontiguousarray(weights[self.heads], np.float32)
 
 
 def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
@@ -97,7 +92,7 @@ def write_html(view: View, lens: Any, file: BinaryIO) -> None:
     script = (_PAGE / "attention.js").read_text()
     head = _HEAD.format(title=_escaped(view.title), style=(_PAGE / "page.css").read_text())
     file.write(head.encode())
-    for layer, weights in zip(view.layers, view.chosen(), strict=True):
+    for layer, weights in zip(view.layers, view.weights, strict=True):
         file.write(f'<script type="text/plain" id="layer-{layer}">{packed(weights)}</script>\n'.encode())
     # In JSON "<" stands in strings only; written so, nothing in them ends the element.
     file.write(_TAIL.format(data=json.dumps(data).replace("<", "\\u003c"), script=script).encode())
@@ -150,7 +145,7 @@ def write_npz(view: View, file: BinaryIO) -> None:
         with archive.open("attention.npy", "w", force_zip64=True) as member:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
-            for weights in view.chosen():
+            for weights in view.weights:
                 member.write(weights.astype("<f4").tobytes())
         for name, array in small.items():
             with archive.open(f"{name}.npy", "w") as member:
@@ -163,7 +158,7 @@ def write_png(view: View, file: BinaryIO) -> None:
 
     is_one = len(view.layers) * len(view.heads) == 1
     rows = []
-    for weights in view.chosen():
+    for weights in view.weights:
         heads = weights if is_one else [_reduced(head) for head in weights]
         rows.append(np.hstack([np.pad(np.sqrt(head), ((0, 1), (0, 1)), constant_values=np.nan) for head in heads]))
     picture = np.vstack(rows)[:-1, :-1]
@@ -172,7 +167,7 @@ def write_png(view: View, file: BinaryIO) -> None:
     figure = Figure(figsize=(len(view.heads) * size + 1.2, len(view.layers) * size + 1.2), layout="constrained")
     axis = figure.subplots()
     axis.imshow(picture, vmin=0, vmax=1, cmap="Blues", aspect="equal", interpolation="antialiased")
-    axis.set_title("attention of the token of a row to the token of a column", fontsize=9)
+    axis.set_title("rows attend to columns", fontsize=9)
     if is_one:
         axis.set_xlabel(f"layer {view.layers[0]}, head {view.heads[0]}")
         if len(view.tokens) <= _LABELLED:

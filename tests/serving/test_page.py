@@ -504,6 +504,38 @@ def test_the_models_tokens_and_probabilities(real_page, model):
     assert found == pytest.approx(100 * best, abs=0.06)
 
 
+def test_the_models_attention(real_page, model, demo_model_dir):
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    page, prompt = real_page, "Return the name of the file"
+    page.fill("#prompt", prompt)
+    page.click("#attend")
+    page.wait_for_selector(".head[aria-pressed=true]")
+    until(page, "!document.getElementById('attend').disabled")
+    page.click("[aria-label='Layer 3, head 1']")
+    until(page, "document.querySelector('.detail h3').textContent === 'Layer 3, head 1'")
+    reference = transformers.GPT2LMHeadModel.from_pretrained(
+        demo_model_dir, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    ids = model.tokenizer.encode(prompt)
+    with torch.no_grad():
+        result = reference(torch.tensor([ids]), output_attentions=True)
+    shares = np.sort(100 * result.attentions[3][0, 1, -1].numpy())[::-1][:5]
+    said = page.text_content(".detail .note")
+    found = [int(number) for number in re.findall(r" (\d+) %", said)]
+    assert found == pytest.approx(shares, abs=0.52)  # whole percents
+    last = page.eval_on_selector_all(".lens tr:last-child td", "found => found.map(each => each.textContent)")
+    best = torch.softmax(result.logits[0, -1].double(), -1).topk(5).values.numpy()
+    assert [int(text.split()[-2]) for text in last] == pytest.approx(100 * best, abs=0.52)
+
+
+def test_the_attention_of_a_long_text_is_refused_in_words(real_page, model):
+    real_page.fill("#prompt", "Return the " * 2000)
+    real_page.click("#attend")
+    real_page.wait_for_selector("#attention-error:not([hidden])")
+    assert str(model.config.n_positions) in real_page.text_content("#attention-error")
+
+
 def test_stop_frees_the_slot(real_page, model, monkeypatch):
     decode = model.engine.decode
 

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from tvm_attn.attention_view import LENS_TOP, lens_texts, packed, token_text
 from tvm_attn.errors import GenerationError, TokenizerError
-from tvm_attn.runtime.prompts import checked_ids
+from tvm_attn.runtime.prompts import prompt_ids
 from tvm_attn.serving.body import read_body
 from tvm_attn.serving.errors import ApiError
 
@@ -74,9 +74,7 @@ async def _file(content: bytes, suffix: str, _: Request) -> Response:
 
 def _attention(model: Model, prompt: str, layer: int | None) -> dict[str, Any]:
     """Without a layer: tokens, number of layers and heads, and the lens; else the weights of the layer's heads."""
-    if model.tokenizer is None:
-        raise TokenizerError("this model has no tokenizer, and the page shows text only")
-    ids = checked_ids("the prompt", model.tokenizer.encode(prompt), model.config).tolist()
+    ids = prompt_ids("the prompt", prompt, model.config, model.tokenizer).tolist()
     if layer is not None:
         return {"layer": layer, "weights": packed(model.attention(ids, layers=[layer])[0])}
     return {
