@@ -99,9 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         "--logprobs",
         type=integer(None),
         metavar="K",
-        help="with --json or --out: log-probabilities of the tokens, and of the K (0 to 20) most likely ones in their place",
+        help="log-probabilities of the tokens, and of the K (0 to 20) most likely ones in their place; needs --json or "
+        "--out",
     )
-    parser.add_argument("--prompt-logprobs", action="store_true", help="with --json or --out: those of the prompt's tokens too")
+    parser.add_argument(
+        "--prompt-logprobs", action="store_true", help="with --json or --out: those of the prompt's tokens too"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
     parser.add_argument(
         "--threads", type=integer(1, 4096), metavar="N", help="CPU threads; default: all cores that the process may use"
