@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         "--logprobs",
         type=integer(None),
         metavar="K",
-        help="with --json or --out: log-probabilities of the tokens, and of the K (0 to 20) most likely in their place",
+        help="log-probabilities of the tokens, and of the K (0 to 20) most likely ones in their place; needs --json or "
+        "--out",
     )
     parser.add_argument(
         "--prompt-logprobs", action="store_true", help="with --json or --out: those of the prompt's tokens too"
