@@ -187,6 +187,24 @@ def test_calls_go_to_the_stream_of_the_model(monkeypatch: pytest.MonkeyPatch) ->
     assert selected == [1, 1, 1]
 
 
+def test_a_call_on_another_stream_waits_for_one_that_was_left_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "select", lambda index: None)
+    current = [0x8000]
+    monkeypatch.setattr(Stream, "handle", lambda stream: current[0])
+    device = Device()
+    model = Stream(device, None)  # type: ignore[arg-type]
+    model.run(lambda: None)
+    model.leave_running()
+    model.run(lambda: None)
+    model.leave_running()
+    assert device.waits == []
+    current[0] = 0
+    model.run(lambda: None)
+    assert device.waits == [0x8000]
+    model.run(lambda: None)
+    assert device.waits == [0x8000]
+
+
 def test_the_current_stream_goes_along_to_the_thread_that_calls() -> None:
     device = tvm.runtime.device("cuda", 1)
     seen: list[int] = []

@@ -90,6 +90,7 @@ class Steps:
         if ahead:
             logits.start_argmax()
             following = self._launch(name, shape, state, positions, rest)
+            self.stream.leave_running()
             self._expected = _Expected(state, writes + 1, logits, positions + 1, slots.copy(), following)
         return logits
 

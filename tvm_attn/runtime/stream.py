@@ -35,6 +35,7 @@ class Stream:
         self.device, self.given = device, handle
         self._class = class_of(device)
         self._copies = self._class.copies()
+        self._running: int | None = None
 
     def handle(self) -> int:
         """The stream as an integer; 0 is the default stream."""
@@ -43,10 +44,17 @@ class Stream:
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function of a library; its kernels go to the stream."""
         self._class.select(self.device.index)
+        running, self._running = self._running, None
+        if running is not None and running != self.handle():
+            self.device.sync(running)
         if self.given is None:
             return function(*arguments)
         with tvm_ffi.use_raw_stream(self.device, self.given):
             return function(*arguments)
+
+    def leave_running(self) -> None:
+        """Says that nobody waits for the last call: should the next one go to another stream, that waits for it."""
+        self._running = self.handle()
 
     def carry(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps a function for another thread to call, with the stream that is current in this one."""
