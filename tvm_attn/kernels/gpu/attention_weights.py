@@ -96,5 +96,5 @@ def _attention_weights(kernel: AttentionWeights, target: GpuTarget, choose: Choo
 
 
 TEMPLATE = Template("gpu.attention_weights", 1, ("attention_weights",), _attention_weights)
-CUDA_TEMPLATE = replace(TEMPLATE, activations=TENSOR_CORE_DTYPES)
+CUDA_TEMPLATE = replace(TEMPLATE, name="cuda.attention_weights", activations=TENSOR_CORE_DTYPES)
 """For queries of models that use tensor cores; this kernel does not."""
