@@ -28,11 +28,9 @@ def import_tvm() -> None:
 
 
 def has_compiler() -> bool:
-    """Whether TVM, which this imports, has its compiler: a bundle has the runtime alone."""
-    import_tvm()
-    from tvm.base import _RUNTIME_ONLY
-
-    return not _RUNTIME_ONLY
+    """Whether TVM has its compiler, which a bundle lacks: as it was imported, or will be by the environment."""
+    base = sys.modules.get("tvm.base")
+    return os.environ.get("TVM_USE_RUNTIME_LIB") != "1" if base is None else not base._RUNTIME_ONLY
 
 
 def require_compiler() -> None:
