@@ -332,7 +332,6 @@ def test_keys_hold_no_tiles() -> None:
         *("in_features", "out_features", "width", "rows", "columns", "groups", "max_groups", "vocabulary", "context"),
         *("heads", "head_dim", "weights", "dtype", "cache_dtype", "activations", "activation", "epsilon", "scale"),
         "transposed",
-        "count",
     }
 
 
