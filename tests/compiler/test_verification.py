@@ -14,6 +14,7 @@ from transformers import GPT2Config as HuggingFaceConfig
 from transformers import GPT2LMHeadModel
 
 import tvm_attn
+from tests.runtime.engines import row_logprobs
 from tvm_attn.compiler.verification import BOUNDS, VERIFY_BATCH, Bounds, Check, Report, prompt_lengths, verify
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import GenerationError, VerificationError
@@ -21,6 +22,7 @@ from tvm_attn.model.checkpoint import cast_params, open_checkpoint, random_param
 from tvm_attn.model.reference import Reference, RoundedReference
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.engine import CompiledEngine
+from tvm_attn.runtime.logprobs import RowLogprobs
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -204,6 +206,9 @@ class GivenLogits:
     def argmax(self) -> np.ndarray:
         return self.ids
 
+    def logprobs(self, token_ids: np.ndarray, count: int) -> RowLogprobs:
+        return row_logprobs(self.rows, token_ids, count)
+
 
 def failed(report: Report) -> set[str]:
     return {check.function for check in report.checks if not check.passed}
@@ -322,6 +327,29 @@ def test_wrong_argmax_is_found(demo_artifact: Path, engine: CompiledEngine) -> N
 
     with pytest.raises(VerificationError, match="argmax"):
         run(demo_artifact, Second(engine))
+
+
+def test_wrong_log_probabilities_are_found(demo_artifact: Path, engine: CompiledEngine) -> None:
+    class Shifted(GivenLogits):
+        def logprobs(self, token_ids: np.ndarray, count: int) -> RowLogprobs:
+            found = super().logprobs(token_ids, count)
+            return replace(found, chosen=found.chosen + 1e-3)
+
+    class Swapped(GivenLogits):
+        def logprobs(self, token_ids: np.ndarray, count: int) -> RowLogprobs:
+            found = super().logprobs(token_ids, count)
+            return replace(found, ids=found.ids[:, ::-1])
+
+    for wrong in (Shifted, Swapped):
+
+        class Wrong(Altered):
+            given = wrong
+
+            def prefill(self, prompts: Any, slots: Any, starts: Any = None) -> Any:
+                return self.given(self.engine.prefill(prompts, slots, starts).numpy())
+
+        with pytest.raises(VerificationError, match="log-probabilities are not those"):
+            run(demo_artifact, Wrong(engine))
 
 
 def test_one_slot_is_enough(demo_artifact: Path) -> None:

@@ -350,12 +350,15 @@ def test_logits_hold_until_the_next_step(plain: CompiledEngine) -> None:
     expected = plain.decode(int32(3, 1), int32(4, 2), int32(0, 0))
     np.testing.assert_array_equal(first.numpy(), expected.numpy())
     np.testing.assert_array_equal(first.argmax(), expected.argmax())
+    found, wanted = (logits.logprobs(int32(7, 9), 3) for logits in (first, expected))
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_array_equal(found.chosen, wanted.chosen)
     engine.prefill(prompts(5), [0])  # not a step
     assert first.numpy().shape == (2, VOCABULARY)
     ids = first.argmax()
     second = engine.decode(int32(3), int32(4), int32(0))  # of another shape
     np.testing.assert_array_equal(first.argmax(), ids)
-    for read in (first.numpy, first.__dlpack__):
+    for read in (first.numpy, first.__dlpack__, lambda: first.logprobs(int32(7, 9), 3)):
         with pytest.raises(GenerationError, match="overwritten by a later step; read them before the next decode"):
             read()
     engine.decode(int32(3), int32(4), int32(0))

@@ -12,6 +12,8 @@ from tvm_attn._resources import resource_dir
 from tvm_attn.config import GPT2Config
 from tvm_attn.model.reference import Reference
 from tvm_attn.runtime.engine import CompiledEngine
+from tvm_attn.runtime.scheduler import Scheduler
+from tvm_attn.runtime.scoring import TextScore, score
 from tvm_attn.runtime.tokenizer import Tokenizer
 
 _TOKENS = 2048
@@ -27,6 +29,8 @@ class Accuracy:
         kl_divergence: mean of KL(reference || compiled), nats.
         kl_divergence_p99: 99th percentile of the same.
         top1: share of positions with the same most likely token.
+        perplexity: of the compiled model on the text; None for random tokens.
+        reference_perplexity: of the reference.
     """
 
     text: str
@@ -34,6 +38,8 @@ class Accuracy:
     kl_divergence: float
     kl_divergence_p99: float
     top1: float
+    perplexity: float | None
+    reference_perplexity: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -41,10 +47,13 @@ class Accuracy:
 
     def summary(self) -> str:
         """One line for the user."""
-        return (
+        line = (
             f"against float32 on {self.tokens} tokens of {self.text}: KL divergence {self.kl_divergence:.4f} nats "
             f"(99 %: {self.kl_divergence_p99:.4f}), same top token {self.top1:.1%}"
         )
+        if self.perplexity is None:
+            return line
+        return f"{line}, perplexity {self.perplexity:.2f} instead of {self.reference_perplexity:.2f}"
 
 
 def measure_accuracy(
@@ -55,19 +64,37 @@ def measure_accuracy(
     Args:
         config: the model.
         params: the checkpoint's parameters, before they were quantized.
-        engine: the compiled model; slot 0 is overwritten.
+        engine: the compiled model; its slots are overwritten.
         tokenizer: content of `tokenizer.json`; if None, random tokens are used instead of text.
     """
     text, windows = _windows(config, tokenizer)
     reference = Reference(config, dict(params))
     divergences, agreeing = [], 0
+    theirs: list[float | None] = []
     for window in windows:
         expected = _log_softmax(reference.logits(window[None])[0])
         actual = _log_softmax(engine.logits([window], [0])[0])
         divergences.append((np.exp(expected) * (expected - actual)).sum(-1))
         agreeing += int((expected.argmax(-1) == actual.argmax(-1)).sum())
+        theirs += [None, *np.take_along_axis(expected[:-1], window[1:, None], -1)[:, 0].tolist()]
     every = np.concatenate(divergences)
-    return Accuracy(text, len(every), float(every.mean()), float(np.quantile(every, 0.99)), agreeing / len(every))
+    perplexities: list[float | None] = [None, None]
+    if tokenizer is not None:
+        ours = [
+            logprob
+            for found in score(Scheduler(engine), windows, config.n_positions, config.n_positions)
+            for logprob in found
+        ]
+        ids = tuple(np.concatenate(windows).tolist())
+        perplexities = [TextScore(ids, tuple(logprobs), None).perplexity for logprobs in (ours, theirs)]
+    return Accuracy(
+        text,
+        len(every),
+        float(every.mean()),
+        float(np.quantile(every, 0.99)),
+        agreeing / len(every),
+        *perplexities,
+    )
 
 
 def _windows(config: GPT2Config, tokenizer: str | None) -> tuple[str, list[np.ndarray]]:

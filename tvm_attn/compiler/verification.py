@@ -21,6 +21,8 @@ from tvm_attn.model.reference import Reference, RoundedReference
 from tvm_attn.runtime.artifact import Artifact, open_artifact
 from tvm_attn.runtime.device import parse_device
 from tvm_attn.runtime.engine import CompiledEngine
+from tvm_attn.runtime.logits import DeviceLogits
+from tvm_attn.runtime.logprobs import MOST_LOGPROBS
 from tvm_attn.runtime.model import load_opened
 
 LENGTHS = (1, 7, 64)
@@ -61,6 +63,9 @@ BOUNDS = {
     "int8": Bounds(nmse=5e-4, max_abs=5e-1),
     "int4": Bounds(nmse=5e-4, max_abs=5e-1),
 }
+
+_LOGPROB_ERROR = 1e-4
+"""Of a log-probability computed on a device, against float64 on the same logits, nats."""
 
 
 @dataclass(frozen=True)
@@ -300,7 +305,7 @@ def _last_rows(
     logits = engine.prefill(prompts, slots)
     wanted = np.stack([expected[index % 2][length - 1] for index, length in enumerate(lengths)])
     yield logits.numpy(), wanted
-    _check_argmax(logits.numpy(), logits.argmax())
+    _check_found(logits)
 
 
 def _parts(
@@ -330,12 +335,25 @@ def _decode(
             [expected[sequence][position] for sequence, position in zip(sequences, positions, strict=True)]
         )
         yield logits.numpy(), wanted
-        _check_argmax(logits.numpy(), logits.argmax())
+        _check_found(logits)
 
 
-def _check_argmax(logits: np.ndarray, token_ids: np.ndarray) -> None:
-    if not np.isnan(logits).any() and not np.array_equal(logits.argmax(-1), token_ids):
+def _check_found(logits: DeviceLogits) -> None:
+    """Checks what the library finds in its own logits: the largest ones, and log-probabilities."""
+    rows = logits.numpy().astype(np.float64)
+    if np.isnan(rows).any():
+        return  # the comparison with the reference fails
+    if not np.array_equal(rows.argmax(-1), logits.argmax()):
         raise VerificationError("the compiled argmax does not find the largest logit; please report this bug")
+    last = rows.shape[1] - 1
+    found = logits.logprobs(np.full(len(rows), last, np.int32), MOST_LOGPROBS)
+    rows -= rows.max(-1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
+    best = -np.sort(-rows, axis=-1)[:, :MOST_LOGPROBS]
+    top, ids = found.top[:, : best.shape[1]], found.ids[:, : best.shape[1]]
+    differences = found.chosen - rows[:, last], top - best, top - np.take_along_axis(rows, ids, -1)
+    if not all((np.abs(difference) <= _LOGPROB_ERROR).all() for difference in differences):
+        raise VerificationError("the compiled log-probabilities are not those of the logits; please report this bug")
 
 
 class _Accumulator:
