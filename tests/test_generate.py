@@ -1,5 +1,6 @@
 """The generate command: what it passes on, what it prints, and how it and every command ends."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 import tvm_attn
 from tvm_attn import cli, generate
 from tvm_attn.errors import ArtifactError, GenerationError
-from tvm_attn.runtime.decoding import Completion, GenerationStats
+from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats
 from tvm_attn.runtime.logprobs import TokenLogprobs
 
 
@@ -87,6 +88,8 @@ def give_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 # --- the arguments ---
 
+DEFAULTS = dataclasses.asdict(GenerationOptions())
+
 
 def test_the_checkpoints_own_sampling_is_used_where_it_is_asked_for(model):
     model.generation_config = {"temperature": 0.7, "top_k": 5, "max_new_tokens": 9}
@@ -102,21 +105,7 @@ def test_defaults(model):
     assert generate.main(["dist/x", "--prompt", "Hello"]) == 0
     assert model.loaded == [((Path("dist/x"),), {"device": "auto", "threads": None, "max_batch": 8})]
     assert model.prompts == ["Hello"]
-    assert model.options == {
-        "max_new_tokens": 128,
-        "min_new_tokens": 0,
-        "n": 1,
-        "temperature": None,
-        "top_k": None,
-        "top_p": None,
-        "min_p": None,
-        "repetition_penalty": 1.0,
-        "stop": (),
-        "stop_token_ids": None,
-        "seed": None,
-        "logprobs": None,
-        "prompt_logprobs": False,
-    }
+    assert model.options == DEFAULTS
 
 
 def test_every_option_is_passed_on(model):
@@ -127,7 +116,7 @@ def test_every_option_is_passed_on(model):
     )
     assert generate.main(command.split()) == 0
     assert model.loaded == [((Path("dist/x"),), {"device": "cpu", "threads": 2, "max_batch": 3})]
-    assert model.options == {
+    assert model.options == DEFAULTS | {
         "max_new_tokens": 3,
         "min_new_tokens": 2,
         "n": 2,
