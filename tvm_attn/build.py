@@ -70,6 +70,7 @@ def _build(args: argparse.Namespace) -> int:
     # Names and paths first: importing the compiler takes seconds.
     for target in targets.check_names(args.target):
         check_types(target, args.dtype, args.quant)
+    require_compiler()
 
     from tvm_attn.compiler.replacement import check_out
     from tvm_attn.model.weights import open_weights
@@ -77,7 +78,6 @@ def _build(args: argparse.Namespace) -> int:
     with progress(quiet=args.json) as show:
         weights = open_weights(args.model, args.random_weights, lambda hub_id: show(f"downloading {hub_id}"))
         check_out(Path(args.out) if args.out else Path("dist") / weights.name)
-        require_compiler()
         early = () if args.json else weights.notes
         for note in early:
             _note(note)

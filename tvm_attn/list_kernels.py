@@ -47,12 +47,11 @@ def _list(args: argparse.Namespace) -> int:
 
     for target in targets.check_names(args.target):
         check_types(target, args.dtype, args.quant)
+    require_compiler()
 
     from tvm_attn.model.weights import open_config
 
-    config = open_config(args.model)
-    require_compiler()
-    target = targets.resolve(args.target)
+    config, target = open_config(args.model), targets.resolve(args.target)
     check_types(target, args.dtype, args.quant)
     with progress(quiet=True) as show:
         show("scheduling the kernels")

@@ -73,11 +73,11 @@ def _tune(args: argparse.Namespace) -> int:
     # Names and paths first: importing the compiler takes seconds.
     for target in targets.check_names(args.target):
         check_types(target, args.dtype, args.quant)
+    require_compiler()
 
     from tvm_attn.model.weights import open_config
 
     config = open_config(args.model)
-    require_compiler()
 
     from tvm_attn.tuning.tuner import tune
 
