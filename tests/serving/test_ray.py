@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = [f"Return the {word} of" for word in ("name", "value", "file", "list", "number", "path", "module", "string")]
 LENGTH = 100
-CLIENTS = 12
+CLIENTS = 24  # more than the replicas take, so that each always has requests
 SECONDS = 4.0
 
 
