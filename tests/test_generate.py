@@ -119,9 +119,6 @@ def test_defaults(model):
         "seed": None,
         "logprobs": None,
         "prompt_logprobs": False,
-        "logit_bias": {},
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
     }
 
 
@@ -150,9 +147,6 @@ def test_every_option_is_passed_on(model):
         "seed": 7,
         "logprobs": 3,
         "prompt_logprobs": True,
-        "logit_bias": {},
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
     }
 
 

@@ -152,6 +152,9 @@ def kernel_work(
             + 2 * queries * width * _WEIGHT_BYTES[kernel.get("activations", "float32")]
         )
         return Work(0, 4 * pairs * width, moved)
+    if family == "attention_weights":
+        keys = kernel["heads"] * rows
+        return Work(0, keys * rows * kernel["head_dim"], keys * rows * _FLOAT32)
     bytes_of_row = {
         "layer_norm": lambda: 2 * kernel["width"] * _FLOAT32,
         "embedding": lambda: round(kernel["width"] * (storage.weight_bytes + storage.cache_bytes + _FLOAT32)),
