@@ -3,6 +3,7 @@
 # mypy: disable-error-code="import-not-found, import-untyped"
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class LlamaCppSystem(CachedSystem):
         self.vocabulary, self._positions = weights.config.vocab_size, weights.config.n_positions
         self._threads = threads
         path = scratch / "model.gguf"
-        _write_gguf(weights, precision, path)
+        write_gguf(weights, precision, path)
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
@@ -92,7 +93,8 @@ class LlamaCppSystem(CachedSystem):
             self._lib.llama_memory_seq_rm(self._memory, sequence, context, -1)
 
 
-def _write_gguf(weights: Weights, precision: str, path: Path) -> None:
+def write_gguf(weights: Weights, precision: str, path: Path, tokenizer: str | None = None) -> None:
+    """Writes the weights as a GGUF file, with the GPT-2 tokenizer of a tokenizer.json if its text is given."""
     import gguf
 
     config = weights.config
@@ -113,7 +115,10 @@ def _write_gguf(weights: Weights, precision: str, path: Path) -> None:
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        _add_tokenizer(writer, json.loads(tokenizer), config.vocab_size, config.eos_token_ids)
 
     def add(name: str, array: np.ndarray, matrix: bool) -> None:
         array = np.ascontiguousarray(array)
@@ -147,6 +152,24 @@ def _write_gguf(weights: Weights, precision: str, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_tokenizer(writer: Any, description: dict[str, Any], size: int, ends: tuple[int, ...]) -> None:
+    import gguf
+
+    model, kinds = description["model"], gguf.TokenType
+    tokens = {token_id: (token, kinds.NORMAL) for token, token_id in model["vocab"].items()}
+    tokens |= {token["id"]: (token["content"], kinds.CONTROL) for token in description["added_tokens"]}
+    rows = [tokens.get(token_id, (f"[unused{token_id}]", kinds.UNUSED)) for token_id in range(size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in rows])
+    writer.add_token_types([kind for _, kind in rows])
+    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in model["merges"]])
+    writer.add_add_bos_token(False)
+    if ends:
+        writer.add_bos_token_id(ends[0])
+        writer.add_eos_token_id(ends[0])
 
 
 if __name__ == "__main__":

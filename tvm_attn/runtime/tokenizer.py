@@ -27,7 +27,7 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_of_character()
+BYTE_OF_CHARACTER = _byte_of_character()
 _BYTE_TOKEN = re.compile("<0x..>")
 
 
@@ -195,7 +195,7 @@ class Tokenizer:
         if token is None or token_id in self._special_ids:
             return b""
         try:
-            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            return bytes(BYTE_OF_CHARACTER[character] for character in token)
         except KeyError:
             # An added token is stored as plain text; the library treats it so as soon as one character is not a
             # stand-in.

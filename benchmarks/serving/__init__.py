@@ -1,0 +1,1 @@
+"""Load tests of `tvm-attn serve`; see `__main__.py`."""
