@@ -295,14 +295,14 @@ def test_tables(ready_library: None, demo_model_dir: Path, tmp_path: Path, capsy
     assert {"reading the checkpoint", "writing the parameters"} <= set(printed.err.splitlines())
     lines = printed.out.splitlines()
     assert lines[0].strip() == f"{targets.detect_cpu().name} against PyTorch"
-    assert sum(line.rstrip().endswith(" ok") for line in lines) == 17
+    assert sum(line.rstrip().endswith(" ok") for line in lines) == 18
     assert not any("FAILED" in line for line in lines)
     assert any(line.startswith("bounds: NMSE 1e-11, max abs / RMS 1e-04; PyTorch's own") for line in lines)
     assert lines[-1].startswith(f"built {out} ({demo_model_dir}, float32) in ")
     assert verify.main([str(out)]) == 0
     again = capsys.readouterr()
     assert "checking logits, 7 tokens" in again.err.splitlines()
-    assert sum(line.rstrip().endswith(" ok") for line in again.out.splitlines()) == 17
+    assert sum(line.rstrip().endswith(" ok") for line in again.out.splitlines()) == 18
 
 
 def test_without_verification(
@@ -338,7 +338,7 @@ def test_verify_of_a_library_that_is_out_of_bounds(
     monkeypatch.setitem(verification.BOUNDS, "float32", Bounds(nmse=1e-11, max_abs=0.0))
     assert verify.main([str(demo_artifact)]) == 2
     printed = capsys.readouterr()
-    assert sum(line.rstrip().endswith("FAILED") for line in printed.out.splitlines()) == 17
+    assert sum(line.rstrip().endswith("FAILED") for line in printed.out.splitlines()) == 18
     line = printed.err.splitlines()[-1]
     assert line.startswith(f"error: {demo_artifact} disagrees with PyTorch in 17 of 17 checks")
 
