@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +19,8 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A shell starts background jobs with this signal ignored, and they pass that on. Tests interrupt what they run.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tvm_attn.runtime.machine import usable_cores  # after the settings above, which libraries read at import
 
