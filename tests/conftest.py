@@ -19,10 +19,11 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# A shell starts background jobs with this signal ignored, and they pass that on. Tests interrupt what they run.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tvm_attn.runtime.machine import usable_cores  # after the settings above, which libraries read at import
+
+# A shell starts background jobs with this signal ignored, and they pass that on. Tests interrupt what they run.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # TVM would otherwise use half of the hardware threads; it reads this once, when its thread pool starts.
 os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
