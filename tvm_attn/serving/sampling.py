@@ -120,8 +120,6 @@ def read_asked(
         "seed": None if (seed := body.integer("seed", None, -(1 << 63), _LARGEST_SEED)) is None else seed % (1 << 64),
     }
     if logprobs is not None:
-        if "logprobs" not in GenerationOptions.__dataclass_fields__:
-            raise ApiError(400, "logprobs is not supported here", "logprobs", "unsupported_parameter")
         given |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
     return Asked(
         n,
