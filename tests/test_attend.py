@@ -14,7 +14,7 @@ import pytest
 
 import tvm_attn
 from tvm_attn import attend
-from tvm_attn.attention_view import View, packed, write_npz
+from tvm_attn.attention_view import View, packed, write_html, write_npz
 from tvm_attn.errors import TokenizerError
 
 LAYERS, HEADS = 3, 4
@@ -162,6 +162,54 @@ def test_the_page_in_a_browser(model, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
         browser.close()
     assert said == []
+
+
+def test_unusual_tokens_and_a_long_text_in_a_browser(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra test")
+    if not os.path.exists("/usr/bin/chromium"):
+        pytest.skip("needs /usr/bin/chromium, of Debian's package chromium")
+    shown = {
+        "\x00": "U+0000",
+        "\x1b[": "U+001B[",
+        "\u2028": "U+2028",
+        "\u200f": "U+200F",
+        "\u202e": "U+202E",
+        "\xa0": "U+00A0",
+        "\ufffd": "\ufffd",
+        "": "∅",
+        "\"'&": "\"'&",
+        "<script>x()</script>": "<script>x()</script>",
+    }
+    length, last = 300, 299
+    tokens = ["a"] * (length - len(shown)) + [*shown]
+    weights = np.zeros((1, length, length), np.float32)
+    weights[:, :, 0] = 1
+    weights[:, last, 0] = 0
+    weights[:, last, 151] = 1
+    out = tmp_path / "x.html"
+    with out.open("wb") as file:
+        write_html(View('"<b>\u202e', [0] * length, tokens, [0], [0], [], [weights]), [], file)
+    failures: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("pageerror", lambda failure: failures.append(str(failure)))
+        page.goto(out.as_uri())
+        page.wait_for_selector(".detail h3")
+        found = page.eval_on_selector_all(".to span", "found => found.map(each => each.textContent)")
+        assert found[-len(shown) :] == [*shown.values()]
+        # Three tokens a pixel, the largest of nine weights each.
+        inked = page.eval_on_selector(
+            ".head canvas",
+            """canvas => {
+                const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+                return [canvas.width, canvas.height, [...pixels.keys()].filter(i => i % 4 === 3 && pixels[i] === 255)];
+            }""",
+        )
+        expected = [row * 100 for row in range(100)] + [99 * 100 + 50]
+        assert inked == [100, 100, [4 * place + 3 for place in expected]]
+        browser.close()
+    assert failures == []
 
 
 def test_packed_weights_are_the_triangles_in_ten_thousandths():

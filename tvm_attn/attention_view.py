@@ -89,8 +89,8 @@ def packed(weights: Weights) -> str:
 def write_html(view: View, lens: Any, file: BinaryIO) -> None:
     """Writes a page; `lens` as from `lens_texts`."""
     data = {"tokens": view.tokens, "layers": view.layers, "heads": view.heads, "lens": lens}
-    script = (_PAGE / "attention.js").read_text()
-    head = _HEAD.format(title=_escaped(view.title), style=(_PAGE / "page.css").read_text())
+    script = (_PAGE / "attention.js").read_text("utf-8")
+    head = _HEAD.format(title=_escaped(view.title), style=(_PAGE / "page.css").read_text("utf-8"))
     file.write(head.encode())
     for layer, weights in zip(view.layers, view.weights, strict=True):
         file.write(f'<script type="text/plain" id="layer-{layer}">{packed(weights)}</script>\n'.encode())

@@ -3,6 +3,7 @@
 
 const LEAST = 0.01; // weaker lines are not drawn
 const LISTED = 5;
+const PICTURE = 128; // most pixels of a small picture's side
 const ROW = 20; // pixels of a token in the detail
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -25,7 +26,8 @@ export async function show(element, { tokens, layers, heads, lens, load }) {
       const picture = make("button", { type: "button", className: "head", tabIndex: pictures.length ? -1 : 0 });
       picture.ariaLabel = picture.title = `Layer ${layer}, head ${head}`;
       picture.ariaPressed = "false";
-      picture.append(make("canvas", { width: tokens.length, height: tokens.length }));
+      const side = Math.ceil(tokens.length / perPixel(tokens.length));
+      picture.append(make("canvas", { width: side, height: side }));
       pictures.push(picture);
     }
   }
@@ -79,15 +81,26 @@ async function unpack(text, { tokens: { length }, heads }) {
     view.getUint16(2 * (head * size + (to * (to + 1)) / 2 + from), true) / 10000);
 }
 
+/** How many tokens a pixel of a small picture stands for, in each direction. */
+const perPixel = (size) => Math.ceil(size / PICTURE);
+
+/** Each pixel shows the largest of the weights that it stands for. */
 function draw(picture, weight, size) {
   const canvas = picture.firstChild;
+  const [side, step] = [canvas.width, perPixel(size)];
+  const largest = new Float32Array(side * side);
+  for (let to = 0; to < size; to++) {
+    const row = Math.floor(to / step) * side;
+    for (let from = 0; from <= to; from++) {
+      const place = row + Math.floor(from / step);
+      largest[place] = Math.max(largest[place], weight(to, from));
+    }
+  }
   const context = canvas.getContext("2d");
   context.fillStyle = getComputedStyle(picture).color;
-  for (let to = 0; to < size; to++) {
-    for (let from = 0; from <= to; from++) {
-      context.globalAlpha = Math.sqrt(weight(to, from)); // so that weak ones are seen
-      if (context.globalAlpha > 0) context.fillRect(from, to, 1, 1);
-    }
+  for (const [place, share] of largest.entries()) {
+    context.globalAlpha = Math.sqrt(share); // so that weak ones are seen
+    if (share > 0) context.fillRect(place % side, Math.floor(place / side), 1, 1);
   }
 }
 
@@ -187,4 +200,8 @@ function line(to, from, share) {
   return path;
 }
 
-const visible = (text) => text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
+/** A token with characters that show nothing, or turn the text around them, as their numbers. */
+const visible = (text) =>
+  text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/[\p{C}\p{Z}]/gu, number) || "∅";
+
+const number = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
