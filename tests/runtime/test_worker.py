@@ -154,8 +154,8 @@ def test_interrupted_steps_disturb_nobody(model: Model) -> None:
     main = threading.main_thread().ident or 0
     for delay in np.random.default_rng(1).uniform(0, 0.05, 20):
         timer = threading.Timer(delay, signal.pthread_kill, (main, signal.SIGINT))
-        timer.start()
         try:
+            timer.start()
             while True:
                 model.generate(PROMPTS, **SAMPLED)
         except KeyboardInterrupt:
