@@ -282,7 +282,7 @@ def test_no_library_is_compiled_for_the_meaning_of_tokens(altered: Path) -> None
 
 
 TOP_LEVEL: list[tuple[str, Any, str]] = [
-    ("format", 2, "format 2 is not this version's format 5"),
+    ("format", 2, "format 2 is not this version's format 6"),
     ("format", "3", "format '3'"),
     ("dtype", "float64", "dtype 'float64'"),
     ("dtype", [], r"dtype \[\]"),
@@ -670,7 +670,7 @@ def test_failed_verification(
     assert printed.out == ""
     *steps, line = printed.err.splitlines()
     assert "compiling for" in " ".join(steps) and not any("error" in step for step in steps)
-    assert line.startswith("error: lib-") and "disagrees with PyTorch in 17 of 17 checks" in line
+    assert line.startswith("error: lib-") and "disagrees with PyTorch in 18 of 18 checks" in line
     assert contents(tmp_path) == before
     assert list(tmp_path.iterdir()) == ([out] if old else [])
 
@@ -700,7 +700,7 @@ def test_successful_build_replaces_an_artifact(
     artifact = Artifact(out)
     assert artifact.manifest["date"] != "1970-01-01"
     (library,) = artifact.manifest["libraries"]
-    assert len(library["verification"]["checks"]) == 17
+    assert len(library["verification"]["checks"]) == 18
     assert all(check["passed"] for check in library["verification"]["checks"])
     assert f"built {out}" in capsys.readouterr().out
     tvm_attn.load(out)
