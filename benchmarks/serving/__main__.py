@@ -36,6 +36,7 @@ from tvm_attn import cli
 from tvm_attn.cli import Parser, existing_folder, integer, integers, new_table, output_file, print_tables, progress
 from tvm_attn.errors import BenchmarkError
 from tvm_attn.runtime.artifact import Artifact
+from tvm_attn.runtime.decoding import GenerationStats
 from tvm_attn.runtime.machine import thread_count
 from tvm_attn.runtime.model import Model
 
@@ -198,13 +199,13 @@ def _long_prompts(args: argparse.Namespace, model: Model, server: ServerProcess,
         longs = _prompts(model, arrivals, length, rng)
         async with new_client(server) as client:
             streams = [asyncio.create_task(ask(client, new_body(server, prompt, new_tokens))) for prompt in prompts]
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.05)  # they have begun, and a small model has not ended them
             for prompt in longs:
                 if any(stream.done() for stream in streams):
                     break
                 answer = await ask(client, new_body(server, prompt, 1))
                 stats.append((answer.start, answer.end))
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.01)
             answers: list[Answer] = await asyncio.gather(*streams)
         spans = [(a, b) for answer in answers for a, b in zip(answer.times, answer.times[1:], strict=False)]
         if arrivals:
@@ -218,12 +219,14 @@ def _long_prompts(args: argparse.Namespace, model: Model, server: ServerProcess,
         gaps, stats = asyncio.run(measure(20))
         busy += gaps
         waits += [end - start for start, end in stats]
+    if not quiet or not busy:
+        raise BenchmarkError("the streams had ended before a long prompt came; take a larger model")
     chunk_seconds = []
     for _ in range(5):
         # What one chunk takes: the difference between prompts of two chunks and of one.
         times = []
-        for tokens in (chunk, min(2 * chunk, context - 1)):
-            stats_of = tvm_attn.GenerationStats()
+        for tokens in (min(chunk, context - 1), min(2 * chunk, context - 1)):
+            stats_of = GenerationStats()
             model.generate(list(_prompts(model, 1, tokens, rng)[0].ids), max_new_tokens=1, stats=stats_of)
             times.append(stats_of.prefill_seconds)
         chunk_seconds.append(max(times[1] - times[0], times[0]))
