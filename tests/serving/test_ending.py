@@ -38,10 +38,10 @@ class SlowModel:
         engine = self.model.engine
         decode = engine.decode
 
-        def slow(*args):
+        def slow(*args, **options):
             time.sleep(seconds)
             self.steps += 1
-            return decode(*args)
+            return decode(*args, **options)
 
         engine.decode = slow
 
