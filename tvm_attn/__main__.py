@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": ("tvm_attn.serve", "answer completions over HTTP, as OpenAI's API does"),
     "eval": ("tvm_attn.eval", "perplexity and bits per byte of a text"),
     "verify": ("tvm_attn.verify", "compare an artifact with PyTorch on this machine"),
+    "export": ("tvm_attn.export", "write GPT-2 as an ONNX file"),
     "attend": ("tvm_attn.attend", "show what every head attends to: a page, picture or arrays"),
     "bench": ("tvm_attn.bench", "measure an artifact's speed against this machine's limits"),
     "tune": ("tvm_attn.tune", "search schedules on this machine, write tuned records"),

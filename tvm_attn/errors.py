@@ -71,6 +71,10 @@ class BenchmarkError(TvmAttnError):
     """A benchmark was asked for something that does not fit the model, or for a file it cannot write."""
 
 
+class OnnxError(TvmAttnError):
+    """An ONNX file cannot be read or written, or asks for something that is not supported."""
+
+
 class TuningError(TvmAttnError):
     """A search for tuned records cannot run with what it was given, or found nothing."""
 
