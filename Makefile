@@ -16,7 +16,7 @@ SWIFTSHADER := $(abspath $(VENV))/swiftshader/icd.json
 VULKAN_SOURCES := CMakeLists.txt hatch_build.py $(wildcard tvm_attn/vulkan/src/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint bench clean swiftshader system system-chromium system-vulkan
+.PHONY: help demo test test-slow lint bench clean llama-server swiftshader system system-chromium system-vulkan
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 test: $(VENV)/.installed-test ## run all tests except the long ones
 	$(PYTEST) -m 'not slow'
 
-test-slow: $(VENV)/.installed-test swiftshader ## run the long tests, and the Vulkan tests on a second driver
+test-slow: $(VENV)/.installed-test llama-server swiftshader ## run the long tests, and the Vulkan tests on a second driver
 	$(PYTEST) -m slow
 	if [ -e $(SWIFTSHADER) ]; then VK_DRIVER_FILES=$(SWIFTSHADER) $(PYTEST) -m 'not slow' $(VULKAN_TESTS); fi
 
@@ -100,6 +100,11 @@ system-chromium: | system-vulkan
 	if [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; then exit 0; fi; \
 	echo "missing for the page of the server: chromium; its tests are skipped until: apt-get install chromium" >&2
+
+# llama.cpp's server, which the load test is compared with. It is compiled; if that fails, its tests are skipped.
+llama-server: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory $(VENV)/.installed-llama || \
+		echo "llama-cpp-python could not be installed; its tests are skipped" >&2
 
 # The second Vulkan driver is extracted from Debian's Chromium package (30 MB); nothing is installed. If the package is not
 # available, the tests run without it.
