@@ -164,6 +164,14 @@ def test_the_page_in_a_browser(model, tmp_path):
     assert said == []
 
 
+def test_json_says_what_was_written(model, tmp_path, capsys):
+    out = tmp_path / "attention.npz"
+    assert attend.main(["dist/x", "--text", "ab", "--out", str(out), "--layers", "2,0", "--json"]) == 0
+    said, err = capsys.readouterr()
+    assert json.loads(said) == {"file": str(out), "layers": [0, 2], "heads": [*range(HEADS)], "token_ids": [97, 98]}
+    assert err == "" and out.exists()
+
+
 def test_unusual_tokens_and_a_long_text_in_a_browser(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra test")
     if not os.path.exists("/usr/bin/chromium"):

@@ -302,7 +302,9 @@ def test_every_command_explains_itself_under_its_name(name: str, capsys: pytest.
         with pytest.raises(SystemExit) as ended:
             entry.main(words)
         assert ended.value.code == 0
-        assert capsys.readouterr().out.startswith(f"usage: tvm-attn {name} ")
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"usage: tvm-attn {name} ")
+        assert ("--json" in shown) == (name != "serve")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=integer(1, 4096), metavar="N", help="CPU threads; default: all cores that the process may use"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object that says what was written")
     return parser
 
 
@@ -76,7 +78,7 @@ def _attend(args: argparse.Namespace) -> int:
     from tvm_attn.runtime.tvm_import import runtime_only
 
     text = read_stdin() if args.text == "-" else args.text
-    with runtime_only(), progress() as show:
+    with runtime_only(), progress(quiet=args.json) as show:
         show(f"loading {args.artifact}")
         model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads, max_batch=1)
         given = args.ids if text is None else text
@@ -96,7 +98,10 @@ def _attend(args: argparse.Namespace) -> int:
                 write_html(view, lens_texts(model, lens), file)
             else:
                 (write_npz if kind == ".npz" else write_png)(view, file)
-    print(f"{args.out}: {len(layers)} x {len(heads)} heads, {len(ids)} tokens", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"file": str(args.out), "layers": layers, "heads": heads, "token_ids": ids}))
+    else:
+        print(f"{args.out}: {len(layers)} x {len(heads)} heads, {len(ids)} tokens", file=sys.stderr)
     return 0
 
 
