@@ -51,9 +51,12 @@ class Device(Protocol):
 
 
 def assert_close(case: Case, results: Sequence[np.ndarray], more: float = 0.0) -> None:
-    """Every result is within the bound of its case plus `more`."""
+    """Every result is within the bound of its case plus `more`, and infinite where it should be."""
     assert len(results) == len(case.expected)
     for result, expected in zip(results, case.expected, strict=True):
+        infinite = np.isinf(expected)
+        np.testing.assert_array_equal(result[infinite], expected[infinite])
+        result, expected = result[~infinite], expected[~infinite]
         difference = result.astype(np.float64) - expected
         assert not np.isnan(difference).any()
         assert np.square(difference).sum() <= (case.nmse + more) * np.square(expected).sum()

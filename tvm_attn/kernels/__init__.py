@@ -12,6 +12,7 @@ no predicate, whatever the number of tokens; the caller pads with rows whose pos
 the KV cache.
 """
 
+from tvm_attn.kernels.attention_operator import AttentionOperator, AttentionScores
 from tvm_attn.kernels.attention_weights import AttentionWeights
 from tvm_attn.kernels.base import Case, Kernel
 from tvm_attn.kernels.decode_attention import DecodeAttention
@@ -39,6 +40,8 @@ FAMILIES: tuple[type[Kernel], ...] = (
     PrefillAttention,
     DecodeAttention,
     AttentionWeights,
+    AttentionOperator,
+    AttentionScores,
     Argmax,
     Advance,
     ExpSums,
@@ -49,6 +52,8 @@ __all__ = [
     "FAMILIES",
     "Advance",
     "Argmax",
+    "AttentionOperator",
+    "AttentionScores",
     "AttentionWeights",
     "Case",
     "DecodeAttention",

@@ -1,6 +1,7 @@
 """The loops and templates of processors with vector units, one file a family."""
 
 from tvm_attn.kernels.cpu import (
+    attention_operator,
     attention_weights,
     decode_attention,
     embedding,
@@ -22,6 +23,8 @@ TEMPLATES = (
     prefill_attention.TEMPLATE,
     decode_attention.TEMPLATE,
     attention_weights.TEMPLATE,
+    attention_operator.TEMPLATE,
+    attention_operator.SCORES_TEMPLATE,
     sampling.TEMPLATE,
     *logprobs.TEMPLATES,
 )

@@ -1,4 +1,4 @@
-"""What the two loops of prefill attention share: their sizes, and the step of the online softmax (Milakov and
+"""What the loops of FlashAttention on processors share: their sizes, and the step of the online softmax (Milakov and
 Gimelshein, 2018, arXiv:1805.02867)."""
 
 from __future__ import annotations
@@ -29,24 +29,32 @@ class PrefillTiles:
     dim_tile: int
 
 
-def softmax_step(key_block: int, query_tile: int) -> Any:
-    """A TVMScript macro (scores, maximum, previous, total, first_key, first) that adds a block of keys to the softmax.
-
-    Scores (key_block, query_tile) of keys past a query's position are masked. Afterwards `scores` holds the
-    exponentials of their distances to the new `maximum`, `total` their sum over all blocks, and `previous` the factor
-    for sums over earlier blocks; the last three are (query_tile,). `first_key` and `first` are the positions of the
-    first key and query.
-
-    Every function needs its own macro: TVM renames the blocks of a macro that is used again.
-    """
+def causal_mask(key_block: int, query_tile: int) -> Any:
+    """A TVMScript macro (scores, first_key, first) that masks the scores (key_block, query_tile) of keys past a query's
+    position. `first_key` and `first` are the positions of the first key and query; see `softmax_step`."""
 
     @T.inline
-    def update_softmax(scores, maximum, previous, total, first_key, first):
+    def mask_scores(scores, first_key, first):
         if first_key + key_block - 1 > first:
             for j, i in T.grid(key_block, query_tile):
                 with T.sblock("mask"):
                     vj, vi = T.axis.remap("SS", [j, i])
                     scores[vj, vi] = T.Select(first_key + vj <= first + vi, scores[vj, vi], T.float32(MASKED))
+
+    return mask_scores
+
+
+def softmax_step(key_block: int, query_tile: int) -> Any:
+    """A TVMScript macro (scores, maximum, previous, total) that adds a block of keys to the softmax.
+
+    Afterwards `scores` (key_block, query_tile) holds the exponentials of their distances to the new `maximum`, `total`
+    their sum over all blocks, and `previous` the factor for sums over earlier blocks; the last three are (query_tile,).
+
+    Every function needs its own macro: TVM renames the blocks of a macro that is used again.
+    """
+
+    @T.inline
+    def update_softmax(scores, maximum, previous, total):
         for i in range(query_tile):
             with T.sblock("keep_maximum"):
                 vi = T.axis.spatial(query_tile, i)

@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 from tvm_attn.kernels.attention import MASKED
 from tvm_attn.kernels.base import largest_power
 from tvm_attn.kernels.cpu.dot import DOT_BFLOAT16, DOT_STEPS, has_dot
-from tvm_attn.kernels.cpu.online_softmax import PrefillTiles, softmax_step
+from tvm_attn.kernels.cpu.online_softmax import PrefillTiles, causal_mask, softmax_step
 from tvm_attn.kernels.cpu.prefill_attention_bfloat16 import prefill_attention_bfloat16
 from tvm_attn.kernels.cpu.vector import vectorize
 from tvm_attn.kernels.prefill_attention import PrefillAttention
@@ -28,7 +28,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
     query_tile, key_block, key_tile, dim_tile = tiles.queries, tiles.key_block, tiles.key_tile, tiles.dim_tile
 
     converts = dtype != "float32"
-    update_softmax = softmax_step(key_block, query_tile)
+    mask_scores, update_softmax = causal_mask(key_block, query_tile), softmax_step(key_block, query_tile)
 
     @T.prim_func(s_tir=True)
     def prefill_attention(q_handle: T.handle, cache_handle: T.handle, sequences_handle: T.handle, o_handle: T.handle):
@@ -122,7 +122,8 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                                         with T.sblock("keep_scores"):
                                             vj, vi = T.axis.remap("SS", [js, i])
                                             scores[vjt * key_tile + vj, vi] = tile_scores[vj, vi]
-                            update_softmax(scores, maximum, previous, total, vk * key_block, first)
+                            mask_scores(scores, vk * key_block, first)
+                            update_softmax(scores, maximum, previous, total)
                             if converts:
                                 for j, d in T.grid(key_block, head_dim):
                                     with T.sblock("load_values"):

@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 
 from tvm_attn.kernels.attention import MASKED
 from tvm_attn.kernels.cpu.dot import DOT_BFLOAT16
-from tvm_attn.kernels.cpu.online_softmax import PrefillTiles, softmax_step
+from tvm_attn.kernels.cpu.online_softmax import PrefillTiles, causal_mask, softmax_step
 from tvm_attn.kernels.prefill_attention import PrefillAttention
 from tvm_attn.kernels.unscheduled.quant import rounded_pair
 
@@ -37,7 +37,7 @@ def prefill_attention_bfloat16(kernel: PrefillAttention, tiles: PrefillTiles) ->
     query_tile, key_block, key_tile, dim_tile = tiles.queries, tiles.key_block, tiles.key_tile, tiles.dim_tile
     dot = f"{DOT_BFLOAT16}_{LANES}"
     vectors = query_tile // LANES
-    update_softmax = softmax_step(key_block, query_tile)
+    mask_scores, update_softmax = causal_mask(key_block, query_tile), softmax_step(key_block, query_tile)
 
     @T.prim_func(s_tir=True)
     def prefill_attention(q_handle: T.handle, cache_handle: T.handle, sequences_handle: T.handle, o_handle: T.handle):
@@ -126,7 +126,8 @@ def prefill_attention_bfloat16(kernel: PrefillAttention, tiles: PrefillTiles) ->
                                         with T.sblock("keep_scores"):
                                             vj, vi = T.axis.remap("SS", [js, i])
                                             scores[vjt * key_tile + vj, vi] = tile_scores[vj, vi] * T.float32(scale)
-                            update_softmax(scores, maximum, previous, total, vk * key_block, first)
+                            mask_scores(scores, vk * key_block, first)
+                            update_softmax(scores, maximum, previous, total)
                             for j, i in T.grid(half_block, query_tile):
                                 with T.sblock("pairs"):
                                     vj, vi = T.axis.remap("SS", [j, i])

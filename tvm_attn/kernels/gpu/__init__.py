@@ -4,6 +4,7 @@ The target says what a device can do: threads per block, shared memory, width of
 """
 
 from tvm_attn.kernels.gpu import (
+    attention_operator,
     attention_weights,
     decode_attention,
     embedding,
@@ -25,6 +26,8 @@ TEMPLATES = (
     prefill_attention.TEMPLATE,
     decode_attention.TEMPLATE,
     attention_weights.TEMPLATE,
+    attention_operator.TEMPLATE,
+    attention_operator.SCORES_TEMPLATE,
     sampling.TEMPLATE,
     *logprobs.TEMPLATES,
 )

@@ -255,7 +255,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
 
 
 # Queries, keys, threads across and down; see `PrefillTiles`. Records refer to them by index: add new ones at the end.
-_PREFILL_TILES = (
+PREFILL_TILES = (
     (64, 32, 16, 16),
     (32, 32, 16, 8),
     (32, 16, 16, 8),
@@ -267,8 +267,8 @@ _PREFILL_TILES = (
 
 
 def _prefill_attention(kernel: PrefillAttention, target: GpuTarget, choose: Chooser) -> tirx.PrimFunc:
-    """By default the first of `_PREFILL_TILES` that the device's threads and shared memory allow."""
-    tiles = [PrefillTiles(*sizes, target.vector_bytes // 4) for sizes in _PREFILL_TILES]
+    """By default the first of `PREFILL_TILES` that the device's threads and shared memory allow."""
+    tiles = [PrefillTiles(*sizes, target.vector_bytes // 4) for sizes in PREFILL_TILES]
     fitting = [
         index
         for index, tile in enumerate(tiles)
