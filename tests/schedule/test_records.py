@@ -25,7 +25,19 @@ from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.config import PRESETS, GPT2Config
 from tvm_attn.errors import ScheduleError
 from tvm_attn.inventory import obstacle
-from tvm_attn.kernels import Advance, Case, DecodeAttention, Head, Linear, PackPlain, PrefillAttention, cpu, cuda, gpu
+from tvm_attn.kernels import (
+    Advance,
+    AttentionOperator,
+    Case,
+    DecodeAttention,
+    Head,
+    Linear,
+    PackPlain,
+    PrefillAttention,
+    cpu,
+    cuda,
+    gpu,
+)
 from tvm_attn.kernels.base import TENSOR_CORE_DTYPES, shape_of
 from tvm_attn.kernels.template import Template
 from tvm_attn.model.checkpoint import random_params
@@ -136,6 +148,7 @@ def small_cases() -> Iterator[Case]:
         Head(128, 1021, 1, 32, "float32", groups=1),
         PrefillAttention(3, 20, 45, 8, "float32", 0.3),
         DecodeAttention(2, 64, 600, 8, "float16", 0.125),
+        AttentionOperator(2, 2, 20, 12, "float32", 0.3),
     )
     for kernel in wanted:
         yield next(case for case in type(kernel).cases() if case.kernel == kernel)
@@ -332,6 +345,7 @@ def test_keys_hold_no_tiles() -> None:
         *("in_features", "out_features", "width", "rows", "columns", "groups", "max_groups", "vocabulary", "context"),
         *("heads", "head_dim", "weights", "dtype", "cache_dtype", "activations", "activation", "epsilon", "scale"),
         *("count", "transposed"),
+        *("key_heads", "value_dim", "softcap", "mask", "causal", "left", "right", "stage"),
     }
 
 

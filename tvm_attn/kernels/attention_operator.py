@@ -272,3 +272,11 @@ def _scores_case(
     inputs = (arrays[0], arrays[1], *arrays[3:])
     bound = 1e-11 if options.get("magnitude", 1.0) == 1.0 or stage != "weights" else 1e-6
     return Case(AttentionScores(**given), name, inputs, (outputs,), (expected,), nmse=bound)
+
+
+def random_case(kernel: AttentionOperator, length: int) -> Case:
+    """A case of `length` queries and as many keys with random operands, of the sizes that a search measures."""
+    options = {} if kernel.mask is None else {"mask_shape": (1, 1, length, length)}
+    if isinstance(kernel, AttentionScores):
+        return _scores_case(kernel, kernel.stage, f"{length} rows", 1, length, length, **options)
+    return _case(kernel, f"{length} rows", 1, length, length, **options)

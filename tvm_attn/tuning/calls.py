@@ -15,6 +15,8 @@ from tvm_attn.errors import TuningError
 from tvm_attn.kernels import (
     Advance,
     Argmax,
+    AttentionOperator,
+    AttentionScores,
     AttentionWeights,
     Case,
     DecodeAttention,
@@ -28,6 +30,7 @@ from tvm_attn.kernels import (
     QKVLinear,
     ResidualLinear,
     TopLogits,
+    attention_operator,
     attention_weights,
     decode_attention,
     embedding,
@@ -203,6 +206,17 @@ def _logit_bytes(kernel: Argmax | Advance | ExpSums | TopLogits) -> int:
     return 4 * kernel.vocabulary
 
 
+def _operator_calls(kernel: AttentionOperator) -> tuple[Call, ...]:
+    length, is_scores = _ROWS[-1], isinstance(kernel, AttentionScores)
+    widths = kernel.head_dim if is_scores else kernel.head_dim + kernel.value_dim
+    flops = kernel.heads * widths * length * (length + 1 if kernel.causal else 2 * length)
+    traffic = length * (kernel.heads + kernel.key_heads) * widths * _bytes(kernel.dtype)
+    if is_scores:
+        traffic += 4 * kernel.heads * length**2
+    case = partial(attention_operator.random_case, kernel, length)
+    return (Call(f"{length} rows", flops, traffic, case),)
+
+
 _CALLS: dict[str, Callable[[Any], tuple[Call, ...]]] = {
     "linear": _linear_calls,
     "residual_linear": _linear_calls,
@@ -213,6 +227,8 @@ _CALLS: dict[str, Callable[[Any], tuple[Call, ...]]] = {
     "prefill_attention": _prefill_calls,
     "decode_attention": _decode_calls,
     "attention_weights": _weights_calls,
+    "attention_operator": _operator_calls,
+    "attention_scores": _operator_calls,
     "layer_norm": _row_calls(lambda kernel: kernel.width * (4 + _bytes(kernel.activations)), norm.random_case),
     "embedding": _row_calls(_embedding_bytes, embedding.random_case),
     "gather_rows": _row_calls(lambda kernel: 4 + 8 * kernel.width, embedding.random_case),
