@@ -223,13 +223,12 @@ def _long_prompts(args: argparse.Namespace, model: Model, server: ServerProcess,
         raise BenchmarkError("the streams had ended before a long prompt came; take a larger model")
     chunk_seconds = []
     for _ in range(5):
-        # What one chunk takes: the difference between prompts of two chunks and of one.
-        times = []
-        for tokens in (min(chunk, context - 1), min(2 * chunk, context - 1)):
-            stats_of = GenerationStats()
-            model.generate(list(_prompts(model, 1, tokens, rng)[0].ids), max_new_tokens=1, stats=stats_of)
-            times.append(stats_of.prefill_seconds)
-        chunk_seconds.append(max(times[1] - times[0], times[0]))
+        # The last full chunk of such a prompt, which attends to all others: what comes before it is in a slot already.
+        ids = list(_prompts(model, 1, max(length // chunk * chunk, min(chunk + 1, length)), rng)[0].ids)
+        model.generate(ids[: max(len(ids) - chunk, 1)], max_new_tokens=1, stop_token_ids=())
+        stats_of = GenerationStats()
+        model.generate(ids, max_new_tokens=1, stop_token_ids=(), stats=stats_of)
+        chunk_seconds.append(stats_of.prefill_seconds)
     return {
         "streams": _STREAMS,
         "prompt_tokens": length,
