@@ -71,6 +71,10 @@ class BenchmarkError(TvmAttnError):
     """A benchmark was asked for something that does not fit the model, or for a file it cannot write."""
 
 
+class AttentionError(TvmAttnError):
+    """Tensors or options of `tvm_attn.attention` do not fit each other."""
+
+
 class OnnxError(TvmAttnError):
     """An ONNX file cannot be read or written, or asks for something that is not supported."""
 

@@ -54,7 +54,7 @@ class Backend:
         """Generates code and writes the shared library.
 
         Args:
-            build: lowers the program and returns TVM's executable.
+            build: lowers the program and returns TVM's executable, or lowers kernels and returns their module.
             target: the hardware.
             library: the path of the library.
             progress: called with a message before a step that takes long.

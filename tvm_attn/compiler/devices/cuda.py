@@ -38,7 +38,7 @@ class CudaBackend(Backend):
         with cuda_module.without_runtime():
             executable = build()
             progress(f"compiling for {target.name}: machine code for {', '.join(target.images)}")
-            fatbin = compile_fatbin(cuda_module.device_source(executable.mod), target.images)
+            fatbin = compile_fatbin(cuda_module.device_source(getattr(executable, "mod", executable)), target.images)
             cuda_module.export_library(executable, library, fatbin)
 
 
