@@ -253,8 +253,9 @@ def _print(results: dict[str, Any]) -> None:
         table.add_row("Model.generate", str(clients), f"{generate:.0f}", "", "", "", "", "", "")
         for name in names:
             ratio = statistics.median(run[name]["tokens_per_second"] / run["generate"] for run in same)
+            # A server whose tokens make no text sends no events that could be timed.
             times = [
-                f"{1e3 * _median(same, name, kind, p):.1f} ms"
+                f"{1e3 * _median(same, name, kind, p):.1f} ms" if all(run[name][kind] for run in same) else "-"
                 for kind in ("first_token", "between_tokens")
                 for p in ("p50", "p99")
             ]
