@@ -40,6 +40,8 @@ def __getattr__(name: str) -> Any:
     if name in ("build", "tune"):
         # The commands' modules have the same names, which is why they are callable.
         return import_module(f"tvm_attn.{name}")
+    if name == "onnx":
+        return import_module("tvm_attn.onnx")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
