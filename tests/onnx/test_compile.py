@@ -209,3 +209,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         tvm_attn.onnx.compile(graph, target="cpu", device="vulkan:0")
     with pytest.raises(TargetError, match="unknown target"):
         tvm_attn.onnx.compile(graph, target="abacus")
+    with pytest.raises(TargetError, match="for processors and Vulkan devices"):
+        tvm_attn.onnx.compile(graph, target="cuda")
+    with pytest.raises(DeviceError, match="vulkan:99"):
+        tvm_attn.onnx.compile(graph, target="vulkan", device="vulkan:99")

@@ -8,7 +8,7 @@ conversion raises `NeedsInputs`: with the inputs' shapes, and the values of thos
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -192,7 +192,8 @@ class Node:
 
     def call_kernel(self, kernel: Kernel, arguments: list[relax.Expr], shape: list[Any], dtype: str) -> relax.Expr:
         """Adds a call of one of our kernels, which the caller of the conversion compiles."""
-        name = f"{kernel.family}_{zlib.crc32(repr(kernel).encode()):08x}"
+        facts = f"{self.converter.target} {kernel!r}"
+        name = f"tvm_attn.onnx.{kernel.family}.{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
         self.converter.kernels[name] = kernel
         return self.emit(relax.op.call_dps_packed(name, arguments, out_ty=relax.TensorType(shape, dtype)))
 
@@ -231,10 +232,11 @@ class Converter:
         operators: the function of each operator.
         types: shape and dtype of every input; sizes are whole numbers or TIR variables.
         values: inputs whose values are known, which the Relax function does not have as parameters.
+        target: the name of the target, for which the kernels' functions are named too.
 
     Attributes:
         builder: builds the function.
-        opset: see above.
+        opset, target: see above.
         kernels: the kernels that the function calls, by the names of their functions.
         static: whether no size is symbolic.
     """
@@ -245,13 +247,14 @@ class Converter:
         opset: int,
         operators: Mapping[str, Operator],
         types: Types,
-        values: Mapping[str, np.ndarray] | None = None,
+        values: Mapping[str, np.ndarray],
+        target: str,
     ) -> None:
-        self.builder, self.opset = relax.BlockBuilder(), opset
+        self.builder, self.opset, self.target = relax.BlockBuilder(), opset, target
         self.static = all(isinstance(size, int) for shape, _ in types.values() for size in shape)
         self.kernels: dict[str, Any] = {}
         self._graph, self._operators, self._types = graph, operators, types
-        self._known_inputs = dict(values or {})
+        self._known_inputs = dict(values)
         self._values: dict[str, Value | None] = {"": None}
         self._origins: dict[str, frozenset[str]] = {"": frozenset()}
         self._onnx = require_onnx()

@@ -5,26 +5,28 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 from tvm.s_tir import dlight
 
 from tvm_attn.compiler.devices import backend_for
-from tvm_attn.errors import CompileError, DeviceError, OnnxError, TvmAttnError, one_line, shorten
+from tvm_attn.compiler.kernel_cache import compiled_kernel
+from tvm_attn.errors import CompileError, DeviceError, OnnxError, TargetError, TvmAttnError, one_line, shorten
 from tvm_attn.jsonfile import shorten_path
 from tvm_attn.onnx import require_onnx
 from tvm_attn.onnx.converter import Converter, NeedsInputs, Types, dtype_name
 from tvm_attn.onnx.operators import OPERATORS
 from tvm_attn.onnx.reader import read_onnx
 from tvm_attn.runtime.device import parse_device
-from tvm_attn.schedule import schedule
+from tvm_attn.runtime.devices import device_class
+from tvm_attn.runtime.machine import thread_count
 from tvm_attn.storage import numpy_dtype
-from tvm_attn.targets import read, resolve
+from tvm_attn.targets import CudaTarget, resolve
 
 _CONVERTED = 13
 """Graphs of older opsets, where axes are attributes, are converted to this one."""
@@ -66,6 +68,21 @@ _FUSE = tvm.transform.Sequential(
 )
 
 
+@dataclass(frozen=True)
+class _Version:
+    """A graph that is compiled for some shapes or all.
+
+    Attributes:
+        machine: the virtual machine with its function.
+        parameters: the inputs that the function takes.
+        kernels: the modules of our kernels that it calls.
+    """
+
+    machine: Any
+    parameters: list[str]
+    kernels: list[Any]
+
+
 class Session:
     """A compiled graph. Calls from several threads must take turns.
 
@@ -83,6 +100,10 @@ class Session:
         chosen = parse_device(device or ("cpu" if self._target.device == "cpu" else f"{self._target.device}:0"))
         if chosen is None or chosen[0] != self._target.device:
             raise DeviceError(f"device {shorten(device)} cannot run code for target {shorten(target)}")
+        if isinstance(self._target, CudaTarget):
+            raise TargetError("graphs are compiled for processors and Vulkan devices; choose the target cpu or vulkan")
+        if obstacle := device_class(chosen[0]).obstacle(chosen[1]):
+            raise DeviceError(f"{chosen[0]}:{chosen[1]} cannot be used: {obstacle}")
         self._device = tvm.runtime.device(*chosen)
         model = _prepared(model)
         self._graph = model.graph
@@ -93,9 +114,9 @@ class Session:
         self.outputs = tuple(value.name for value in self._graph.output)
         self._dtypes = {value.name: _dtype(value) for value in self._values}
         self._needed: frozenset[str] | None = None
-        self._versions: OrderedDict[Any, tuple[Any, list[str]]] = OrderedDict()
+        self._versions: OrderedDict[Any, _Version] = OrderedDict()
         try:
-            self._whole: tuple[Any, list[str]] | None = self._compiled(_symbolic(self._values, self._dtypes), {})
+            self._whole: _Version | None = self._compiled(_symbolic(self._values, self._dtypes), {})
         except NeedsInputs as error:
             self._whole, self._needed = None, error.names
         self.symbolic = self._whole is not None
@@ -121,10 +142,13 @@ class Session:
                 f"the inputs are {', '.join(self.inputs)}; missing: {sorted(missing)}, unknown: {sorted(unknown)}"
             )
         arrays = {name: self._checked(value, feeds[value.name]) for value in self._values for name in [value.name]}
-        machine, parameters = self._whole or self._version(arrays)
-        tensors = [tvm.runtime.tensor(arrays[name], self._device) for name in parameters]
+        version = self._whole or self._version(arrays)
+        tensors = [tvm.runtime.tensor(arrays[name], self._device) for name in version.parameters]
         try:
-            results = machine["main"](*tensors)
+            if self._target.device == "cpu":
+                for kernel in version.kernels:
+                    kernel.get_function("set_threads", query_imports=True)(thread_count(None))
+            results = version.machine["main"](*tensors)
         except Exception as error:
             raise OnnxError(f"the graph cannot run with these inputs: {one_line(error)}") from error
         return [result.numpy() for result in results]
@@ -141,7 +165,7 @@ class Session:
             raise OnnxError(f"input {shorten(value.name)} has shape {array.shape}, not {tuple(sizes)}")
         return np.ascontiguousarray(array).reshape(array.shape)
 
-    def _version(self, arrays: dict[str, np.ndarray]) -> tuple[Any, list[str]]:
+    def _version(self, arrays: dict[str, np.ndarray]) -> _Version:
         """The version for these shapes, and these values of the inputs that it needs."""
         types = {name: (array.shape, self._dtypes[name]) for name, array in arrays.items()}
         for _ in range(len(arrays) + 1):
@@ -166,28 +190,25 @@ class Session:
             return version
         raise AssertionError("each round needs the value of one more input")
 
-    def _compiled(self, types: Types, values: Mapping[str, np.ndarray]) -> tuple[Any, list[str]]:
-        """A virtual machine with the compiled graph, and the inputs that it takes."""
-        converter = Converter(self._graph, self._opset, OPERATORS, types, values)
+    def _compiled(self, types: Types, values: Mapping[str, np.ndarray]) -> _Version:
+        """The graph for these types of inputs, and these values of some."""
+        converter = Converter(self._graph, self._opset, OPERATORS, types, values, self._target.name)
         module = converter.module()
         try:
-            executable = _built(module, self._target)
-            for name, kernel in converter.kernels.items():
-                executable.mod.import_module(_kernel(name, kernel, self._target.name))
-            return relax.VirtualMachine(executable, self._device), [n for n in types if n not in values]
+            kernels = [_callable(name, kernel, self._target) for name, kernel in converter.kernels.items()]
+            machine = relax.VirtualMachine(_built(module, self._target), self._device)
+            return _Version(machine, [name for name in types if name not in values], kernels)
         except TvmAttnError:
             raise
         except Exception as error:  # TVM raises whatever its C++ code maps to
             raise CompileError(f"compiling for {self._target.name} failed: {one_line(error)}") from error
 
 
-@lru_cache(maxsize=64)
-def _kernel(name: str, kernel: Any, target_name: str) -> Any:
-    """The module with a compiled kernel as the function `name`, for the target of that name."""
-    target = read(target_name)
-    backend = backend_for(target)
-    module = tvm.IRModule({name: schedule(kernel, target).with_attr("global_symbol", name)})
-    return tirx.build(module, target=backend.tvm_target(target), pipeline=backend.tir_pipeline(target))
+def _callable(name: str, kernel: Any, target: Any) -> Any:
+    """The compiled kernel's module. Its function gets a global name, by which graphs call it."""
+    module = compiled_kernel(kernel, target)
+    tvm_ffi.register_global_func(name, module["main"], override=True)
+    return module
 
 
 def _built(module: Any, target: Any) -> Any:
