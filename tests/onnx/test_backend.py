@@ -31,8 +31,8 @@ REFUSED = {
 """Cases of these operators that do not run, and why."""
 
 ROUNDED = {
-    "test_attention_4d_causal_fp16_expanded": "the graph rounds to float16 between its operators, and two numbers differ "
-    "by two units in the last place; expected is what NumPy's order of sums gives",
+    "test_attention_4d_causal_fp16_expanded": "the graph rounds to float16 between its operators; two numbers differ "
+    "by two units in the last place, as expected is what NumPy's order of sums gives",
 }
 """Cases that run and are not within ONNX's bound, and why."""
 
