@@ -26,7 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default="gpt2",
-        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint's folder, a hub id, or demo; default: %(default)s",
+        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint's folder, a hub id, an ONNX file of GPT-2 (the "
+        "extra onnx), or demo; default: %(default)s",
     )
     parser.add_argument(
         "--target",

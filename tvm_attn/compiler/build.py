@@ -30,6 +30,8 @@ from tvm_attn.model.layout import check_types
 from tvm_attn.model.module import Program, padded_vocabulary
 from tvm_attn.model.params import stored_params
 from tvm_attn.model.weights import Weights, open_weights
+from tvm_attn.onnx.checkpoint import OnnxCheckpoint
+from tvm_attn.onnx.compare import compare_with_file
 from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.storage import stored_types
@@ -68,20 +70,23 @@ def build(
 
     Args:
         model: a published size ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), a folder with a checkpoint, a Hugging
-            Face hub id, "demo" (the small model that comes with tvm_attn), or the result of `open_weights`.
+            Face hub id, "demo" (the small model that comes with tvm_attn), an ONNX file of GPT-2, or the result of
+            `open_weights`.
         target: "cpu" for this machine, or names of targets, separated by commas; see `targets.resolve_all`.
         dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are always float32.
         quant: "none", "int8" or "int4": matrices with a scale for every 32 weights, multiplied as integers.
         out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced once the build has
             succeeded; anything else there is an error.
-        verify: compare the compiled functions with PyTorch; if it is not installed, a note says so.
+        verify: compare the compiled functions with PyTorch; if it is not installed, a note says so. The weights of an
+            ONNX file are also compared with the file itself in ONNX Runtime, if that is installed.
         random_weights: use random weights of the model's size instead of its own; see `open_weights`.
         progress: called with a message before each step.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError: the checkpoint is not usable.
         TargetError, ScheduleError, CompileError: it cannot be compiled for the target.
-        VerificationError: the compiled functions disagree with PyTorch.
+        OnnxError: the ONNX file does not hold GPT-2.
+        VerificationError: the compiled functions disagree with PyTorch, or the weights with the ONNX file.
         ArtifactError: `out` cannot be written.
     """
     resolved = targets.resolve_all(target, dtype)
@@ -90,6 +95,9 @@ def build(
     weights = model if isinstance(model, Weights) else open_weights(model, random_weights, progress)
     notes = [*weights.notes]
     stored_types(weights.config, dtype, quant)  # refuses what cannot be quantized, before minutes of work
+    if verify and isinstance(weights.checkpoint, OnnxCheckpoint):
+        progress("the file in ONNX Runtime")
+        notes.append(compare_with_file(weights.checkpoint))
     folder = Path(out) if out is not None else Path("dist") / weights.name
     reports: dict[str, Report | None] = {}
     with artifact_folder(folder) as temporary:

@@ -307,6 +307,10 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
                 f"{shorten_path(folder)} has its weights only as a pickle ({shorten_path(file.name)}), which is never "
                 f"read; convert it where you trust it: {_CONVERT}"
             )
+    for file in sorted(folder.glob("*.onnx")):
+        raise CheckpointError(
+            f"{shorten_path(folder)} has its weights as ONNX; name the file itself: {shorten_path(file)}"
+        )
     raise CheckpointError(
         f"{shorten_path(folder)} has neither {_WEIGHTS} nor {_INDEX}; save the weights in that form: {_CONVERT}"
     )

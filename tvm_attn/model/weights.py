@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from tvm_attn.model.checkpoint import (
 from tvm_attn.model.generation import GENERATION_CONFIG
 from tvm_attn.runtime.decoding import GenerationOptions
 
+if TYPE_CHECKING:
+    from tvm_attn.onnx.checkpoint import OnnxCheckpoint
+
 _RANDOM = (
     "random weights: right for measuring speed, but the text means nothing; the artifact will have no tokenizer: "
     "prompts are token ids (--prompt-ids 1,2,3)"
@@ -38,7 +41,7 @@ class Weights:
         name: a short name, the default name of the artifact's folder; random weights do not have the checkpoint's name.
         config: its configuration.
         source: where the parameters come from.
-        checkpoint: the checkpoint with the parameters; None for random ones.
+        checkpoint: the checkpoint or ONNX file with the parameters; None for random ones.
         generation: options that the checkpoint's generation_config.json asks for.
         notes: what the user should know before a build, one line each.
     """
@@ -46,7 +49,7 @@ class Weights:
     name: str
     config: GPT2Config
     source: str
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | OnnxCheckpoint | None
     generation: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -64,7 +67,7 @@ def open_weights(model: str | Path, random: bool = False, on_download: Callable[
 
     Args:
         model: a published size ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), a checkpoint's folder, a Hugging Face
-            hub id, or "demo", the small model that comes with tvm_attn.
+            hub id, "demo", the small model that comes with tvm_attn, or an ONNX file of GPT-2.
         random: use random weights of that size, the same ones every time, instead of its own, and no tokenizer. Only
             config.json of a folder is read; hub ids are not looked up.
         on_download: called with the hub id before a download.
@@ -72,8 +75,9 @@ def open_weights(model: str | Path, random: bool = False, on_download: Callable[
     Raises:
         CheckpointError, ConfigError: the checkpoint is not usable.
         CheckpointUnavailable: it is not on this machine, and the hub does not provide it.
+        OnnxError: the ONNX file is not readable, or does not hold GPT-2.
     """
-    name = Path(os.path.abspath(model)).name  # "." and ".." have names too
+    name = _name(Path(os.path.abspath(model)))  # "." and ".." have names too
     if str(model) == "":
         raise CheckpointError("the model's name is empty; name a size such as gpt2, a folder, or demo")
     # As for a published size: only a checkpoint of that name is meant instead, not an artifact built there.
@@ -82,7 +86,7 @@ def open_weights(model: str | Path, random: bool = False, on_download: Callable[
     try:
         if random:
             return Weights(f"{name}-random", _config(model), RANDOM_SOURCE, None, notes=(_RANDOM,))
-        checkpoint = open_checkpoint(model, on_download=on_download)
+        checkpoint = _open_onnx(model) if _is_onnx(model) else open_checkpoint(model, on_download=on_download)
     except CheckpointUnavailable as error:
         if str(model) not in PRESETS:
             raise
@@ -116,8 +120,29 @@ def _config(model: str | Path) -> GPT2Config:
     folder = Path(model)
     if preset := _preset(model):
         return preset
+    if _is_onnx(model):
+        return _open_onnx(model).config
     if not folder.is_dir():
         raise CheckpointError(
             f"random weights need a size, and {model} is neither a folder nor one of {', '.join(PRESETS)}"
         )
     return read_config(folder)
+
+
+def _is_onnx(model: str | Path) -> bool:
+    return Path(model).suffix.lower() == ".onnx" and not os.path.isdir(model)
+
+
+def _name(path: Path) -> str:
+    """A model's short name: an ONNX file's without its suffix, or its folder's if every such file is called so."""
+    if not _is_onnx(path):
+        return path.name
+    return (
+        path.parent.name or path.stem if path.stem in ("model", "decoder_model", "decoder_model_merged") else path.stem
+    )
+
+
+def _open_onnx(model: str | Path) -> OnnxCheckpoint:
+    from tvm_attn.onnx.checkpoint import open_onnx
+
+    return open_onnx(model)
