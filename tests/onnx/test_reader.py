@@ -179,6 +179,9 @@ def tensor(shape: list[int], data: bytes, kind: int = TensorProto.FLOAT) -> Any:
         (graph(helper.make_node("Relu", ["x"], ["y"], domain="com.example")), "domain 'com.example', which is unknown"),
         (graph(helper.make_node("Unheard", ["x"], ["y"])), "opset 18 has no operator 'Unheard'"),
         (graph(helper.make_node("Attention", ["x"], ["y"])), "opset 18 has no operator 'Attention'"),
+        (graph(helper.make_node("Relu", [], ["y"])), "with 0 inputs, which Relu does not take"),
+        (graph(helper.make_node("Add", ["x", ""], ["y"])), "with 2 inputs, which Add does not take"),
+        (graph(helper.make_node("Relu", ["x"], ["y", "z"])), "with 2 outputs, which Relu does not take"),
     ],
 )
 def test_graphs_that_are_refused(body: Any, message: str, tmp_path: Path) -> None:
@@ -193,6 +196,8 @@ def test_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for text in (b"", b"not ONNX at all", b"\x0b\x0b", whole[:-3], whole[: len(whole) // 2]):
         path.write_bytes(text)
         assert "get it anew" in refused(path)
+    path.write_bytes(whole.replace(b"Relu", b"Rel\xff"))
+    assert "get it anew" in refused(path)  # a name that is no UTF-8
     with pytest.raises(OnnxError, match="is missing"):
         read_onnx(tmp_path / "nowhere")
     with pytest.raises(OnnxError, match="not a regular file"):

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from tvm_attn.errors import VerificationError
+from tvm_attn.errors import OnnxError, VerificationError
 from tvm_attn.jsonfile import shorten_path
 from tvm_attn.model.reference import Reference
 from tvm_attn.onnx.checkpoint import OnnxCheckpoint
@@ -27,7 +27,7 @@ def compare_with_file(checkpoint: OnnxCheckpoint) -> str:
         What was found, one line.
 
     Raises:
-        OnnxError: ONNX Runtime refuses the file.
+        OnnxError: ONNX Runtime refuses the file, or gets logits from it that are not finite.
         VerificationError: the logits differ.
     """
     name = shorten_path(checkpoint.source)
@@ -40,6 +40,8 @@ def compare_with_file(checkpoint: OnnxCheckpoint) -> str:
     ids, expected = original
     params = dict(checkpoint.params())
     actual = Reference(checkpoint.config, params).logits(ids)
+    if not (np.isfinite(expected).all() and np.isfinite(actual).all()):
+        raise OnnxError(f"{name} computes numbers beyond float32: its weights are damaged; get it anew")
     if actual.shape != expected.shape:  # logits of the last token alone
         actual = actual[:, -expected.shape[1] :]
     half = any(array.dtype.itemsize < 4 for array in params.values())

@@ -322,17 +322,29 @@ class _Reader:
             raise self._error(f"has the {where} of the domain {shorten(domain)}, which is unknown")
         if not domain and proto.op_type not in _EARLY:
             try:
-                self._onnx.defs.get_schema(proto.op_type, opsets[""], "")
+                schema = self._onnx.defs.get_schema(proto.op_type, opsets[""], "")
             except self._onnx.defs.SchemaError:
                 raise self._error(
                     f"has the {where}, and opset {opsets['']} has no operator {shorten(proto.op_type)}"
                 ) from None
+            self._check_operands(schema, proto, where)
         attributes: dict[str, Any] = {}
         for entry in proto.attribute:
             if entry.name in attributes:
                 raise self._error(f"has the {where} with two attributes {shorten(entry.name)}")
             attributes[entry.name] = self._attribute(entry, where, opsets, outer, depth)
         return Node(op, proto.name, tuple(proto.input), tuple(proto.output), attributes)
+
+    def _check_operands(self, schema: Any, proto: Any, where: str) -> None:
+        """Numbers of inputs and outputs; those that the operator needs have names."""
+        single = self._onnx.defs.OpSchema.FormalParameterOption.Single
+        for what, names, formal, least, most in (
+            ("inputs", proto.input, schema.inputs, schema.min_input, schema.max_input),
+            ("outputs", proto.output, schema.outputs, schema.min_output, schema.max_output),
+        ):
+            needed = all(name for name, one in zip(names, formal, strict=False) if one.option == single)
+            if not least <= len(names) <= most or not needed:
+                raise self._error(f"has the {where} with {len(names)} {what}, which {proto.op_type} does not take")
 
     def _attribute(self, entry: Any, where: str, opsets: Mapping[str, int], outer: frozenset[str], depth: int) -> Any:
         kinds, graph = self._onnx.AttributeProto, partial(self._graph, opsets=opsets, outer=outer, depth=depth + 1)

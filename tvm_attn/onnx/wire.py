@@ -15,7 +15,7 @@ MAX_FIELDS = 2_000_000
 MAX_DEPTH = 64
 _MAX_TEXT = 64 << 20  # bytes of all names, texts and lists of integers
 _MAX_VARINTS = 512 << 20  # bytes of tensors that are stored as lists of integers
-_MESSAGE = 11
+_STRING, _MESSAGE = 9, 11
 # Fields of TensorProto that need as much memory parsed as encoded: float_data, raw_data, double_data.
 _FLAT, _INTEGERS = (4, 9, 10), (5, 7, 11)
 
@@ -68,6 +68,8 @@ class _Walk:
                     self.message(at, at + size, field.message_type, depth + 1)
                 elif not (is_tensor and number in _FLAT):
                     self._count(size, is_tensor and number in _INTEGERS)
+                    if field is not None and field.type == _STRING:
+                        self._check_text(at, at + size)
                 at += size
             else:
                 raise self._damaged(start)
@@ -83,6 +85,13 @@ class _Walk:
             raise OnnxError(
                 f"{self._what} has more names and lists of integers than any model needs; store weights as raw data"
             )
+
+    def _check_text(self, at: int, end: int) -> None:
+        """protobuf gives names that are no UTF-8 as bytes, which nobody expects."""
+        try:
+            bytes(self._buffer[at:end]).decode()
+        except UnicodeDecodeError:
+            raise self._damaged(at) from None
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
         value = shift = 0
