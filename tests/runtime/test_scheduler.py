@@ -121,9 +121,10 @@ def test_options_of_requests_in_one_batch_are_their_own(scheduler: Scheduler, en
     alone = [scheduler.submit(prompt, each).result() for each in options]
     calls = len(engine.rows)
     with engine.pause_at(1):
-        scheduler.submit([1], GenerationOptions(max_new_tokens=1))
+        first = scheduler.submit([1], GenerationOptions(max_new_tokens=1))
         wait_for(lambda: len(engine.rows) == calls + 1)
         requests = [scheduler.submit(prompt, each) for each in options]  # all of which begin with the next call
+    assert first.result().token_ids == continued([1], 1)
     assert [request.result() for request in requests] == alone
     assert alone[0].token_ids == continued(prompt, 3) and alone[3].token_ids == continued(prompt, 6)
     assert (alone[2].token_ids, alone[2].finish_reason) == (continued(prompt, 2), "stop")
