@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from tvm import ir, tirx
+from tvm.script import tirx as T
 
 ROUNDED = {"float32": 0.0, "float16": 2.0**-22, "bfloat16": 2.0**-16}
 """Bound on the normalised mean squared error of rounding to a dtype: the square of half a unit in the last place of 24,
@@ -91,6 +92,11 @@ def label(kernel: Any) -> str:
 def row_groups(groups: int | None) -> int | tirx.Var:
     """The number of row groups of a TensorIR function: `groups`, or a symbolic "g" if that is None."""
     return tirx.Var("g", "int32") if groups is None else groups
+
+
+def operand(used: bool, handle: Any, shape: Any, dtype: str | None) -> Any:
+    """The buffer of a parameter that the function may do without; see `without_unused`."""
+    return T.match_buffer(handle, shape, dtype) if used else None
 
 
 def without_unused(function: tirx.PrimFunc) -> tirx.PrimFunc:

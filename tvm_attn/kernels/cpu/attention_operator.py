@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 
 from tvm_attn.kernels.activation import exp
 from tvm_attn.kernels.attention_operator import EXCLUDED, LOWEST, UNSEEN, AttentionOperator, AttentionScores
-from tvm_attn.kernels.base import largest_power, without_unused
+from tvm_attn.kernels.base import largest_power, operand, without_unused
 from tvm_attn.kernels.cpu.online_softmax import PrefillTiles, softmax_step
 from tvm_attn.kernels.cpu.vector import vectorize
 from tvm_attn.kernels.template import Chooser, Template
@@ -24,9 +24,6 @@ def attention_operator(kernel: AttentionOperator, tiles: PrefillTiles) -> tirx.P
     dtype, group, scale, converts = kernel.dtype, heads // key_heads, kernel.scale, kernel.dtype != "float32"
     has_mask, adjusts = kernel.mask is not None, kernel.mask is not None or kernel.softcap != 0.0
     update_softmax = softmax_step(key_block, query_tile)
-
-    def operand(used, handle, shape, dtype):
-        return T.match_buffer(handle, shape, dtype) if used else None
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def attention_operator(
@@ -227,9 +224,6 @@ def attention_scores(kernel: AttentionScores) -> tirx.PrimFunc:
     heads, key_heads, head_dim = kernel.heads, kernel.key_heads, kernel.head_dim
     dtype, group, scale, stage = kernel.dtype, heads // key_heads, kernel.scale, kernel.stage
     has_mask, lowest = kernel.mask is not None, (UNSEEN + LOWEST) / 2
-
-    def operand(used, handle, shape, dtype):
-        return T.match_buffer(handle, shape, dtype) if used else None
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def attention_scores(

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels.activation import exp
 from tvm_attn.kernels.attention_operator import EXCLUDED, LOWEST, UNSEEN, AttentionOperator, AttentionScores
-from tvm_attn.kernels.base import without_unused
+from tvm_attn.kernels.base import operand, without_unused
 from tvm_attn.kernels.gpu.prefill_attention import PREFILL_TILES, PrefillTiles
 from tvm_attn.kernels.gpu.threads import PARTIALS
 from tvm_attn.kernels.template import Chooser, Template
@@ -32,9 +32,6 @@ def attention_operator(kernel: AttentionOperator, tiles: PrefillTiles) -> tirx.P
     thread_queries, thread_keys, thread_vectors = queries // down, keys // across, -(-value_vectors // across)
     parts = threads // queries  # threads that share a row's softmax
     part_keys = keys // parts
-
-    def operand(used, handle, shape, dtype):
-        return T.match_buffer(handle, shape, dtype) if used else None
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def attention_operator(
@@ -261,9 +258,6 @@ def attention_scores(kernel: AttentionScores, threads: int) -> tirx.PrimFunc:
     heads, key_heads, head_dim = kernel.heads, kernel.key_heads, kernel.head_dim
     dtype, group, scale, stage = kernel.dtype, heads // key_heads, kernel.scale, kernel.stage
     has_mask, lowest = kernel.mask is not None, (UNSEEN + LOWEST) / 2
-
-    def operand(used, handle, shape, dtype):
-        return T.match_buffer(handle, shape, dtype) if used else None
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def attention_scores(

@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.activation import EXPRESSIONS
-from tvm_attn.kernels.base import row_groups, without_unused
+from tvm_attn.kernels.base import operand, row_groups, without_unused
 from tvm_attn.kernels.linear import Linear, LinearKernel, QKVLinear, ResidualLinear
 from tvm_attn.kernels.unscheduled.weights import high_half, low_half, spread, vector_type
 from tvm_attn.kernels.weights import PLAIN, packed_types
@@ -47,9 +47,6 @@ def linear(kernel: LinearKernel, lanes: int = 1, dot: str | None = None) -> tirx
         heads, context, cache_dtype = kernel.heads, kernel.context, kernel.cache_dtype
     head_dim = width // heads
     cache_shape = (cache_slots, 2, heads, context, head_dim)
-
-    def operand(used, handle, shape, dtype):
-        return T.match_buffer(handle, shape, dtype) if used else None
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def matmul(
