@@ -19,6 +19,8 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# No test reads the user's own targets and records.
+os.environ["XDG_DATA_HOME"] = "/nonexistent/tvm-attn-tests"
 
 from tvm_attn.runtime.machine import usable_cores  # after the settings above, which libraries read at import
 

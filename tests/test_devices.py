@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tvm_attn import devices, inventory, targets
+from tvm_attn import _resources, devices, inventory, targets
 from tvm_attn._resources import resource_dir
 from tvm_attn.errors import DeviceError, TargetError
 from tvm_attn.runtime.devices import Found, device_class
@@ -133,6 +133,6 @@ def test_matrices_have_three_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     text = (resource_dir("targets") / "vulkan-matrix.toml").read_text()
     (tmp_path / "targets").mkdir()
     (tmp_path / "targets" / "short.toml").write_text(text.replace("[16, 16, 16]", "[16, 16]"))
-    monkeypatch.setattr(targets, "resource_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(_resources, "resource_dir", lambda name: tmp_path / name)
     with pytest.raises(TargetError, match=r"gpu.matrix is \[16, 16\]; give three sizes"):
         targets.read("short")

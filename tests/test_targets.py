@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tvm_attn import inventory, targets
+from tvm_attn import _resources, inventory, targets
 from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.devices import backend_for
 from tvm_attn.errors import TargetError
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place.mkdir()
     for name in NAMES:
         (place / f"{name}.toml").write_bytes((resource_dir("targets") / f"{name}.toml").read_bytes())
-    monkeypatch.setattr(targets, "resource_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(_resources, "resource_dir", lambda name: tmp_path / name)
     return place
 
 
@@ -155,8 +155,8 @@ def test_a_file_that_nobody_asked_for(kind: str, folder: Path) -> None:
 CODE = """
 import sys
 from pathlib import Path
-from tvm_attn import cli, targets
-targets.resource_dir = lambda name: Path(sys.argv[1])
+from tvm_attn import _resources, cli, targets
+_resources.resource_dir = lambda name: Path(sys.argv[1])
 sys.exit(cli.run(lambda: print(targets.detect_cpu().name, targets.detect_cpu().name) or 0))
 """
 

@@ -6,11 +6,12 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tvm_attn.cli import Parser, output_folder, print_report, progress, run
+from tvm_attn.cli import Parser, existing_folder, output_folder, print_report, progress, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         required=True,
-        help="cpu (this machine), cuda, vulkan, or names from targets/*.toml, separated by commas, e.g. cpu,cuda-sm90",
+        help="cpu (this machine), cuda, vulkan, names of target files, or FILE.toml, separated by commas, e.g. "
+        "cpu,cuda-sm90",
     )
     parser.add_argument(
         "--dtype",
@@ -45,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("none", "int8", "int4"),
         default="none",
         help="store matrices as integers with a scale for every 32; default: %(default)s",
+    )
+    parser.add_argument(
+        "--records",
+        type=existing_folder,
+        metavar="FOLDER",
+        help="use the tuned records there, TARGET/*.jsonl or *.jsonl, before all others",
     )
     parser.add_argument(
         "--out",
@@ -86,18 +94,22 @@ def _build(args: argparse.Namespace) -> int:
         from tvm_attn.compiler.build import build
 
         verify = not args.no_verify
-        built = build(weights, args.target, args.dtype, args.quant, args.out, verify=verify, progress=show)
+        options = {"verify": verify, "progress": show, "records": args.records}
+        built = build(weights, args.target, args.dtype, args.quant, args.out, **options)
     seconds = time.perf_counter() - start
     if args.json:
         reports = {name: report and report.to_dict() for name, report in built.reports.items()}
         result = {"artifact": str(built.folder), "weights": built.source, "seconds": seconds, "notes": built.notes}
-        print(json.dumps(result | {"verification": reports}))
+        sources = {name: asdict(found) for name, found in built.sources.items()}
+        print(json.dumps(result | {"verification": reports, "schedules": sources}))
         return 0
     for name, report in built.reports.items():
         if report is not None:
             print_report(report, f"{name} against PyTorch")
     for note in built.notes[len(early) :]:
         _note(note)
+    for name, found in built.sources.items():
+        print(f"{name}: {found.summary()}")
     print(f"built {built.folder} ({built.source}, {args.dtype}) in {seconds:.1f} s")
     return 0
 

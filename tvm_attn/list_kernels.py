@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from tvm_attn.cli import Parser, new_table, print_tables, progress, run
+from tvm_attn.cli import Parser, existing_folder, new_table, print_tables, progress, run
 
 if TYPE_CHECKING:
     from tvm_attn.schedule.plan import Planned
@@ -22,9 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tvm-attn kernels",
         description="List the kernels that a model needs on a target, and for each its schedule template, the "
-        "template's decisions, and whether they come from a tuned record or are defaults.",
+        "template's decisions, and whether they come from a tuned record, of a related target perhaps, or are defaults.",
     )
-    parser.add_argument("--target", required=True, help="cpu (this machine), or a name from targets/*.toml")
+    parser.add_argument("--target", required=True, help="cpu (this machine), the name of a target file, or FILE.toml")
     parser.add_argument(
         "--model",
         default="gpt2",
@@ -35,6 +35,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s"
     )
     parser.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="default: %(default)s")
+    parser.add_argument(
+        "--records",
+        type=existing_folder,
+        metavar="FOLDER",
+        help="use the tuned records there, TARGET/*.jsonl or *.jsonl, before all others",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
@@ -57,7 +63,7 @@ def _list(args: argparse.Namespace) -> int:
         show("scheduling the kernels")
         from tvm_attn.compiler.plan import kernel_plan
 
-        planned = kernel_plan(config, target, args.dtype, args.quant)
+        planned = kernel_plan(config, target, args.dtype, args.quant, args.records)
     if args.json:
         kernels = [entry.to_dict() for entry in planned]
         print(json.dumps({"target": target.name, "dtype": args.dtype, "quant": args.quant, "kernels": kernels}))

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Search the decisions of the schedule templates on this machine, and write tuned records. "
         "Ctrl-C keeps what was found, and the same command continues from there.",
     )
-    parser.add_argument("--target", required=True, help="cpu (this machine), or a target from targets/*.toml that fits")
+    parser.add_argument("--target", required=True, help="cpu (this machine), a target that fits, or FILE.toml")
     parser.add_argument(
         "--model",
         default="gpt2",

@@ -104,7 +104,7 @@ def write_kernel_library(
     if isinstance(target, GpuTarget) and not isinstance(target, CudaTarget):
         raise TargetError(f"{target_name} is no CUDA target; known: {', '.join(_cuda_targets())}")
     folder.mkdir(parents=True)
-    book = RecordBook.load(target.name)
+    book = RecordBook.load(target)
     functions: dict[Kernel, tuple[str, tvm.tirx.PrimFunc]] = {}
     chosen = []
     for case in all_cases() if cases is None else cases:

@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
@@ -16,7 +17,9 @@ import tvm_ffi
 
 import tvm_attn
 from tests.kernels import devices
-from tvm_attn import kernels, targets
+from tvm_attn import _resources, kernels, targets
+from tvm_attn import build as build_command
+from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.build import build
 from tvm_attn.compiler.devices import layout_for
 from tvm_attn.compiler.devices.base import Backend
@@ -61,8 +64,13 @@ def book_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Takes the place of `schedules/`."""
     folder = tmp_path / "schedules"
     folder.mkdir()
-    monkeypatch.setattr(records, "resource_dir", lambda name: {"schedules": folder}[name])
+    monkeypatch.setattr(_resources, "resource_dir", lambda name: {"schedules": folder}.get(name, resource_dir(name)))
     return folder
+
+
+def named(name: str) -> Target:
+    """A processor with 16 lanes of that name, for which there are no records."""
+    return replace(targets.read("cpu-x86-64-v4"), name=name)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +90,7 @@ def program_for(name: str) -> Program:
 
 
 def write(folder: Path, target: str, *given: Record | str) -> None:
-    (folder / target).mkdir(exist_ok=True)
+    (folder / target).mkdir(parents=True, exist_ok=True)
     lines = [record if isinstance(record, str) else record.to_line() for record in given]
     (folder / target / "cpu.matmul.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -222,7 +230,7 @@ def test_a_record_is_one_line_of_json() -> None:
 def test_malformed_line_is_named(book_folder: Path, line: str) -> None:
     write(book_folder, "cpu-x", RECORD, "", line)
     with pytest.raises(ScheduleError, match=r"cpu-x/cpu\.matmul\.jsonl:3 is not a tuned record") as error:
-        RecordBook.load("cpu-x")
+        RecordBook.load(named("cpu-x"))
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -280,7 +288,7 @@ def test_files_that_are_no_records(kind: str, book_folder: Path) -> None:
         if kind == "100 GiB":
             os.truncate(path, 100 << 30)
     with pytest.raises(ScheduleError, match=r"cpu\.matmul\.jsonl (cannot be read|is not UTF-8|is larger|is missing)"):
-        RecordBook.load("cpu-x")
+        RecordBook.load(named("cpu-x"))
 
 
 @pytest.mark.parametrize("field", ["shape", "decisions"])
@@ -292,7 +300,7 @@ def test_objects_must_be_objects(field: str) -> None:
 
 def test_a_record_is_found_by_template_version_shape_and_dtype(book_folder: Path) -> None:
     write(book_folder, "cpu-x", RECORD)
-    book = RecordBook.load("cpu-x")
+    book = RecordBook.load(named("cpu-x"))
     assert book.find(MATMUL, KERNEL) == RECORD
     for other in (
         replace(KERNEL, in_features=128),
@@ -303,13 +311,13 @@ def test_a_record_is_found_by_template_version_shape_and_dtype(book_folder: Path
         assert book.find(MATMUL, other) is None
     assert book.find(replace(MATMUL, version=3), KERNEL) is None
     assert book.find(Template("cpu.other", 2, MATMUL.families, MATMUL.apply), KERNEL) is None
-    assert RecordBook.load("cpu-y").find(MATMUL, KERNEL) is None
+    assert RecordBook.load(named("cpu-y")).find(MATMUL, KERNEL) is None
 
 
 def test_the_last_of_two_records_counts(book_folder: Path) -> None:
     newer = replace(RECORD, decisions={"group_block": 8})
     write(book_folder, "cpu-x", RECORD, newer)
-    assert RecordBook.load("cpu-x").find(MATMUL, KERNEL) == newer
+    assert RecordBook.load(named("cpu-x")).find(MATMUL, KERNEL) == newer
 
 
 BUNDLED = Path(__file__).parents[2] / "schedules"
@@ -318,7 +326,8 @@ BUNDLED = Path(__file__).parents[2] / "schedules"
 @pytest.mark.parametrize("name", sorted(path.name for path in BUNDLED.iterdir() if path.is_dir()))
 def test_every_bundled_record_is_that_of_a_kernel(name: str) -> None:
     """For each line there is a published model whose kernel finds it, and its template takes the decisions."""
-    target, book = targets.read(name), RecordBook.load(name)
+    target = targets.read(name)
+    book = RecordBook.load(target)
     found = {}
     for config in (replace(config, n_layer=1) for config in PRESETS.values()):
         for dtype, quant in product(target.dtypes, QUANTIZATIONS):
@@ -349,7 +358,95 @@ def test_keys_hold_no_tiles() -> None:
     }
 
 
+# --- folders and related targets ---
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's data folder."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    return tmp_path / "data" / "tvm-attn"
+
+
+def block(size: int) -> Record:
+    return replace(RECORD, decisions={"group_block": size})
+
+
+def test_the_order_of_folders(book_folder: Path, user: Path, tmp_path: Path) -> None:
+    given, target = tmp_path / "given", named("cpu-x")
+    write(book_folder, "cpu-x86-64-v4", block(16))
+    assert plan(KERNEL, target, RecordBook.load(target)).source == "related record of cpu-x86-64-v4"
+    for size, folder in ((1, book_folder), (2, user / "schedules"), (4, given)):
+        write(folder, "cpu-x", block(size))
+        (own, other) = RecordBook.load(target, given if folder == given else None).entries(MATMUL, KERNEL)
+        assert (own.record, own.source) == (block(size), "record")
+        assert own.file == folder / "cpu-x" / "cpu.matmul.jsonl"
+        assert (other.record, other.related) == (block(16), "cpu-x86-64-v4")
+    assert records.user_folder() == user / "schedules"
+    write(tmp_path, "flat", block(8))
+    assert RecordBook.load(target, tmp_path / "flat").find(MATMUL, KERNEL) == block(8)
+
+
+def test_a_folder_without_records(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere", tmp_path / ("n" * 300)):
+        with pytest.raises(ScheduleError, match=r"holds no records: name a folder|cannot be read") as error:
+            RecordBook.load(named("cpu-x"), place)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_related_record_that_does_not_fit_is_left_out(book_folder: Path) -> None:
+    target = named("cpu-x")
+    write(book_folder, "cpu-x86-64-v4", block(3))
+    assert plan(KERNEL, target, RecordBook.load(target)).source == "default"
+    write(book_folder, "cpu-znver4", block(4))
+    planned = plan(KERNEL, target, RecordBook.load(target))
+    assert planned.source == "related record of cpu-znver4"
+    assert planned.decisions[0].value == 4
+    write(book_folder, "cpu-x86-64-v3", block(8))  # other registers
+    assert "cpu-x86-64-v3" not in {entry.related for entry in RecordBook.load(target).entries(MATMUL, KERNEL)}
+
+
+def test_a_malformed_file_of_a_related_target_is_named(book_folder: Path) -> None:
+    write(book_folder, "cpu-x86-64-v4", "nonsense")
+    write(book_folder, "cpu-znver4", block(4))
+    with pytest.warns(UserWarning, match=r"left out: .*cpu-x86-64-v4/cpu\.matmul\.jsonl:1 is not a tuned record"):
+        book = RecordBook.load(named("cpu-x"))
+    assert [entry.related for entry in book.entries(MATMUL, KERNEL)] == ["cpu-znver4"]
+
+
+def test_what_a_target_is_based_on_comes_first(user: Path) -> None:
+    znver4 = targets.read("cpu-znver4")
+    assert [other.name for other in targets.related(znver4)] == ["cpu-x86-64-v4"]
+    assert [other.name for other in targets.related(named("cpu-x"))] == ["cpu-x86-64-v4", "cpu-znver4"]
+    based = replace(named("cpu-x"), based_on="cpu-znver4")
+    assert [other.name for other in targets.related(based)] == ["cpu-znver4", "cpu-x86-64-v4"]
+    assert not targets.related(targets.read("cuda-sm80"))
+    gpu = replace(targets.read("cuda-sm80"), name="mine", based_on="cuda-sm80")
+    assert [other.name for other in targets.related(gpu)] == ["cuda-sm80"]
+    assert not targets.related(replace(gpu, based_on="cpu-znver4"))
+
+
 # --- the compiler ---
+
+
+def test_a_build_says_what_it_used(
+    book_folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = targets.read("cpu-x86-64-v4")
+    kernel = linear_of(program_for(target.name))
+    version = template_for(kernel, target).version
+    record = replace(RECORD, version=version, shape=shape_of(kernel), decisions={"group_block": 1})
+    other = replace(record, shape=record.shape | {"activation": "gelu_new", "out_features": 256})
+    write(book_folder, "cpu-znver4", record, other)
+    write(tmp_path / "given", target.name, record)
+    options = ["--model", str(checkpoint), "--target", target.name, "--records", str(tmp_path / "given"), "--no-verify"]
+    assert build_command.main([*options, "--out", str(tmp_path / "artifact")]) == 0
+    said = capsys.readouterr().out
+    assert f" kernels with choices use 1 records of {tmp_path / 'given' / target.name}, " in said
+    (library,) = json.loads((tmp_path / "artifact" / "manifest.json").read_bytes())["libraries"]
+    assert Counter(library["schedules"].values()).keys() >= {"record", "default"}
+    assert set(library["schedules"]) <= set(library["kernels"])
+    assert record.to_line() in library["records"]
 
 
 def linear_of(program: Program) -> Linear:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tvm_attn import targets
+from tvm_attn import _resources, targets
+from tvm_attn._resources import resource_dir
 from tvm_attn.errors import ScheduleError, TuningError
 from tvm_attn.kernels import Linear
 from tvm_attn.kernels.base import shape_of
-from tvm_attn.schedule import Record, RecordBook, records, template_for
+from tvm_attn.schedule import Record, RecordBook, template_for
 from tvm_attn.targets import Peak
 from tvm_attn.tuning import tuner
 from tvm_attn.tuning.records import merge, records_folder, to_record
@@ -28,9 +29,9 @@ def test_a_written_record_is_found_by_the_compiler(tmp_path: Path, monkeypatch: 
     other = replace(RECORD, shape=shape_of(replace(KERNEL, in_features=64)))
     (file,) = merge(tmp_path / TARGET.name, [RECORD, other])
     assert file == tmp_path / TARGET.name / "cpu.matmul.jsonl"
-    monkeypatch.setattr(records, "resource_dir", lambda name: tmp_path)
-    assert RecordBook.load(TARGET.name).find(template_for(KERNEL, TARGET), KERNEL) == RECORD
-    assert RecordBook.load("another").find(template_for(KERNEL, TARGET), KERNEL) is None
+    monkeypatch.setattr(_resources, "resource_dir", lambda name: {"schedules": tmp_path}.get(name, resource_dir(name)))
+    assert RecordBook.load(TARGET).find(template_for(KERNEL, TARGET), KERNEL) == RECORD
+    assert RecordBook.load(replace(TARGET, name="another")).find(template_for(KERNEL, TARGET), KERNEL) is None
     assert sorted(path.name for path in file.parent.iterdir()) == [".lock", file.name]
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tvm
 
-from tvm_attn import targets
+from tvm_attn import _resources, targets
+from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.devices import layout_for
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.config import PRESETS
@@ -21,7 +22,7 @@ from tvm_attn.inventory import obstacle
 from tvm_attn.kernels import Linear, cpu
 from tvm_attn.kernels.template import Template
 from tvm_attn.model.gpt2 import build_program
-from tvm_attn.schedule import records, schedule
+from tvm_attn.schedule import schedule
 from tvm_attn.schedule.records import read_records
 from tvm_attn.tuning import tuner, workers
 from tvm_attn.tuning.calls import calls_of
@@ -72,8 +73,11 @@ def test_interrupted_resumed_and_used(tmp_path: Path, monkeypatch: pytest.Monkey
     assert again.found == resumed.found
     assert database_lines(work) == lines
 
-    monkeypatch.setattr(records, "resource_dir", lambda name: tmp_path / name)
-    (used,) = compile_program(program, TARGET, tmp_path / "lib.so")
+    monkeypatch.setattr(
+        _resources, "resource_dir", lambda name: {"schedules": tmp_path / name}.get(name, resource_dir(name))
+    )
+    planned = compile_program(program, TARGET, tmp_path / "lib.so")
+    (used,) = (entry.record for entry in planned.values() if entry.record)
     assert used in read_records(folder / "cpu.matmul.jsonl")
     assert used.decisions in (first.decisions, resumed.found[0].record.decisions)
     # MetaSchedule's log went to a file.

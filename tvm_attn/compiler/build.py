@@ -34,6 +34,8 @@ from tvm_attn.onnx.checkpoint import OnnxCheckpoint
 from tvm_attn.onnx.compare import compare_with_file
 from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
 from tvm_attn.runtime.engine import CompiledEngine
+from tvm_attn.schedule import RecordBook
+from tvm_attn.schedule.plan import Planned, Sources
 from tvm_attn.storage import stored_types
 from tvm_attn.targets import CudaTarget, Target
 
@@ -48,12 +50,14 @@ class Built:
         reports: the verification report of each target; None if the library could not run on this machine, or checking
             was switched off.
         notes: what the user should know, one line each.
+        sources: where the decisions of the kernels come from, for each target.
     """
 
     folder: Path
     source: str
     reports: dict[str, Report | None]
     notes: tuple[str, ...]
+    sources: dict[str, Sources]
 
 
 def build(
@@ -65,6 +69,7 @@ def build(
     verify: bool = True,
     random_weights: bool = False,
     progress: Callable[[str], None] = lambda message: None,
+    records: str | Path | None = None,
 ) -> Built:
     """Compiles a GPT-2 checkpoint and writes an artifact.
 
@@ -81,6 +86,7 @@ def build(
             ONNX file are also compared with the file itself in ONNX Runtime, if that is installed.
         random_weights: use random weights of the model's size instead of its own; see `open_weights`.
         progress: called with a message before each step.
+        records: a folder of tuned records, `TARGET/*.jsonl` or `*.jsonl`, that come before all others.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError: the checkpoint is not usable.
@@ -91,6 +97,9 @@ def build(
     """
     resolved = targets.resolve_all(target, dtype)
     _check_choices(resolved, dtype, quant)
+    own = Path(records) if records is not None else None
+    for entry in resolved:
+        RecordBook.load(entry, own)  # finds malformed files before minutes of work
     progress("reading the checkpoint")
     weights = model if isinstance(model, Weights) else open_weights(model, random_weights, progress)
     notes = [*weights.notes]
@@ -100,6 +109,7 @@ def build(
         notes.append(compare_with_file(weights.checkpoint))
     folder = Path(out) if out is not None else Path("dist") / weights.name
     reports: dict[str, Report | None] = {}
+    sources: dict[str, Sources] = {}
     with artifact_folder(folder) as temporary:
         progress("writing the parameters")
         write_params(temporary, packed_first(stored_params(weights.params(), dtype, quant)))
@@ -109,14 +119,15 @@ def build(
         body = _manifest(weights, dtype, quant)
         for entry in resolved:
             progress(f"compiling for {entry.name}")
-            body["libraries"].append(_compile(weights.config, entry, dtype, quant, temporary, progress))
+            described, planned = _compile(weights.config, entry, dtype, quant, temporary, progress, own)
+            body["libraries"].append(described)
+            sources[entry.name] = Sources.of(planned)
         write_manifest(temporary, body)
         if verify:
             reports = _verify_libraries(temporary, resolved, weights, body, notes, progress)
             write_manifest(temporary, body)
-    return Built(
-        folder, weights.source, reports or dict.fromkeys((entry.name for entry in resolved), None), tuple(notes)
-    )
+    reports = reports or dict.fromkeys((entry.name for entry in resolved), None)
+    return Built(folder, weights.source, reports, tuple(notes), sources)
 
 
 def _check_choices(resolved: list[Target], dtype: str, quant: str) -> None:
@@ -141,9 +152,15 @@ def _manifest(weights: Weights, dtype: str, quant: str) -> dict[str, Any]:
 
 
 def _compile(
-    config: GPT2Config, target: Target, dtype: str, quant: str, folder: Path, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Compiles the library of one target and describes it for the manifest."""
+    config: GPT2Config,
+    target: Target,
+    dtype: str,
+    quant: str,
+    folder: Path,
+    progress: Callable[[str], None],
+    records: Path | None,
+) -> tuple[dict[str, Any], dict[str, Planned]]:
+    """Compiles the library of one target: what the manifest says of it, and the schedules of its kernels."""
     layout = layout_for(config, target, dtype, quant)
     program = build_program(config, layout)
     library = Library(
@@ -161,13 +178,15 @@ def _compile(
         ptx=target.ptx if isinstance(target, CudaTarget) else None,
     )
     _add_identity(program, identity(config, dtype, quant, library))
-    records = compile_program(program, target, folder / library.file, progress)
-    return asdict(library) | {
+    planned = compile_program(program, target, folder / library.file, progress, records)
+    described = asdict(library) | {
         "tvm_target": target.tvm,
-        "records": [record.to_line() for record in records],
+        "records": [entry.record.to_line() for entry in planned.values() if entry.record],
+        "schedules": {name: entry.source for name, entry in planned.items() if entry.source},
         "kernels": {name: shape_of(kernel) for name, kernel in program.kernels.items()},
         "verification": None,
     }
+    return described, planned
 
 
 def _add_identity(program: Program, text: str) -> None:

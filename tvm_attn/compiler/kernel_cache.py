@@ -26,7 +26,6 @@ import tvm
 from tvm import tirx
 
 import tvm_attn
-from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.devices import backend_for
 from tvm_attn.errors import ArtifactError, CompileError, TvmAttnError, one_line
 from tvm_attn.jsonfile import read_bytes
@@ -40,11 +39,13 @@ from tvm_attn.targets import Target
 MOST_FILES = 512
 """Files in the folder; those that were not used for longest are removed beyond that."""
 _LARGEST = 64 << 20
+_SAYS_NOTHING = ("description", "peak", "file", "based_on")
+"""What a target says about the hardware, not about code."""
 _QUIET_SECONDS = 2.0
 """Time after which compiling is reported."""
 
 _lock = threading.Lock()
-_loaded: dict[tuple[Kernel, str], Any] = {}
+_loaded: dict[tuple[Kernel, str, Path | None], Any] = {}
 
 Progress = Callable[[str], None]
 
@@ -63,7 +64,7 @@ def compiled_kernel(kernel: Kernel, target: Target, progress: Progress | None = 
         ScheduleError: the target cannot compute the kernel.
         CompileError: a compiler is missing, or fails.
     """
-    key = kernel, target.name
+    key = kernel, target.name, target.file
     with _lock:
         if key not in _loaded:
             _loaded[key] = _load(kernel, target, progress or _say)
@@ -91,7 +92,7 @@ def _load(kernel: Kernel, target: Target, progress: Progress) -> Any:
 def _compile(kernel: Kernel, target: Target) -> bytes:
     backend = backend_for(target)
     backend.check(target)
-    function = plan(kernel, target, RecordBook.load(target.name)).function
+    function = plan(kernel, target, RecordBook.load(target)).function
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
 
     def build() -> Any:
@@ -123,22 +124,22 @@ def _reported(message: str, progress: Progress) -> Iterator[None]:
 def _key(kernel: Kernel, target: Target) -> str:
     facts = {
         "kernel": shape_of(kernel),
-        "target": {name: value for name, value in asdict(target).items() if name not in ("description", "peak")},
+        "target": {name: value for name, value in asdict(target).items() if name not in _SAYS_NOTHING},
         "versions": [tvm_attn.__version__, tvm.__version__],
         "compiler": os.environ.get("CXX"),
-        "sources": _sources(target.name),
+        "sources": _sources(),
+        "records": RecordBook.load(target).digest(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 @functools.cache
-def _sources(target: str) -> str:
-    """The hash of everything in this package that decides about a kernel's code, and of the target's tuned records."""
+def _sources() -> str:
+    """The hash of everything in this package that decides about a kernel's code."""
     package = Path(__file__).resolve().parents[1]
     files = [package / "quantization.py", package / "storage.py"]
     for name in ("kernels", "compiler", "schedule", "targets", "vulkan"):
         files += [path for path in sorted((package / name).rglob("*")) if path.suffix in (".py", ".cc", ".h")]
-    files += sorted((resource_dir("schedules") / target).glob("*.jsonl"))
     result = hashlib.sha256()
     for path in files:
         content = path.read_bytes()

@@ -19,24 +19,21 @@ from tvm_attn.compiler.threads import require_cxx
 from tvm_attn.compiler.workspaces import plan_workspaces
 from tvm_attn.errors import CompileError
 from tvm_attn.model.module import Program
-from tvm_attn.schedule import Record, RecordBook
-from tvm_attn.schedule.plan import plan
+from tvm_attn.schedule import RecordBook
+from tvm_attn.schedule.plan import Planned, plan
 from tvm_attn.targets import Target
 
 
-def _schedule_kernels(program: Program, target: Target) -> tuple[tvm.IRModule, list[Record]]:
-    """The module with every kernel scheduled, and the tuned records that were used."""
-    book, used = RecordBook.load(target.name), []
+def _schedule_kernels(program: Program, target: Target, book: RecordBook) -> tuple[tvm.IRModule, dict[str, Planned]]:
+    """The module with every kernel scheduled, and the schedule of each function that is a kernel."""
+    planned = {}
     functions = dict(program.module.functions_items())
     for variable in functions:
-        kernel = program.kernels.get(variable.name_hint)
-        if kernel is None:
-            continue
-        planned = plan(kernel, target, book)
-        if planned.record:
-            used.append(planned.record)
-        functions[variable] = planned.function.with_attr("global_symbol", variable.name_hint)
-    return tvm.IRModule(functions), used
+        name = variable.name_hint
+        if name in program.kernels:
+            planned[name] = plan(program.kernels[name], target, book)
+            functions[variable] = planned[name].function.with_attr("global_symbol", name)
+    return tvm.IRModule(functions), planned
 
 
 @tvm.transform.module_pass(opt_level=0, name="LazyTransformParams")
@@ -95,8 +92,12 @@ def _lower(dump: Dump) -> tvm.transform.Pass:
 
 
 def compile_program(
-    program: Program, target: Target, library: Path, progress: Callable[[str], None] = lambda message: None
-) -> list[Record]:
+    program: Program,
+    target: Target,
+    library: Path,
+    progress: Callable[[str], None] = lambda message: None,
+    records: Path | None = None,
+) -> dict[str, Planned]:
     """Compiles a program for a target and writes the shared library.
 
     Args:
@@ -104,12 +105,13 @@ def compile_program(
         target: the hardware.
         library: path of the library; it is written completely or not at all.
         progress: called with a message before a step that takes long.
+        records: a folder of tuned records that come before all others, see `RecordBook.load`.
 
     Returns:
-        The tuned records that were used.
+        The schedule of each kernel, by the name of its function.
 
     Raises:
-        ScheduleError: a kernel has no template, or a record does not fit.
+        ScheduleError: a kernel has no template, or a record does not fit, or `records` holds none.
         CompileError: TVM, the C++ compiler or the CUDA compiler failed, or a compiler is missing.
     """
     require_cxx()
@@ -117,7 +119,7 @@ def compile_program(
     backend.check(target)  # refuses to start what it cannot finish
     dump = Dump(library.stem)
     dump.module("program", program.module)
-    module, records = _schedule_kernels(program, target)
+    module, planned = _schedule_kernels(program, target, RecordBook.load(target, records))
     dump.module("scheduled", module)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         temporary = Path(folder) / library.name
@@ -132,7 +134,7 @@ def compile_program(
             # TVM puts SIGINT's handler back so that it restarts what it interrupts: Ctrl-C would end no wait any more.
             signal.siginterrupt(signal.SIGINT, True)
         temporary.replace(library)
-    return records
+    return planned
 
 
 def _build(module: tvm.IRModule, target: Target, dump: Dump) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tvm_attn.compiler.devices import layout_for
 from tvm_attn.config import GPT2Config
 from tvm_attn.model.gpt2 import build_program
@@ -11,15 +13,17 @@ from tvm_attn.schedule.plan import Planned, plan
 from tvm_attn.targets import Target
 
 
-def kernel_plan(config: GPT2Config, target: Target, dtype: str = "float32", quant: str = "none") -> list[Planned]:
-    """The kernels of a model's library for a target, each once, scheduled as a build would.
+def kernel_plan(
+    config: GPT2Config, target: Target, dtype: str = "float32", quant: str = "none", records: Path | None = None
+) -> list[Planned]:
+    """The kernels of a model's library for a target, each once, scheduled as a build with the same `records` would.
 
     Raises:
         TargetError: the target does not have the dtype, or there is no such quantization.
         ConfigError: the model cannot be quantized.
-        ScheduleError: a kernel has no template, or a record does not fit.
+        ScheduleError: a kernel has no template, or a record does not fit, or `records` holds none.
     """
     check_types(target, dtype, quant)
-    book = RecordBook.load(target.name)
+    book = RecordBook.load(target, records)
     program = build_program(config, layout_for(config, target, dtype, quant))
     return [plan(kernel, target, book) for kernel in program.kernels.values()]

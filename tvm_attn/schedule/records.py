@@ -1,4 +1,4 @@
-"""Tuned records: one readable JSON line each, in `schedules/<target>/<template>.jsonl`.
+"""Tuned records: one readable JSON line each, in `schedules/<target>/<template>.jsonl`, of the user or of this package.
 
 A record survives a TVM upgrade and can be read in a diff. Its key is the template, the template's version, and the
 kernel's shape and dtype; `schedules/README.md` lists the fields.
@@ -6,19 +6,22 @@ kernel's shape and dtype; `schedules/README.md` lists the fields.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tvm_attn._resources import resource_dir
+from tvm_attn._resources import data_dirs, user_dir
 from tvm_attn.checks import POSITIVE, Rule, integer, problem, text
-from tvm_attn.errors import ScheduleError
+from tvm_attn.errors import ScheduleError, one_line
 from tvm_attn.jsonfile import CONFIG_BYTES, parse_json, read_text, shorten_path
 from tvm_attn.kernels import Kernel
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.kernels.template import Template
+from tvm_attn.targets import Target, related
 
 
 @dataclass(frozen=True)
@@ -88,26 +91,106 @@ _RULES = {
 }
 
 
-class RecordBook:
-    """The tuned records of one target."""
+@dataclass(frozen=True)
+class Entry:
+    """A record and where it comes from.
 
-    def __init__(self, records: Iterable[Record]) -> None:
-        self._records = {record.key: record for record in records}
+    Attributes:
+        record: the record.
+        related: the name of the related target that it was measured for; None if it is the target's own.
+        file: the file that holds it.
+    """
+
+    record: Record
+    related: str | None
+    file: Path
+
+    @property
+    def source(self) -> str:
+        """Where decisions of this record come from, in words."""
+        return "record" if self.related is None else f"related record of {self.related}"
+
+
+class RecordBook:
+    """The tuned records of one target and of the targets that are related to it, the preferred ones first."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._entries: dict[tuple[str, int, str], dict[str | None, Entry]] = {}
+        for entry in entries:
+            self._entries.setdefault(entry.record.key, {}).setdefault(entry.related, entry)
 
     @staticmethod
-    def load(target: str) -> RecordBook:
-        """Reads `schedules/<target>/*.jsonl`; a target that was never tuned has no records.
+    def load(target: Target, records: Path | None = None) -> RecordBook:
+        """Reads the records of a target from the folder `records`, from the user's folder and from `schedules/`, then
+        those of related targets. A target that was never tuned has none.
+
+        Args:
+            target: the hardware.
+            records: a folder with `NAME/*.jsonl` or, for every target, `*.jsonl`.
 
         Raises:
-            ScheduleError: a line is not a record.
+            ScheduleError: `records` holds no records, or a line of the target's own files is no record. A malformed
+                file of a related target is left out, with a warning.
         """
-        folder = resource_dir("schedules") / target
-        files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
-        return RecordBook(record for file in files for record in read_records(file))
+        folders = data_dirs("schedules")
+        if records is not None:
+            _require_records(records)
+            folders.insert(0, records)
+        entries = []
+        if records is not None and not _files(records / target.name):
+            entries += _read(_files(records), None)
+        for folder in folders:
+            entries += _read(_files(folder / target.name), None)
+        for other in related(target):
+            for folder in folders:
+                try:
+                    entries += _read(_files(folder / other.name), other.name)
+                except ScheduleError as error:
+                    warnings.warn(f"records of a related target are left out: {error}", stacklevel=1)
+        return RecordBook(entries)
 
     def find(self, template: Template, kernel: Kernel) -> Record | None:
-        """The record for a kernel, made with this version of the template; None if there is none."""
-        return self._records.get(_key(template.name, template.version, shape_of(kernel)))
+        """The target's own record for a kernel, made with this version of the template; None if there is none."""
+        return next((entry.record for entry in self.entries(template, kernel) if entry.related is None), None)
+
+    def entries(self, template: Template, kernel: Kernel) -> list[Entry]:
+        """The records for a kernel, made with this version of the template: the target's own if there is one, then one
+        of each related target."""
+        return list(self._entries.get(_key(template.name, template.version, shape_of(kernel)), {}).values())
+
+    def digest(self) -> str:
+        """A hash of all records."""
+        lines = [entry.record.to_line() for found in self._entries.values() for entry in found.values()]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def user_folder() -> Path:
+    """The folder of the user's own records, `NAME/*.jsonl` for a target; it need not exist.
+
+    Raises:
+        TvmAttnError: this user has no home folder.
+    """
+    return user_dir("schedules")
+
+
+def _require_records(folder: Path) -> None:
+    found = (path for pattern in ("*.jsonl", "*/*.jsonl") for path in folder.glob(pattern))
+    try:
+        if next(found, None) is not None:
+            return
+    except (OSError, ValueError) as error:
+        raise ScheduleError(f"{shorten_path(folder)} cannot be read: {one_line(error)}") from None
+    raise ScheduleError(f"{shorten_path(folder)} holds no records: name a folder with TARGET/*.jsonl or *.jsonl")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
+
+
+def _read(files: list[Path], related: str | None) -> list[Entry]:
+    """The records of a folder's files; of two with the same key, the last one counts, so it comes first."""
+    entries = [Entry(record, related, file) for file in files for record in read_records(file)]
+    return entries[::-1]
 
 
 def _key(template: str, version: int, shape: dict[str, Any]) -> tuple[str, int, str]:

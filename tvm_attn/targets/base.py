@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tvm_attn.checks import POSITIVE, TABLE, integer, list_of, one_of, power_of_two, text
 from tvm_attn.errors import shorten
 from tvm_attn.storage import DTYPES
+
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
+"""The pattern of a target's name, which is part of file names."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Target(ABC):
         peak: measured limits, or None if they have not been measured.
         architecture: `platform.machine()` of the processor that runs the code, or its host part, e.g. "x86_64".
         features: instruction sets of that processor that the code may use, as Linux names them.
+        based_on: the target whose tuned records suit this one; None if the file names none.
+        file: where the target was read from; None if it comes from no file.
     """
 
     KERNELS: ClassVar[str]
@@ -49,6 +55,7 @@ class Target(ABC):
     RULES: ClassVar[dict[str, Any]] = {
         "device": text(),
         "description": text(),
+        "based_on?": text(NAME, "a target's name"),
         "dtypes": list_of(one_of(*DTYPES), f"a list of {', '.join(DTYPES)}", least=1, most=3),
         "tvm": TABLE,
         "tile": {"rows": integer(1, 64), "columns": power_of_two(1, 1024)},
@@ -65,6 +72,8 @@ class Target(ABC):
     peak: Peak | None
     architecture: str
     features: tuple[str, ...]
+    based_on: str | None = field(default=None, kw_only=True)
+    file: Path | None = field(default=None, kw_only=True, compare=False)
 
     @classmethod
     @abstractmethod
@@ -77,9 +86,14 @@ class Target(ABC):
         kind = table["tvm"].get("kind")
         return None if kind == cls.TVM_KIND else f"tvm.kind is {shorten(kind)}; give {cls.TVM_KIND!r}"
 
+    def is_akin_to(self, other: Target) -> bool:
+        """Whether the tuned records of another target of the class may be used for this one, though its file does not
+        say that it is based on it."""
+        return False
+
     @classmethod
-    def from_table(cls, name: str, table: dict[str, Any]) -> Target:
-        """The target that a file's table describes; the table follows the rules."""
+    def from_table(cls, name: str, table: dict[str, Any], file: Path | None = None) -> Target:
+        """The target that a table describes, which follows the rules; `file` is where it was read."""
         peak = table.get("peak")
         return cls(
             name=name,
@@ -90,5 +104,7 @@ class Target(ABC):
             tile_columns=table["tile"]["columns"],
             dtypes=tuple(table["dtypes"]),
             peak=Peak(peak["float32_gflops"], peak["memory_gbytes"]) if peak else None,
+            based_on=table.get("based_on"),
+            file=file,
             **cls.own(table),
         )

@@ -42,6 +42,16 @@ class CpuTarget(Target):
             return [f"architecture {self.architecture}"]
         return [feature for feature in self.features if feature not in features]
 
+    def is_akin_to(self, other: Target) -> bool:
+        """See `Target`: the same registers and tiles, for which the same decisions are right."""
+        shape = self.architecture, self.lanes, self.tile_rows, self.tile_columns
+        return isinstance(other, CpuTarget) and shape == (
+            other.architecture,
+            other.lanes,
+            other.tile_rows,
+            other.tile_columns,
+        )
+
     @classmethod
     def own(cls, table: dict[str, Any]) -> dict[str, Any]:
         """See `Target`."""
