@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tvm-attn kernels",
         description="List the kernels that a model needs on a target, and for each its schedule template, the "
-        "template's decisions, and whether they come from a tuned record, of a related target perhaps, or are defaults.",
+        "template's decisions, and whether they come from a record, of a related target perhaps, or are defaults.",
     )
     parser.add_argument("--target", required=True, help="cpu (this machine), the name of a target file, or FILE.toml")
     parser.add_argument(
