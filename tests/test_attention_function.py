@@ -25,6 +25,9 @@ from tvm_attn import attention, attention_function, attention_weights, targets
 from tvm_attn.compiler import kernel_cache
 from tvm_attn.errors import AttentionError, CompileError, DeviceError
 from tvm_attn.kernels import AttentionOperator
+from tvm_attn.kernels.base import shape_of
+from tvm_attn.schedule import Record, template_for
+from tvm_attn.schedule.records import user_folder
 from tvm_attn.storage import numpy_dtype
 
 DEVICES = ("cpu", *(device.name for device in vulkan_devices()))
@@ -361,7 +364,7 @@ def test_damaged_libraries_are_not_loaded(damage: str, tmp_path: Path) -> None:
     kernel_cache._keep(tmp_path, "key", content)  # in the place of a folder: it is left out
 
 
-def test_the_key_holds_what_the_code_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_holds_what_the_code_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = AttentionOperator(2, 2, 8, 8, "float32", 0.125)
     target = targets.detect_cpu()
     keys = {kernel_cache._key(kernel, target), kernel_cache._key(replace(kernel, causal=True), target)}
@@ -369,11 +372,20 @@ def test_the_key_holds_what_the_code_depends_on(monkeypatch: pytest.MonkeyPatch)
     assert kernel_cache._key(kernel, replace(target, description="other words")) in keys
     monkeypatch.setattr(tvm_attn, "__version__", "another", raising=False)
     keys.add(kernel_cache._key(kernel, target))
-    monkeypatch.setattr(kernel_cache, "_sources", lambda target: "other sources")
+    monkeypatch.setattr(kernel_cache, "_sources", lambda: "other sources")
     keys.add(kernel_cache._key(kernel, target))
     monkeypatch.setenv("CXX", "another")
     keys.add(kernel_cache._key(kernel, target))
-    assert len(keys) == 6
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    template = template_for(kernel, target)
+    record = Record(template.name, template.version, shape_of(kernel), {}, 1.0, None, "0", "2026-01-01")
+    folder = user_folder() / target.name
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl").write_text(replace(record, version=template.version + 1).to_line())
+    assert kernel_cache._key(kernel, target) in keys  # it is not the kernel's
+    (folder / "b.jsonl").write_text(record.to_line())
+    keys.add(kernel_cache._key(kernel, target))
+    assert len(keys) == 7
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(fresh: Path) -> None:

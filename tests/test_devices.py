@@ -84,7 +84,9 @@ def test_float32_needs_no_feature(generic: targets.GpuTarget, capsys: pytest.Cap
     fits = tuple(inventory._fits([plain], {"cuda": "none", "cpu": "none"}))
     devices._print(inventory.Inventory((plain,), {}, fits))
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "vulkan-generic" in line)
-    assert line.split() == ["vulkan-generic", "vulkan:0", "float32", "float16:", "float16,", "storage16"]
+    *words, file = line.split()
+    assert words == ["vulkan-generic", "vulkan:0", "float32", "float16:", "float16,", "storage16"]
+    assert file.endswith("targets/vulkan-generic.toml")
 
 
 @pytest.mark.parametrize(

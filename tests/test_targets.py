@@ -4,16 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tvm_attn import _resources, inventory, targets
+from tvm_attn import _resources, build, inventory, list_kernels, targets
 from tvm_attn._resources import resource_dir
 from tvm_attn.compiler.devices import backend_for
-from tvm_attn.errors import TargetError
+from tvm_attn.errors import TargetError, TvmAttnError
 
 NAMES = targets.names()
 
@@ -75,6 +76,8 @@ WRONG = [
     (CPU, "cuda", '"red"', "the key 'cuda' is unknown"),
     (CPU, "tvm.kind", '"cuda"', "tvm.kind is 'cuda'; give 'llvm'"),
     (CPU, "tvm.kind", None, "tvm.kind is None; give 'llvm'"),
+    (CPU, "tvm.mtriple", '"aarch64-linux-gnu"', "tvm.mtriple is .*; give one for detect.architecture, such as x86_64-"),
+    *((CPU, "based_on", value, "based_on is .*; give a target's name") for value in ("3", '""', '"../x"', "[]")),
     ("cpu-znver4", "peak.float32_gflops", '"225"', "peak.float32_gflops is '225'; give a positive number"),
     *(("cpu-znver4", "peak.memory_gbytes", value, "give a positive number") for value in ("0", "-1", "nan", "inf")),
     ("cpu-znver4", "peak.memory_gbytes", None, "lacks the key 'peak.memory_gbytes'"),
@@ -154,6 +157,7 @@ def test_a_file_that_nobody_asked_for(kind: str, folder: Path) -> None:
 
 CODE = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tvm_attn import _resources, cli, targets
 _resources.resource_dir = lambda name: Path(sys.argv[1])
@@ -178,6 +182,140 @@ def test_what_tvm_refuses(change: str, folder: Path) -> None:
     with pytest.raises(TargetError, match=r"mine\.toml") as caught:
         backend_for(targets.read("mine")).tvm_target(targets.read("mine"))
     assert len(str(caught.value).splitlines()) == 1
+
+
+# --- the user's files ---
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder of targets."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    place = tmp_path / "data" / "tvm-attn" / "targets"
+    place.mkdir(parents=True)
+    assert targets.user_folder() == place
+    return place
+
+
+def test_the_users_files_come_first(user: Path) -> None:
+    (user / "mine.toml").write_text(changed(CPU, "tile.rows", "4"))
+    (user / f"{CPU}.toml").write_text(changed(CPU, "tile.rows", "16"))
+    assert targets.names() == sorted([*NAMES, "mine"])
+    assert targets.resolve("mine").tile_rows == 4
+    assert targets.read(CPU).tile_rows == 16
+    assert targets.read(CPU).file == user / f"{CPU}.toml"
+    assert {target.name: target.tile_rows for target in targets.read_all()}[CPU] == 16
+    assert not targets.related(targets.read("mine"))  # no other has this tile
+    fits = inventory.take_inventory().fits
+    assert {fit.file for fit in fits if fit.target == "mine"} == {str(user / "mine.toml")}
+
+
+def test_a_bad_file_of_the_user_is_named(user: Path) -> None:
+    (user / "cpu-znver4.toml").write_text('device = "cpu"')
+    (user / "two words.toml").write_text(changed(CPU, "tile.rows", "4"))
+    (user / "not.utf8.toml").write_bytes(b"\xff")
+    (user / "folder.toml").mkdir()
+    with pytest.warns(UserWarning, match="left out") as caught:
+        known = {target.name: target for target in targets.read_all()}
+    assert len(caught) == 4
+    assert sorted(known) == NAMES
+    assert known["cpu-znver4"].file == resource_dir("targets") / "cpu-znver4.toml"
+    with pytest.raises(TargetError, match=r"tvm-attn/targets/cpu-znver4\.toml: it lacks the key"):
+        targets.resolve("cpu-znver4")
+
+
+def test_a_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tvm-attn").mkdir()
+    (tmp_path / "tvm-attn" / "targets").write_text("")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="no targets are read from .*: Not a directory"):
+        assert targets.names() == NAMES
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platformdirs.user_data_path", lambda name: Path("~/.local/share") / name)
+    assert targets.names() == NAMES
+    with pytest.raises(TvmAttnError, match="set XDG_DATA_HOME"):
+        targets.user_folder()
+
+
+def test_a_file_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "my-board.toml"
+    path.write_text(changed(CPU, "tile.rows", "4"))
+    assert targets.resolve(str(path)).name == "my-board"
+    assert [target.name for target in targets.check_names(f"{path}, {CPU}")] == ["my-board", CPU]
+    for text, message in (
+        ("nowhere/x.toml", "nowhere/x.toml is missing"),
+        (f"{tmp_path}/.toml", "name the file with letters|is missing"),
+        ("a\0b.toml", "cannot be read"),
+        ("n" * 300 + ".toml", "File name too long"),
+    ):
+        with pytest.raises(TargetError, match=message) as caught:
+            targets.resolve(text)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_written_file_is_the_same_target(name: str, tmp_path: Path) -> None:
+    target = replace(targets.read(name), description='"quoted" \\ ü \t', based_on="cpu-x86-64")
+    path = tmp_path / "new" / f"{name}.toml"
+    assert targets.write(target, path) == targets.resolve(str(path)) == target
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    target = targets.read(CPU)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x" / "a.toml", tmp_path / "file" / "a.toml", tmp_path / ("n" * 300 + ".toml")):
+        with pytest.raises(TargetError, match=r"cannot be (written|made)|name the file"):
+            targets.write(target, path)
+    with pytest.raises(TargetError, match=r"tile.rows is 65; give an integer"):
+        targets.write(replace(target, tile_rows=65), tmp_path / "a.toml")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mcpu", '"znver9"', r"tvm.mcpu is 'znver9'; LLVM has no such processor; the nearest: znver5, znver4, znver3"),
+        ("mcpu", '"native"', r"tvm.mcpu is 'native'; LLVM has no such processor"),
+        (
+            "mattr",
+            '["+avx512nonsense"]',
+            r"tvm.mattr has '\+avx512nonsense'; LLVM has no such feature; the nearest: avx",
+        ),
+        ("mattr", '["avx2"]', r"tvm.mattr has 'avx2'"),
+        ("mattr", '["-retpoline-external-thunk", "+avx2"]', None),
+    ],
+)
+def test_what_llvm_does_not_know(
+    key: str, value: str, message: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(changed(CPU, f"tvm.{key}", value))
+    target = targets.resolve(str(path))
+    if message is None:
+        backend_for(target).tvm_target(target)
+    else:
+        for command in (build.main, list_kernels.main):
+            assert command(["--model", "demo", "--target", str(path)]) == 2
+            (line,) = capfd.readouterr().err.splitlines()
+            assert re.match(rf"error: {re.escape(str(path))}: {message}", line)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_architecture_that_llvm_does_not_know(tmp_path: Path) -> None:
+    """Asking LLVM for its processors would crash."""
+    path = tmp_path / "mine.toml"
+    path.write_text(changed(CPU, "tvm.mtriple", '"z80-linux-gnu"').replace('"x86_64"', '"z80"'))
+    target = targets.resolve(str(path))
+    with pytest.raises(TargetError, match=r"tvm\.mtriple is 'z80-linux-gnu'; LLVM has no such architecture"):
+        backend_for(target).tvm_target(target)
+
+
+def test_the_nearest_names() -> None:
+    with pytest.raises(TargetError, match=r"unknown target 'cpu-znver5'; known .*; did you mean cpu-znver4"):
+        targets.resolve("cpu-znver5")
 
 
 def test_unknown_names_are_not_echoed() -> None:

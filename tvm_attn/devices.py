@@ -59,9 +59,9 @@ def _print(inventory: Inventory) -> None:
         print()
     for kind, reason in inventory.absent.items():
         print(f"{kind}: {reason}")
-    table = new_table("targets", ("target", "device", "runs", "missing"))
-    for (target, device), fits in groupby(inventory.fits, lambda fit: (fit.target, fit.device)):
-        table.add_row(target, device, *_dtypes(list(fits)))
+    table = new_table("targets", ("target", "device", "runs", "missing", "file"))
+    for (target, device, file), fits in groupby(inventory.fits, lambda fit: (fit.target, fit.device, fit.file)):
+        table.add_row(target, device, *_dtypes(list(fits)), file)
     print_tables([table])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tvm_attn import targets
@@ -21,12 +21,14 @@ class Fit:
         device: the device, or the device class if there is no such device.
         dtype: the storage dtype.
         missing: what the device lacks; empty if the code runs.
+        file: where the target's file is.
     """
 
     target: str
     device: str
     dtype: str
     missing: tuple[str, ...]
+    file: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def _fits(devices: list[Found], absent: dict[str, str]) -> Iterator[Fit]:
         for dtype in target.dtypes:
             for device in usable:
                 missing = device_class(target.device).lacks(target, device, dtype, "none")
-                yield Fit(target.name, device.device, dtype, tuple(missing))
+                yield Fit(target.name, device.device, dtype, tuple(missing), target.place)
             if not usable:
-                yield Fit(target.name, target.device, dtype, (absent.get(target.device, "no such device"),))
+                reason = absent.get(target.device, "no such device")
+                yield Fit(target.name, target.device, dtype, (reason,), target.place)

@@ -17,7 +17,7 @@ from tvm.runtime.vm import VirtualMachine
 from tvm_attn import targets
 from tvm_attn.benchmark.counts import Storage, Work, kernel_work
 from tvm_attn.benchmark.system import MAX_CALLS, MIN_CALLS
-from tvm_attn.runtime.artifact import Artifact, Library
+from tvm_attn.runtime.artifact import MANIFEST, Artifact, Library
 from tvm_attn.runtime.engine import threads_setter
 
 
@@ -58,7 +58,7 @@ class SingleKernels:
         set_threads: sets their number of threads.
 
     Raises:
-        TargetError: the library's target is unknown.
+        TargetError: the manifest does not describe the library's target.
         CompileError: the kernels cannot be compiled here.
     """
 
@@ -68,15 +68,19 @@ class SingleKernels:
         from tvm_attn.compiler.pipeline import compile_program
         from tvm_attn.kernels.base import shape_of
         from tvm_attn.model.gpt2 import build_program
+        from tvm_attn.schedule.records import Entry, Record, RecordBook
 
-        target = targets.read(library.target)
+        described = next(entry for entry in artifact.manifest["libraries"] if entry["file"] == library.file)
+        target = targets.from_table(described["hardware"], Path(f"{library.target}.toml"))
+        records = (Record.from_line(line, MANIFEST) for line in described["records"])
+        book = RecordBook(Entry(record, None, Path(MANIFEST)) for record in records)
         layout = replace(layout_for(artifact.config, target, artifact.dtype, artifact.quantization), fuse_layers=False)
         program = build_program(artifact.config, layout, library.max_prefill_rows, library.max_batch)
         self._kernels = {name: shape_of(kernel) for name, kernel in program.kernels.items()}
         self._storage = storage
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / library.file
-            compile_program(program, target, file)
+            compile_program(program, target, file, book=book)
             module = tvm.runtime.load_module(str(file))
         self.machine, self.set_threads = VirtualMachine(module, tvm.cpu()), threads_setter(module)
 

@@ -17,7 +17,7 @@ import tvm_attn
 from tvm_attn import targets
 from tvm_attn.compiler.accuracy import measure_accuracy
 from tvm_attn.compiler.artifact import packed_first, write_manifest, write_params
-from tvm_attn.compiler.devices import layout_for
+from tvm_attn.compiler.devices import backend_for, layout_for
 from tvm_attn.compiler.pipeline import compile_program
 from tvm_attn.compiler.replacement import artifact_folder
 from tvm_attn.compiler.verification import VERIFY_BATCH, Report, verify
@@ -97,9 +97,7 @@ def build(
     """
     resolved = targets.resolve_all(target, dtype)
     _check_choices(resolved, dtype, quant)
-    own = Path(records) if records is not None else None
-    for entry in resolved:
-        RecordBook.load(entry, own)  # finds malformed files before minutes of work
+    books = {entry.name: RecordBook.load(entry, None if records is None else Path(records)) for entry in resolved}
     progress("reading the checkpoint")
     weights = model if isinstance(model, Weights) else open_weights(model, random_weights, progress)
     notes = [*weights.notes]
@@ -119,7 +117,8 @@ def build(
         body = _manifest(weights, dtype, quant)
         for entry in resolved:
             progress(f"compiling for {entry.name}")
-            described, planned = _compile(weights.config, entry, dtype, quant, temporary, progress, own)
+            book = books[entry.name]
+            described, planned = _compile(weights.config, entry, dtype, quant, temporary, progress, book)
             body["libraries"].append(described)
             sources[entry.name] = Sources.of(planned)
         write_manifest(temporary, body)
@@ -135,6 +134,7 @@ def _check_choices(resolved: list[Target], dtype: str, quant: str) -> None:
         raise TargetError("a target is named twice")
     for entry in resolved:
         check_types(entry, dtype, quant)
+        backend_for(entry).tvm_target(entry)
 
 
 def _manifest(weights: Weights, dtype: str, quant: str) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _compile(
     quant: str,
     folder: Path,
     progress: Callable[[str], None],
-    records: Path | None,
+    book: RecordBook,
 ) -> tuple[dict[str, Any], dict[str, Planned]]:
     """Compiles the library of one target: what the manifest says of it, and the schedules of its kernels."""
     layout = layout_for(config, target, dtype, quant)
@@ -178,9 +178,9 @@ def _compile(
         ptx=target.ptx if isinstance(target, CudaTarget) else None,
     )
     _add_identity(program, identity(config, dtype, quant, library))
-    planned = compile_program(program, target, folder / library.file, progress, records)
+    planned = compile_program(program, target, folder / library.file, progress, book)
     described = asdict(library) | {
-        "tvm_target": target.tvm,
+        "hardware": target.to_table(),
         "records": [entry.record.to_line() for entry in planned.values() if entry.record],
         "schedules": {name: entry.source for name, entry in planned.items() if entry.source},
         "kernels": {name: shape_of(kernel) for name, kernel in program.kernels.items()},

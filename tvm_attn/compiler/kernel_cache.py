@@ -32,7 +32,7 @@ from tvm_attn.jsonfile import read_bytes
 from tvm_attn.kernels import Kernel
 from tvm_attn.kernels.base import label, shape_of
 from tvm_attn.runtime.library import load_library
-from tvm_attn.schedule import RecordBook
+from tvm_attn.schedule import RecordBook, template_for
 from tvm_attn.schedule.plan import plan
 from tvm_attn.targets import Target
 
@@ -122,13 +122,14 @@ def _reported(message: str, progress: Progress) -> Iterator[None]:
 
 
 def _key(kernel: Kernel, target: Target) -> str:
+    template = template_for(kernel, target)
     facts = {
         "kernel": shape_of(kernel),
         "target": {name: value for name, value in asdict(target).items() if name not in _SAYS_NOTHING},
         "versions": [tvm_attn.__version__, tvm.__version__],
         "compiler": os.environ.get("CXX"),
         "sources": _sources(),
-        "records": RecordBook.load(target).digest(),
+        "records": [entry.record.to_line() for entry in RecordBook.load(target).entries(template, kernel)],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -96,7 +96,7 @@ def compile_program(
     target: Target,
     library: Path,
     progress: Callable[[str], None] = lambda message: None,
-    records: Path | None = None,
+    book: RecordBook | None = None,
 ) -> dict[str, Planned]:
     """Compiles a program for a target and writes the shared library.
 
@@ -105,13 +105,13 @@ def compile_program(
         target: the hardware.
         library: path of the library; it is written completely or not at all.
         progress: called with a message before a step that takes long.
-        records: a folder of tuned records that come before all others, see `RecordBook.load`.
+        book: the tuned records; by default those that `RecordBook.load` finds.
 
     Returns:
         The schedule of each kernel, by the name of its function.
 
     Raises:
-        ScheduleError: a kernel has no template, or a record does not fit, or `records` holds none.
+        ScheduleError: a kernel has no template, or a record does not fit.
         CompileError: TVM, the C++ compiler or the CUDA compiler failed, or a compiler is missing.
     """
     require_cxx()
@@ -119,7 +119,7 @@ def compile_program(
     backend.check(target)  # refuses to start what it cannot finish
     dump = Dump(library.stem)
     dump.module("program", program.module)
-    module, planned = _schedule_kernels(program, target, RecordBook.load(target, records))
+    module, planned = _schedule_kernels(program, target, book or RecordBook.load(target))
     dump.module("scheduled", module)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         temporary = Path(folder) / library.name

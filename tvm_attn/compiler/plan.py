@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tvm_attn.compiler.devices import layout_for
+from tvm_attn.compiler.devices import backend_for, layout_for
 from tvm_attn.config import GPT2Config
 from tvm_attn.model.gpt2 import build_program
 from tvm_attn.model.layout import check_types
@@ -19,11 +19,12 @@ def kernel_plan(
     """The kernels of a model's library for a target, each once, scheduled as a build with the same `records` would.
 
     Raises:
-        TargetError: the target does not have the dtype, or there is no such quantization.
+        TargetError: the target does not have the dtype, there is no such quantization, or TVM refuses the target.
         ConfigError: the model cannot be quantized.
         ScheduleError: a kernel has no template, or a record does not fit, or `records` holds none.
     """
     check_types(target, dtype, quant)
+    backend_for(target).tvm_target(target)
     book = RecordBook.load(target, records)
     program = build_program(config, layout_for(config, target, dtype, quant))
     return [plan(kernel, target, book) for kernel in program.kernels.values()]

@@ -6,7 +6,6 @@ kernel's shape and dtype; `schedules/README.md` lists the fields.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable
@@ -157,11 +156,6 @@ class RecordBook:
         """The records for a kernel, made with this version of the template: the target's own if there is one, then one
         of each related target."""
         return list(self._entries.get(_key(template.name, template.version, shape_of(kernel)), {}).values())
-
-    def digest(self) -> str:
-        """A hash of all records."""
-        lines = [entry.record.to_line() for found in self._entries.values() for entry in found.values()]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def user_folder() -> Path:

@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
-from tvm_attn._resources import resource_dir
 from tvm_attn.errors import TargetError, shorten
-from tvm_attn.runtime.machine import cpu_features
 from tvm_attn.targets.base import Peak, Target
 from tvm_attn.targets.cpu import CpuTarget
 from tvm_attn.targets.cuda import CudaTarget
-from tvm_attn.targets.files import names, read, read_all, read_file, related, user_folder
+from tvm_attn.targets.detection import detect, detect_cpu
+from tvm_attn.targets.files import from_table, names, read, read_all, read_file, related, user_folder, write
 from tvm_attn.targets.gpu import GpuTarget
 from tvm_attn.targets.vulkan import VulkanTarget
 
@@ -26,7 +24,9 @@ __all__ = [
     "Target",
     "VulkanTarget",
     "check_names",
+    "detect",
     "detect_cpu",
+    "from_table",
     "names",
     "read",
     "read_all",
@@ -34,6 +34,7 @@ __all__ = [
     "resolve",
     "resolve_all",
     "user_folder",
+    "write",
 ]
 
 
@@ -81,25 +82,3 @@ def check_names(names: str) -> list[Target]:
     if len(set(wanted)) != len(wanted):
         raise TargetError("a target is named twice")
     return found
-
-
-def detect_cpu() -> CpuTarget:
-    """The target for this machine's processor: the file made for it, or else the widest generic one that fits.
-
-    Raises:
-        TargetError: no file fits.
-    """
-    from tvm.target.codegen import llvm_get_system_cpu
-
-    processor = llvm_get_system_cpu()
-    fitting = [target for target in read_all() if isinstance(target, CpuTarget) and not target.missing(cpu_features())]
-    exact = sorted((target for target in fitting if target.processor == processor), key=_is_shipped)
-    generic = sorted((target for target in fitting if target.processor is None), key=lambda target: target.rank)
-    candidates = exact or generic[-1:]
-    if not candidates:
-        raise TargetError(f"no target file fits this {platform.machine()} machine; known: {', '.join(names())}")
-    return candidates[0]
-
-
-def _is_shipped(target: Target) -> bool:
-    return target.file is not None and target.file.parent == resource_dir("targets")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from tvm_attn.checks import POSITIVE, TABLE, integer, list_of, one_of, power_of_two, text
 from tvm_attn.errors import shorten
+from tvm_attn.jsonfile import shorten_path
 from tvm_attn.storage import DTYPES
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"
@@ -22,10 +23,12 @@ class Peak:
     Attributes:
         float32_gflops: rate of float32 multiply-adds, 10^9 operations per second.
         memory_gbytes: rate of reading memory, 10^9 bytes per second.
+        measured: where and how, one line.
     """
 
     float32_gflops: float
     memory_gbytes: float
+    measured: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,11 @@ class Target(ABC):
         kind = table["tvm"].get("kind")
         return None if kind == cls.TVM_KIND else f"tvm.kind is {shorten(kind)}; give {cls.TVM_KIND!r}"
 
+    @property
+    def place(self) -> str:
+        """The target for a message: its file, or its name if it has none."""
+        return self.name if self.file is None else shorten_path(self.file)
+
     def is_akin_to(self, other: Target) -> bool:
         """Whether the tuned records of another target of the class may be used for this one, though its file does not
         say that it is based on it."""
@@ -103,8 +111,21 @@ class Target(ABC):
             tile_rows=table["tile"]["rows"],
             tile_columns=table["tile"]["columns"],
             dtypes=tuple(table["dtypes"]),
-            peak=Peak(peak["float32_gflops"], peak["memory_gbytes"]) if peak else None,
+            peak=Peak(**peak) if peak else None,
             based_on=table.get("based_on"),
             file=file,
             **cls.own(table),
         )
+
+    def to_table(self) -> dict[str, Any]:
+        """The table of which `from_table` makes the same target."""
+        peak = {name: value for name, value in vars(self.peak).items() if value is not None} if self.peak else None
+        return {
+            "device": self.device,
+            "description": self.description,
+            **({"based_on": self.based_on} if self.based_on else {}),
+            "dtypes": list(self.dtypes),
+            "tvm": self.tvm,
+            "tile": {"rows": self.tile_rows, "columns": self.tile_columns},
+            **({"peak": peak} if peak else {}),
+        }

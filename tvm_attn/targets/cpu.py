@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm_attn.checks import integer, list_of, power_of_two, text
+from tvm_attn.errors import shorten
 from tvm_attn.targets.base import Target
 
 
@@ -65,12 +66,28 @@ class CpuTarget(Target):
             "l2_bytes": table["cache"]["l2_bytes"],
         }
 
+    def to_table(self) -> dict[str, Any]:
+        """See `Target`."""
+        detect: dict[str, Any] = {"architecture": self.architecture}
+        detect |= {"rank": self.rank} if self.processor is None else {"processor": self.processor}
+        return super().to_table() | {
+            "features": list(self.features),
+            "detect": detect,
+            "vector": {"lanes": self.lanes},
+            "cache": {"l2_bytes": self.l2_bytes},
+        }
+
     @classmethod
     def misfit(cls, table: dict[str, Any]) -> str | None:
         """See `Target`."""
         columns, lanes = table["tile"]["columns"], table["vector"]["lanes"]
         if columns % lanes:
             return f"tile.columns is {columns}; give a multiple of vector.lanes, {lanes}"
+        architecture, triple = table["detect"]["architecture"], table["tvm"].get("mtriple")
+        if type(triple) is str and triple.partition("-")[0] != architecture:
+            return (
+                f"tvm.mtriple is {shorten(triple)}; give one for detect.architecture, such as {architecture}-linux-gnu"
+            )
         return super().misfit(table)
 
 

@@ -46,6 +46,11 @@ class CudaTarget(GpuTarget):
             "multiprocessors": cuda["multiprocessors"],
         }
 
+    def to_table(self) -> dict[str, Any]:
+        """See `Target`."""
+        cuda = {"architectures": self.architectures, "multiprocessors": self.multiprocessors}
+        return super().to_table() | {"cuda": cuda | ({"ptx": self.ptx} if self.ptx else {})}
+
     @property
     def images(self) -> tuple[str, ...]:
         """The architectures that a library holds code for, machine code first."""

@@ -9,10 +9,14 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import tomli_w
 
 from tvm_attn._resources import data_dirs, user_dir
 from tvm_attn.backends import BACKENDS
 from tvm_attn.checks import one_of, problem
+from tvm_attn.cli import writing
 from tvm_attn.errors import TargetError, one_line, shorten
 from tvm_attn.jsonfile import CONFIG_BYTES, read_text, shorten_path
 from tvm_attn.targets.base import NAME, Target
@@ -89,12 +93,22 @@ def read_file(path: Path) -> Target:
         TargetError: the file cannot be read, or it is malformed.
     """
     shown = shorten_path(path)
-    if not re.fullmatch(NAME, path.stem):
-        raise TargetError(f"{shown}: name the file with letters, digits, '-', '_', '.' and '+', at most 100")
     try:
         table = tomllib.loads(read_text(path, CONFIG_BYTES, TargetError))
     except (ValueError, RecursionError) as error:
         raise TargetError(f"{shown} is not valid TOML: {one_line(error)}") from None
+    return from_table(table, path)
+
+
+def from_table(table: dict[str, Any], path: Path) -> Target:
+    """The target that the table of a file describes.
+
+    Raises:
+        TargetError: it is malformed.
+    """
+    shown = shorten_path(path)
+    if not re.fullmatch(NAME, path.stem):
+        raise TargetError(f"{shown}: name the file with letters, digits, '-', '_', '.' and '+', at most 100")
     device = table.get("device")
     known = device in BACKENDS if isinstance(device, str) else False
     target_class: type[Target] = import_module(f"tvm_attn.targets.{device}").TARGET_CLASS if known else Target
@@ -102,6 +116,27 @@ def read_file(path: Path) -> Target:
     if fault := problem(table, rules) or target_class.misfit(table):
         raise TargetError(f"{shown}: {fault}; targets/README.md lists what a target file holds")
     return target_class.from_table(path.stem, table, path)
+
+
+def write(target: Target, path: Path) -> Target:
+    """Writes a target file, completely or not at all, and makes its folder.
+
+    Returns:
+        The target under the name that the file gives it.
+
+    Raises:
+        TargetError: the target breaks a rule, or the file cannot be written.
+    """
+    table = target.to_table()
+    # As a reader sees it: without tuples.
+    written = from_table(tomllib.loads(tomli_w.dumps(table)), path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(f"{shorten_path(path.parent)} cannot be made: {error.strerror}; name another file") from None
+    with writing(path, TargetError) as file:
+        file.write(tomli_w.dumps(table).encode())
+    return written
 
 
 def related(target: Target) -> list[Target]:

@@ -55,6 +55,12 @@ class GpuTarget(Target):
             "matrix": tuple(gpu["matrix"]) if "matrix" in gpu else None,
         }
 
+    def to_table(self) -> dict[str, Any]:
+        """See `Target`."""
+        names = ("max_threads", "shared_bytes", "subgroup", "vector_bytes", "matrix")
+        gpu = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return super().to_table() | {"gpu": gpu}
+
     @classmethod
     def misfit(cls, table: dict[str, Any]) -> str | None:
         """See `Target`."""

@@ -29,13 +29,13 @@ class Backend:
         """The TVM target, with its host.
 
         Raises:
-            TargetError: TVM rejects the table `tvm` of the target's file.
+            TargetError: TVM rejects the table `tvm` of the target's file, or LLVM does not know what it names.
         """
         host = self.host(target)
         try:
             return tvm.target.Target(target.tvm, *([] if host is None else [host]))
         except Exception as error:
-            raise TargetError(f"targets/{target.name}.toml: TVM refuses the table tvm: {one_line(error)}") from error
+            raise TargetError(f"{target.place}: TVM refuses the table tvm: {one_line(error)}") from error
 
     def tir_pipeline(self, target: Any) -> str:
         """The name of the pipeline that lowers kernels; this call registers it with TVM."""

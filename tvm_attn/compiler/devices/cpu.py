@@ -7,9 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tvm
+
 from tvm_attn.compiler.devices.base import Backend
+from tvm_attn.compiler.processors import unknown
 from tvm_attn.compiler.threads import export_with_threads
 from tvm_attn.config import GPT2Config
+from tvm_attn.errors import TargetError
 from tvm_attn.model.layout import Layout
 
 
@@ -29,6 +33,13 @@ class CpuBackend(Backend):
     ) -> None:
         """See `Backend`."""
         export_with_threads(build(), library)
+
+    def tvm_target(self, target: Any) -> tvm.target.Target:
+        """See `Backend`."""
+        found = super().tvm_target(target)
+        if refusal := unknown(target.tvm):
+            raise TargetError(f"{target.place}: {refusal}")
+        return found
 
     def host(self, target: Any) -> dict[str, str] | None:
         """None: the processor is the device."""

@@ -18,9 +18,7 @@ class Processor(DeviceClass):
     prefill_chunk = 128
 
     def find(self) -> list[Found]:
-        """See `DeviceClass`; lists the features that any target asks for."""
-        from tvm_attn import targets
-
+        """See `DeviceClass`."""
         name = platform.processor() or platform.machine()
         try:
             from tvm.target.codegen import llvm_get_system_cpu
@@ -28,8 +26,7 @@ class Processor(DeviceClass):
             name = f"{platform.machine()} ({llvm_get_system_cpu()})"
         except (ImportError, AttributeError):  # only TVM's runtime is loaded
             pass
-        asked = {feature for target in targets.read_all() for feature in target.features}
-        return [Found("cpu", name, None, tuple(sorted(cpu_features() & asked)), {"cores": usable_cores()})]
+        return [Found("cpu", name, None, tuple(sorted(cpu_features())), {"cores": usable_cores()})]
 
     def obstacle(self, index: int = 0) -> str | None:
         """See `DeviceClass`."""
