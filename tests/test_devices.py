@@ -106,10 +106,20 @@ def test_what_a_gpu_lacks(generic: targets.GpuTarget, changes: dict[str, Any], e
 
 def test_what_a_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr("tvm_attn.runtime.devices.cpu.cpu_features", lambda: frozenset(("avx2", "sse2")))
     processor = Found("cpu", "a processor", None, ("avx2", "sse2"), {"cores": 1})
     x86 = targets.read("cpu-x86-64-v3")
     assert lacking(x86, processor) == [feature for feature in x86.features if feature not in ("avx2", "sse2")]
     assert lacking(targets.read("cpu-aarch64"), processor) == ["architecture aarch64"]
+
+
+def test_matrices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    matrix = {"m": 16, "n": 8, "k": 16, "a": "float16", "b": "float16", "c": "float32", "result": "float32"}
+    for found, line in (([matrix, matrix], "16 x 8 x 16 float16 with float32 sums"), ([], "-")):
+        device = dataclasses.replace(GPU, limits=GPU.limits | {"cooperative_matrices": found})
+        devices._print(inventory.Inventory((device,), {}, ()))
+        (row,) = (row for row in capsys.readouterr().out.splitlines() if "cooperative matrices" in row)
+        assert row.split("matrices")[1].strip() == line
 
 
 def test_unusable_devices_fit_no_target(generic: targets.GpuTarget) -> None:

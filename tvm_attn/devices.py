@@ -79,6 +79,9 @@ def _dtypes(fits: list[Fit]) -> tuple[str, str]:
 
 
 def _limit(name: str, value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        shapes = ("{m} x {n} x {k} {a} with {result} sums".format(**entry) for entry in value)
+        return ", ".join(dict.fromkeys(shapes)) or "-"
     if isinstance(value, list):
         return " x ".join(map(str, value))
     if name.endswith("bytes") and isinstance(value, int) and value >= 1 << 30:

@@ -18,7 +18,9 @@ class Processor(DeviceClass):
     prefill_chunk = 128
 
     def find(self) -> list[Found]:
-        """See `DeviceClass`."""
+        """See `DeviceClass`; lists the features that any target asks for."""
+        from tvm_attn import targets
+
         name = platform.processor() or platform.machine()
         try:
             from tvm.target.codegen import llvm_get_system_cpu
@@ -26,15 +28,16 @@ class Processor(DeviceClass):
             name = f"{platform.machine()} ({llvm_get_system_cpu()})"
         except (ImportError, AttributeError):  # only TVM's runtime is loaded
             pass
-        return [Found("cpu", name, None, tuple(sorted(cpu_features())), {"cores": usable_cores()})]
+        asked = {feature for target in targets.read_all() for feature in target.features}
+        return [Found("cpu", name, None, tuple(sorted(cpu_features() & asked)), {"cores": usable_cores()})]
 
     def obstacle(self, index: int = 0) -> str | None:
         """See `DeviceClass`."""
         return None if index == 0 else f"there is no device cpu:{index}"
 
     def lacks(self, target: Any, device: Found, dtype: str, quant: str) -> Iterator[str]:
-        """See `DeviceClass`."""
-        yield from target.missing(device.features)
+        """See `DeviceClass`; there is one processor."""
+        yield from target.missing(cpu_features())
 
     def free_memory(self, device: Any) -> int | None:
         """None: memory is taken only as it is used."""

@@ -91,6 +91,22 @@ void QueryKernelFeatures(PhysicalDevice* device) {
   };
 }
 
+void QueryMatrices(PhysicalDevice* device) {
+  if (!device->cooperative_matrix.cooperativeMatrix) return;
+  const Instance& instance = Instance::Get();
+  auto query = reinterpret_cast<PFN_vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR>(
+      instance.global.vkGetInstanceProcAddr(instance.handle, "vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR"));
+  uint32_t count = 0;
+  if (query == nullptr || query(device->handle, &count, nullptr) != VK_SUCCESS) return;
+  VkCooperativeMatrixPropertiesKHR empty{};
+  empty.sType = VK_STRUCTURE_TYPE_COOPERATIVE_MATRIX_PROPERTIES_KHR;
+  std::vector<VkCooperativeMatrixPropertiesKHR> found(count, empty);
+  if (query(device->handle, &count, found.data()) != VK_SUCCESS) return;
+  for (uint32_t i = 0; i < count; ++i) {
+    if (found[i].scope == VK_SCOPE_SUBGROUP_KHR) device->matrices.push_back(found[i]);
+  }
+}
+
 void QueryQueues(PhysicalDevice* device) {
   const InstanceFunctions& vk = Instance::Get().vk;
   uint32_t count = 0;
@@ -135,6 +151,7 @@ PhysicalDevice Query(VkPhysicalDevice handle) {
   }
   QueryFeatures(&device);
   QueryKernelFeatures(&device);
+  QueryMatrices(&device);
   VkPhysicalDeviceMemoryProperties2 memory{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2};
   Instance::Get().vk.vkGetPhysicalDeviceMemoryProperties2(handle, &memory);
   device.memory = memory.memoryProperties;
@@ -239,6 +256,43 @@ json::Array Ints(const uint32_t* values, size_t count) {
   return array;
 }
 
+const char* ComponentName(VkComponentTypeKHR type) {
+  switch (static_cast<int>(type)) {
+    case VK_COMPONENT_TYPE_FLOAT16_KHR:
+      return "float16";
+    case VK_COMPONENT_TYPE_FLOAT32_KHR:
+      return "float32";
+    case VK_COMPONENT_TYPE_FLOAT64_KHR:
+      return "float64";
+    case VK_COMPONENT_TYPE_SINT8_KHR:
+      return "int8";
+    case VK_COMPONENT_TYPE_SINT32_KHR:
+      return "int32";
+    case VK_COMPONENT_TYPE_UINT8_KHR:
+      return "uint8";
+    case VK_COMPONENT_TYPE_UINT32_KHR:
+      return "uint32";
+    default:
+      return "other";
+  }
+}
+
+json::Array Matrices(const std::vector<VkCooperativeMatrixPropertiesKHR>& matrices) {
+  json::Array array;
+  for (const VkCooperativeMatrixPropertiesKHR& matrix : matrices) {
+    json::Object entry;
+    entry.Set(String("m"), Int(matrix.MSize));
+    entry.Set(String("n"), Int(matrix.NSize));
+    entry.Set(String("k"), Int(matrix.KSize));
+    entry.Set(String("a"), String(ComponentName(matrix.AType)));
+    entry.Set(String("b"), String(ComponentName(matrix.BType)));
+    entry.Set(String("c"), String(ComponentName(matrix.CType)));
+    entry.Set(String("result"), String(ComponentName(matrix.ResultType)));
+    array.push_back(entry);
+  }
+  return array;
+}
+
 }  // namespace
 
 uint32_t PhysicalDevice::MemoryType(uint32_t allowed, VkMemoryPropertyFlags required,
@@ -311,6 +365,7 @@ json::Object PhysicalDevice::ToJson() const {
   limits.Set(String("subgroup_size"), Int(properties11.subgroupSize));
   limits.Set(String("min_subgroup_size"), Int(SmallestSubgroup()));
   limits.Set(String("max_subgroup_size"), Int(LargestSubgroup()));
+  limits.Set(String("cooperative_matrices"), Matrices(matrices));
   limits.Set(String("timestamp_period_ns"), static_cast<double>(l.timestampPeriod));
   limits.Set(String("memory_bytes"), Int(HeapSize()));
   info.Set(String("limits"), limits);

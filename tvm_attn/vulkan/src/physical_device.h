@@ -26,6 +26,8 @@ struct PhysicalDevice {
   VkPhysicalDeviceVulkan13Features features13{};
   VkPhysicalDeviceShaderAtomicFloatFeaturesEXT atomic_float{};
   VkPhysicalDeviceCooperativeMatrixFeaturesKHR cooperative_matrix{};
+  /// The matrices that a subgroup can multiply.
+  std::vector<VkCooperativeMatrixPropertiesKHR> matrices;
   bool has_memory_budget = false;
 
   VkPhysicalDeviceMemoryProperties memory{};
