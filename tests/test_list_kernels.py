@@ -69,6 +69,25 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "record" not in said
 
 
+def test_related_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A processor of one's own with the registers of Zen 4 takes its records, and says so."""
+    path = tmp_path / "mine.toml"
+    targets.write(replace(targets.read("cpu-znver4"), based_on="cpu-znver4"), path)
+    options = ["--target", str(path)]
+    record = next(entry.record for entry in kernel_plan(CONFIG, targets.read("cpu-znver4")) if entry.record)
+    assert list_kernels.main([*options, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    sources = {decision["from"] for entry in listed["kernels"] for decision in entry["decisions"].values()}
+    assert listed["target"] == "mine"
+    assert {"related record of cpu-znver4", "default"} <= sources
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "some.jsonl").write_text(record.to_line())
+    assert list_kernels.main([*options, "--records", str(tmp_path)]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert any(row.split()[-1:] == ["record"] for row in rows)
+    assert any(row.rstrip().endswith("related record of cpu-znver4") for row in rows)
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--target", "vulkan-generic", "--model", "demo", "--dtype", "float16", "--quant", "int8", "--json"]
     assert list_kernels.main(options) == 0

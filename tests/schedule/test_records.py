@@ -448,6 +448,13 @@ def test_a_build_says_what_it_used(
     assert set(library["schedules"]) <= set(library["kernels"])
     assert record.to_line() in library["records"]
 
+    write(tmp_path / "empty", target.name)
+    options[options.index("--records") + 1] = str(tmp_path / "empty")
+    assert build_command.main([*options, "--json", "--out", str(tmp_path / "artifact")]) == 0
+    sources = json.loads(capsys.readouterr().out)["schedules"][target.name]
+    assert set(sources["related"].values()) == {"cpu-znver4"}
+    assert not sources["records"] and sources["defaults"]
+
 
 def linear_of(program: Program) -> Linear:
     return next(kernel for kernel in program.kernels.values() if isinstance(kernel, Linear) and kernel.rows > 1)
