@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tvm_attn.attention_function import attention, attention_weights
     from tvm_attn.compiler.build import build
     from tvm_attn.runtime.model import load
-    from tvm_attn.tuning.tuner import tune
+    from tvm_attn.tuning.tune import tune
 
     __version__: str
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "attend": ("tvm_attn.attend", "show what every head attends to: a page, picture or arrays"),
     "bench": ("tvm_attn.bench", "measure an artifact's speed against this machine's limits"),
     "tune": ("tvm_attn.tune", "search schedules on this machine, write tuned records"),
+    "run-batch": ("tvm_attn.run_batch", "measure what tune --export wrote, without a compiler"),
     "kernels": ("tvm_attn.list_kernels", "list a model's kernels on a target, and the schedule of each"),
     "devices": ("tvm_attn.devices", "list this machine's devices, and what is missing for each target"),
 }

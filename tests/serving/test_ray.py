@@ -17,7 +17,7 @@ ray = pytest.importorskip("ray", reason="needs the extra ray")
 pytest.importorskip("ray.serve", reason="needs the extra ray")
 httpx = pytest.importorskip("httpx", reason="needs httpx, of the extra test")
 openai = pytest.importorskip("openai", reason="needs openai, of the extra test")
-psutil = pytest.importorskip("psutil", reason="needs psutil, of the extra tune")
+psutil = pytest.importorskip("psutil", reason="needs psutil, of the extra rpc")
 
 import tvm_attn
 

@@ -1,4 +1,4 @@
-"""Record files: what a search writes, the compiler reads; the faster of two stays."""
+"""Record files: what a search writes, the compiler reads; the newer of two stays."""
 
 import json
 import subprocess
@@ -10,15 +10,17 @@ import pytest
 
 from tvm_attn import _resources, targets
 from tvm_attn._resources import resource_dir
+from tvm_attn.config import PRESETS
 from tvm_attn.errors import ScheduleError, TuningError
 from tvm_attn.kernels import Linear
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.schedule import Record, RecordBook, template_for
+from tvm_attn.schedule.records import user_folder
 from tvm_attn.targets import Peak
-from tvm_attn.tuning import tuner
+from tvm_attn.tuning import tune
 from tvm_attn.tuning.records import merge, records_folder, to_record
-from tvm_attn.tuning.search import Measurement, note
 from tvm_attn.tuning.space import Space
+from tvm_attn.tuning.tune import Job
 
 KERNEL = Linear(32, 64, 8, 32, "float32")
 TARGET = targets.detect_cpu()
@@ -35,14 +37,13 @@ def test_a_written_record_is_found_by_the_compiler(tmp_path: Path, monkeypatch: 
     assert sorted(path.name for path in file.parent.iterdir()) == [".lock", file.name]
 
 
-def test_the_faster_record_stays_and_others_are_kept(tmp_path: Path) -> None:
+def test_the_newer_record_stays_and_others_are_kept(tmp_path: Path) -> None:
+    """Times of two days do not compare: what was measured before is a candidate of the newer search."""
     other = replace(RECORD, version=3)
     merge(tmp_path, [RECORD, other])
-    merge(tmp_path, [replace(RECORD, time_us=11.0)])
-    merge(tmp_path, [replace(RECORD, time_us=9.0, decisions={"k_unroll": 4})])
-    (file,) = merge(tmp_path, [replace(RECORD, time_us=9.5)])
+    (file,) = merge(tmp_path, [replace(RECORD, time_us=11.0, decisions={"k_unroll": 4})])
     kept = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(record["version"], record["time_us"]) for record in kept] == [(2, 9.0), (3, 10.0)]
+    assert [(record["version"], record["time_us"]) for record in kept] == [(2, 11.0), (3, 10.0)]
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -75,14 +76,19 @@ def test_two_searches_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_search_finds_out_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cpu.pack.jsonl").write_text(RECORD.to_line() + "\n{")
-    monkeypatch.setattr(tuner, "Session", None)
+    monkeypatch.setattr(tune, "search", None)
+
+    def search(out: Path) -> None:
+        Job(PRESETS["gpt2"], TARGET.name, "float32", "none", ["pack_plain"], out).run(print, print)
+
+    (tmp_path / TARGET.name).mkdir()
+    (tmp_path / TARGET.name / "cpu.pack.jsonl").write_text(RECORD.to_line() + "\n{")
     with pytest.raises(ScheduleError, match=r"cpu\.pack\.jsonl:2 is not a tuned record"):
-        tuner.search([KERNEL], TARGET, 1, tmp_path, tmp_path / "work")
+        search(tmp_path)
     with pytest.raises(TuningError, match=r"cannot write .*Not a directory; choose another --out"):
-        tuner.search([KERNEL], TARGET, 1, tmp_path / "cpu.pack.jsonl" / "x", tmp_path / "work")
+        search(tmp_path / TARGET.name / "cpu.pack.jsonl")
     with pytest.raises(TuningError, match=r"cannot write .*File name too long"):
-        tuner.search([KERNEL], TARGET, 1, tmp_path / ("n" * 300), tmp_path / "work")
+        search(tmp_path / ("n" * 300))
 
 
 def test_a_failed_write_keeps_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,29 +105,17 @@ def test_a_failed_write_keeps_the_records(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "cpu.matmul.jsonl"]
 
 
-def test_an_installed_package_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tvm_attn.tuning.records.resource_dir", lambda name: tmp_path / "_data" / name)
-    with pytest.raises(TuningError, match="--out"):
-        records_folder(None, "cpu-x")
+def test_the_folder_of_records(tmp_path: Path) -> None:
     assert records_folder("there", "cpu-x") == Path("there/cpu-x")
+    assert records_folder(None, "cpu-x") == user_folder() / "cpu-x"
 
 
 def test_time_and_fraction_are_geometric_means() -> None:
     space = Space.of(KERNEL, replace(TARGET, peak=Peak(float32_gflops=1.0, memory_gbytes=1e9)))
     # 16, 128 and 1024 rows at 1 GFLOP/s take 66, 524 and 4194 us.
-    record = to_record(space, Measurement(space.default, (2e-4, 1e-3, 5e-3)))
+    record = to_record(space, {"k_unroll": 2}, (2e-4, 1e-3, 5e-3))
     assert record.time_us == pytest.approx((2e2 * 1e3 * 5e3) ** (1 / 3), rel=1e-3)
     assert record.fraction_of_peak == pytest.approx((0.32768 * 0.524288 * 4.194304 / 5) ** (1 / 3), abs=1e-3)
-    assert record.decisions == {choice.name: choice.default for choice in space.choices}
+    assert record.decisions == {"k_unroll": 2}
     unknown = Space.of(KERNEL, replace(TARGET, peak=None))
-    assert to_record(unknown, Measurement(space.default, (2e-4, 1e-3, 5e-3))).fraction_of_peak is None
-
-
-def test_two_measurements_of_a_candidate() -> None:
-    known: dict[tuple[int, ...], Measurement] = {}
-    note(known, Measurement((0,), (2.0, 1.0)))
-    note(known, Measurement((0,), (1.0, 3.0)))
-    assert known[(0,)].seconds == (1.0, 1.0)
-    note(known, Measurement((0,), None))
-    note(known, Measurement((0,), (1.0, 1.0)))
-    assert known[(0,)].seconds is None
+    assert to_record(unknown, {}, (2e-4, 1e-3, 5e-3)).fraction_of_peak is None

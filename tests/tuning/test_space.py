@@ -1,15 +1,16 @@
-"""Decision spaces, and how decisions travel on a trace."""
+"""Decision spaces, and the way through them."""
 
 import itertools
+import random
+from collections.abc import Sequence
 
 import pytest
 import tvm_ffi
-from tvm.s_tir import meta_schedule as ms
 
 from tvm_attn import targets
 from tvm_attn.kernels import LayerNorm, Linear
 from tvm_attn.schedule import schedule
-from tvm_attn.tuning.space import Candidate, Space, indices_of, to_schedule
+from tvm_attn.tuning.space import Candidate, Choice, Explorer, Space
 
 TARGET = targets.detect_cpu()
 LINEAR = Linear(32, 64, 8, 32, "float32")
@@ -20,20 +21,45 @@ def space() -> Space:
     return Space.of(LINEAR, TARGET)
 
 
+def explore(space: Space, seed: int = 0) -> list[Candidate]:
+    """All candidates, in an order that depends on the seed."""
+    explorer, generator = Explorer(space), random.Random(seed)
+
+    def pick(_: Choice, branches: Sequence[int]) -> int:
+        return generator.choice(branches)
+
+    return list(iter(lambda: explorer.next(pick), None))
+
+
 @pytest.fixture(scope="module")
 def candidates(space: Space) -> list[Candidate]:
-    return space.candidates(space.size)
+    return explore(space)
 
 
-def test_candidates_are_all_distinct_functions_and_the_defaults_come_first(
-    space: Space, candidates: list[Candidate]
-) -> None:
+def test_candidates_are_all_distinct_functions(space: Space, candidates: list[Candidate]) -> None:
     assert [choice.name for choice in space.choices] == ["group_block", "prefetch_bytes", "k_unroll"]
-    assert candidates[0].indices == space.default
-    assert tvm_ffi.structural_equal(candidates[0].function, schedule(LINEAR, TARGET))
     everything = itertools.product(*(range(len(choice.candidates)) for choice in space.choices))
     assert sorted(candidate.indices for candidate in candidates) == sorted(everything)
     assert len({tvm_ffi.structural_hash(candidate.function) for candidate in candidates}) == len(candidates)
+
+
+def test_the_candidate_with_given_decisions(space: Space, candidates: list[Candidate]) -> None:
+    default = space.at({})
+    assert default is not None
+    assert default.indices == space.default
+    assert tvm_ffi.structural_equal(default.function, schedule(LINEAR, TARGET))
+    found = space.at(candidates[-1].decisions)
+    assert found is not None
+    assert found.indices == candidates[-1].indices
+    assert space.at({"k_unroll": 3}) is None
+
+
+def test_what_was_taken_does_not_come_again(space: Space, candidates: list[Candidate]) -> None:
+    explorer = Explorer(space)
+    assert explorer.take(candidates[3])
+    assert not explorer.take(candidates[3])
+    rest = list(iter(lambda: explorer.next(lambda _, branches: branches[-1]), None))
+    assert {entry.indices for entry in rest} == {entry.indices for entry in candidates} - {candidates[3].indices}
 
 
 def test_decisions_without_a_difference_are_one_candidate() -> None:
@@ -42,27 +68,10 @@ def test_decisions_without_a_difference_are_one_candidate() -> None:
     assert space.size > 1
     prefetch, unroll = space.choices
     assert (prefetch.name, unroll.name) == ("prefetch_bytes", "k_unroll")
-    candidates = space.candidates(space.size)
-    assert sorted(candidate.indices[0] for candidate in candidates) == list(range(len(prefetch.candidates)))
-
-
-def test_a_larger_sample_adds_to_a_smaller_one(space: Space) -> None:
-    small, large = space.candidates(3), space.candidates(7)
-    assert len(small) == 3
-    assert [candidate.indices for candidate in small] == [candidate.indices for candidate in large][:3]
+    assert sorted(candidate.indices[0] for candidate in explore(space)) == list(range(len(prefetch.candidates)))
 
 
 def test_a_kernel_without_choices() -> None:
-    assert Space.of(LayerNorm(64, 1e-5, 8), TARGET).size == 1
-
-
-@pytest.mark.parametrize("position", [0, -1])
-def test_a_trace_carries_the_decisions_through_the_database(
-    space: Space, candidates: list[Candidate], position: int
-) -> None:
-    candidate = candidates[position]
-    made = to_schedule(candidate)
-    assert indices_of(made.trace) == candidate.indices
-    workload = ms.database.Workload(made.mod)
-    stored = ms.database.TuningRecord(made.trace, workload, [1.0]).as_json()
-    assert indices_of(ms.database.TuningRecord.from_json(stored, workload).trace) == candidate.indices
+    space = Space.of(LayerNorm(64, 1e-5, 8), TARGET)
+    assert space.size == 1
+    assert space.at({}) is not None

@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import tirx
 
 import tvm_attn
-from tvm_attn.compiler.devices import backend_for
-from tvm_attn.errors import ArtifactError, CompileError, TvmAttnError, one_line
+from tvm_attn.compiler.single_kernel import compile_kernel
+from tvm_attn.errors import ArtifactError, CompileError, one_line
 from tvm_attn.jsonfile import read_bytes
 from tvm_attn.kernels import Kernel
 from tvm_attn.kernels.base import label, shape_of
@@ -90,22 +89,13 @@ def _load(kernel: Kernel, target: Target, progress: Progress) -> Any:
 
 
 def _compile(kernel: Kernel, target: Target) -> bytes:
-    backend = backend_for(target)
-    backend.check(target)
     function = plan(kernel, target, RecordBook.load(target)).function
-    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-
-    def build() -> Any:
-        return tirx.build(module, target=backend.tvm_target(target), pipeline=backend.tir_pipeline(target))
-
     with tempfile.TemporaryDirectory(prefix="tvm-attn-") as scratch:
         library = Path(scratch) / "kernel.so"
         try:
-            backend.link(build, target, library)
-        except TvmAttnError:
-            raise
-        except Exception as error:
-            raise CompileError(f"{label(kernel)} does not compile for {target.name}: {one_line(error)}") from error
+            compile_kernel(function, target, library)
+        except CompileError as error:
+            raise CompileError(f"{label(kernel)}: {error}") from error
         return library.read_bytes()
 
 

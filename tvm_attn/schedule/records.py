@@ -155,7 +155,7 @@ class RecordBook:
     def entries(self, template: Template, kernel: Kernel) -> list[Entry]:
         """The records for a kernel, made with this version of the template: the target's own if there is one, then one
         of each related target."""
-        return list(self._entries.get(_key(template.name, template.version, shape_of(kernel)), {}).values())
+        return list(self._entries.get(record_key(template, kernel), {}).values())
 
 
 def user_folder() -> Path:
@@ -185,6 +185,11 @@ def _read(files: list[Path], related: str | None) -> list[Entry]:
     """The records of a folder's files; of two with the same key, the last one counts, so it comes first."""
     entries = [Entry(record, related, file) for file in files for record in read_records(file)]
     return entries[::-1]
+
+
+def record_key(template: Template, kernel: Kernel) -> tuple[str, int, str]:
+    """The key of the records for a kernel."""
+    return _key(template.name, template.version, shape_of(kernel))
 
 
 def _key(template: str, version: int, shape: dict[str, Any]) -> tuple[str, int, str]:

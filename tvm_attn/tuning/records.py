@@ -3,70 +3,48 @@
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 
 import tvm
 
-from tvm_attn._resources import resource_dir
 from tvm_attn.errors import TuningError, one_line
 from tvm_attn.jsonfile import shorten_path
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.schedule import Record
-from tvm_attn.schedule.records import read_records
+from tvm_attn.schedule.records import read_records, user_folder
 from tvm_attn.tuning.calls import calls_of
-from tvm_attn.tuning.search import Measurement
+from tvm_attn.tuning.measurements import geometric_mean, shares
 from tvm_attn.tuning.space import Space
 
 
-def mean_seconds(measurement: Measurement) -> float:
-    """Geometric mean of a candidate's times, so that every size counts the same; infinite if it failed."""
-    return math.inf if measurement.seconds is None else _geometric_mean(measurement.seconds)
-
-
-def _geometric_mean(values: Iterable[float]) -> float:
-    logarithms = [math.log(value) for value in values]
-    return math.exp(sum(logarithms) / len(logarithms))
-
-
-def to_record(space: Space, measurement: Measurement) -> Record:
-    """The record of a measured candidate."""
-    assert measurement.seconds is not None
+def to_record(space: Space, decisions: Mapping[str, int], seconds: tuple[float, ...]) -> Record:
+    """The record of a measured candidate; `seconds` has the time of each of the kernel's calls."""
     limits = [call.limit_seconds(space.target.peak) for call in calls_of(space.kernel)]
-    shares = [limit / time for limit, time in zip(limits, measurement.seconds, strict=True) if limit is not None]
+    share = shares(limits, seconds)
     return Record(
         template=space.template.name,
         version=space.template.version,
         shape=shape_of(space.kernel),
-        decisions=space.at(measurement.indices).decisions,
-        time_us=float(f"{mean_seconds(measurement) * 1e6:.4g}"),
-        fraction_of_peak=round(_geometric_mean(shares), 3) if len(shares) == len(limits) else None,
+        decisions=dict(decisions),
+        time_us=float(f"{geometric_mean(seconds) * 1e6:.4g}"),
+        fraction_of_peak=None if share is None else round(share, 3),
         tvm=tvm.__version__,
         date=date.today().isoformat(),
     )
 
 
 def records_folder(out: str | Path | None, target: str) -> Path:
-    """The folder to which the records of a target are written, in `out` or in this checkout.
-
-    Raises:
-        TuningError: `out` is None, and this is not a checkout.
-    """
-    if out is not None:
-        return Path(out) / target
-    folder = resource_dir("schedules")
-    if not (folder.parent / "pyproject.toml").is_file():
-        raise TuningError("an installed package is not changed: name a folder for the records (--out FOLDER)")
-    return folder / target
+    """The folder to which the records of a target are written: in `out`, or among the user's own files."""
+    return (Path(out) if out is not None else user_folder()) / target
 
 
 def merge(folder: Path, records: Iterable[Record]) -> list[Path]:
-    """Adds records to the files of a target's folder; of two for the same kernel, the faster one is kept.
+    """Adds records to the files of a target's folder; a record for the same kernel is replaced.
 
     Returns:
         The files that hold the given records.
@@ -115,9 +93,7 @@ def _merge(folder: Path, records: Iterable[Record]) -> list[Path]:
         by_file.setdefault(folder / f"{record.template}.jsonl", []).append(record)
     for path, added in by_file.items():
         merged = {record.key: record for record in (read_records(path) if path.exists() else [])}
-        for record in added:
-            if record.key not in merged or record.time_us < merged[record.key].time_us:
-                merged[record.key] = record
+        merged.update((record.key, record) for record in added)
         _write(path, "".join(merged[key].to_line() + "\n" for key in sorted(merged)))
     return sorted(by_file)
 

@@ -1,8 +1,4 @@
-"""The decisions of a template for one kernel, as a search space and as traces of MetaSchedule.
-
-A template builds its own function, from loops that depend on its decisions, so MetaSchedule cannot replay it from a
-plain function of the kernel. A candidate is therefore a schedule that starts from the finished function. Its trace has
-one `sample_categorical` per decision, in the order in which the template takes them, and nothing else.
+"""The decisions of a template for one kernel, as a search space.
 
 What a template may choose can depend on its earlier choices, so a space is a tree: a node for each choice, a branch for
 each of its candidates. Following a path means applying the template.
@@ -10,13 +6,12 @@ each of its candidates. Following a path means applying the template.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
+from tvm import tirx
 
 from tvm_attn.errors import ScheduleError
 from tvm_attn.kernels import Kernel
@@ -34,10 +29,14 @@ class Choice:
     default: int
 
 
+Pick = Callable[[tuple[int, ...], Choice], int]
+"""Takes the path so far and the next choice, and returns the index of a candidate."""
+
+
 class _Walk:
     """A chooser that takes the branch (an index of a candidate) that `pick` returns, and records each choice."""
 
-    def __init__(self, pick: Callable[[tuple[int, ...], Choice], int]) -> None:
+    def __init__(self, pick: Pick) -> None:
         self._pick = pick
         self.choices: list[Choice] = []
         self.indices: tuple[int, ...] = ()
@@ -123,74 +122,76 @@ class Space:
 
         It is an estimate if choices depend on earlier ones.
         """
-        size = 1
-        for choice in self.choices:
-            size *= len(choice.candidates)
-        return size
+        return math.prod(len(choice.candidates) for choice in self.choices)
 
     @property
     def default(self) -> tuple[int, ...]:
         """The template's own decisions, as indices."""
         return tuple(choice.candidates.index(choice.default) for choice in self.choices)
 
-    def at(self, indices: Sequence[int]) -> Candidate:
-        """The candidate at the end of a path.
+    def at(self, decisions: Mapping[str, int]) -> Candidate | None:
+        """The candidate with given decisions, the defaults for all others; None if they do not fit the kernel."""
+
+        def pick(path: tuple[int, ...], choice: Choice) -> int:
+            value = decisions.get(choice.name, choice.default)
+            return choice.candidates.index(value) if value in choice.candidates else -1
+
+        try:
+            candidate = self.follow(pick)
+        except (ScheduleError, IndexError):
+            return None
+        return candidate if -1 not in candidate.indices else None
+
+    def follow(self, pick: Pick) -> Candidate:
+        """The candidate at the end of the path that `pick` takes.
 
         Raises:
             ScheduleError: the decisions do not fit the kernel or the target.
         """
-        return self._follow(lambda path, choice: indices[len(path)])
-
-    def _follow(self, pick: Callable[[tuple[int, ...], Choice], int]) -> Candidate:
         walk = _Walk(pick)
         function = self.template.apply(self.kernel, self.target, walk)
         return Candidate(tuple(walk.choices), walk.indices, function)
 
-    def candidates(self, limit: int) -> list[Candidate]:
-        """At most `limit` candidates whose functions differ, the defaults first.
 
-        If there are more, the others are a random sample. It is the same each time, and a larger limit only adds to it.
-        Decisions that do not fit the kernel or the target are left out.
+class Explorer:
+    """Walks through the candidates of a space, each function once."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._unexplored, self._seen = _Unexplored(), set[int]()
+        for depth, choice in enumerate(space.choices):
+            self._unexplored.at(space.default[:depth], choice)
+
+    def take(self, candidate: Candidate) -> bool:
+        """Marks a candidate as taken; false if its function was taken before."""
+        for depth, choice in enumerate(candidate.choices):
+            self._unexplored.at(candidate.indices[:depth], choice)
+        self._unexplored.close(candidate.indices)
+        identity = tvm_ffi.structural_hash(candidate.function)
+        fresh = identity not in self._seen
+        self._seen.add(identity)
+        return fresh
+
+    def next(self, pick: Callable[[Choice, Sequence[int]], int]) -> Candidate | None:
+        """The next candidate that was not taken, and takes it; None if there are no more.
+
+        Args:
+            pick: chooses one of the open branches, indices into the choice's candidates.
         """
-        default = Candidate(self.choices, self.default, self.function)
-        found, seen = [default], {tvm_ffi.structural_hash(default.function)}
-        unexplored, generator = _Unexplored(), random.Random(0)
-        for depth, choice in enumerate(self.choices):
-            unexplored.at(default.indices[:depth], choice)
-        unexplored.close(default.indices)
         path: tuple[int, ...] = ()
 
-        def pick(before: tuple[int, ...], choice: Choice) -> int:
+        def follow(before: tuple[int, ...], choice: Choice) -> int:
             nonlocal path
-            branch = generator.choice(unexplored.at(before, choice))
+            branch = pick(choice, self._unexplored.at(before, choice))
             path = (*before, branch)
             return branch
 
-        while unexplored.any and len(found) < limit:
+        while self._unexplored.any:
             try:
-                candidate = self._follow(pick)
+                candidate = self._space.follow(follow)
             except ScheduleError:
-                unexplored.close(path)
+                self._unexplored.close(path)
                 continue
-            unexplored.close(candidate.indices)
-            identity = tvm_ffi.structural_hash(candidate.function)
-            if identity not in seen:
-                seen.add(identity)
-                found.append(candidate)
-        return found
-
-
-def to_schedule(candidate: Candidate) -> s_tir.Schedule:
-    """A candidate for MetaSchedule, with its decisions on the trace."""
-    module = tvm.IRModule({"main": candidate.function.with_attr("global_symbol", "main")})
-    result = s_tir.Schedule(module, enable_check=False)
-    for choice, index in zip(candidate.choices, candidate.indices, strict=True):
-        count = len(choice.candidates)
-        result.sample_categorical(list(choice.candidates), [1.0 / count] * count, decision=index)
-    return result
-
-
-def indices_of(trace: s_tir.schedule.Trace) -> tuple[int, ...]:
-    """The path that `to_schedule` put on a trace."""
-    decisions = trace.decisions
-    return tuple(int(decisions[instruction]) for instruction in trace.insts)
+            if self.take(candidate):
+                return candidate
+        return None
