@@ -58,7 +58,7 @@ class SingleKernels:
         set_threads: sets their number of threads.
 
     Raises:
-        TargetError: the manifest does not describe the library's target.
+        ArtifactError, TargetError: the manifest does not describe the library's target.
         CompileError: the kernels cannot be compiled here.
     """
 
@@ -71,6 +71,8 @@ class SingleKernels:
         from tvm_attn.schedule.records import Entry, Record, RecordBook
 
         described = next(entry for entry in artifact.manifest["libraries"] if entry["file"] == library.file)
+        if "hardware" not in described:  # from before manifests described it
+            raise artifact.error(f"its manifest does not describe the hardware of {library.file}")
         target = targets.from_table(described["hardware"], Path(f"{library.target}.toml"))
         records = (Record.from_line(line, MANIFEST) for line in described["records"])
         book = RecordBook(Entry(record, None, Path(MANIFEST)) for record in records)
