@@ -16,7 +16,7 @@ SWIFTSHADER := $(abspath $(VENV))/swiftshader/icd.json
 VULKAN_SOURCES := CMakeLists.txt hatch_build.py $(wildcard tvm_attn/vulkan/src/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint bench clean llama-server swiftshader system system-chromium system-vulkan
+.PHONY: help demo test test-slow lint bench clean llama-server swiftshader system system-aarch64 system-chromium system-vulkan
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,7 +60,7 @@ $(VENV)/.installed-%: pyproject.toml $(VULKAN_SOURCES) $(VENV)/.installed-torch
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
-$(VENV)/.installed-test: | system-vulkan system-chromium
+$(VENV)/.installed-test: | system-vulkan system-chromium system-aarch64
 
 $(VENV)/.installed-torch: | $(BIN)/pip
 	$(PIP) $(TORCH)
@@ -100,6 +100,13 @@ system-chromium: | system-vulkan
 	if [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; then exit 0; fi; \
 	echo "missing for the page of the server: chromium; its tests are skipped until: apt-get install chromium" >&2
+
+# The cross compiler for Arm, which a slow test links with.
+system-aarch64: | system-chromium
+	@! command -v aarch64-linux-gnu-g++ >/dev/null && [ "$$(uname -m)" != aarch64 ] || exit 0; \
+	if [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends g++-aarch64-linux-gnu; then exit 0; fi; \
+	echo "missing for Arm: g++-aarch64-linux-gnu; a test is skipped until: apt-get install g++-aarch64-linux-gnu" >&2
 
 # llama.cpp's server, which the load test is compared with. It is compiled; if that fails, its tests are skipped.
 llama-server: $(VENV)/.installed-test

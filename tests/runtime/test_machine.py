@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from tvm_attn.errors import DeviceError
+from tvm_attn.runtime import machine
 from tvm_attn.runtime.machine import cpu_features, platform_name, thread_count, usable_cores
 
 CORES = 64
@@ -216,3 +218,21 @@ def test_threads_that_work(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == wanted
+
+
+def test_features_of_an_arm_processor(tmp_path: Path) -> None:
+    """Made-up auxiliary vectors; the bits are those of Linux's <asm/hwcap.h>."""
+    file = tmp_path / "auxv"
+
+    def features(*entries: tuple[int, int]) -> set[str]:
+        file.write_bytes(b"".join(struct.pack("<QQ", *entry) for entry in (*entries, (0, 0))))
+        return set(machine._arm_features(file))
+
+    assert features((6, 4096)) == set()
+    assert features((16, 0b11)) == {"fp", "asimd"}
+    # What a Cortex-A76 tells, Armv8.2 with dot products.
+    assert {"asimd", "asimdhp", "asimddp", "fphp"} <= features((16, 0x107FFF), (26, 0))
+    assert features((16, 1 << 1), (26, 1 << 13 | 1 << 14)) == {"asimd", "i8mm", "bf16"}
+    file.write_bytes(b"short")
+    assert machine._arm_features(file) == frozenset()
+    assert machine._arm_features(tmp_path / "missing") == frozenset()

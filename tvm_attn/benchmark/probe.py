@@ -61,7 +61,8 @@ def _build(function: tirx.PrimFunc, target: CpuTarget, threads: int) -> Callable
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "probe.so"
-        export_with_threads(tvm.tirx.build(module, target=tvm.target.Target(target.tvm)), file)
+        built = tvm.tirx.build(module, target=tvm.target.Target(target.tvm))
+        export_with_threads(built, file, target.architecture)
         library = tvm.runtime.load_module(str(file))
     library["set_threads"](threads)
     main: Callable[..., None] = library["main"]

@@ -9,6 +9,7 @@ TVM's CUDA runtime then loads what TVM would have written itself if it had found
 from __future__ import annotations
 
 import os
+import platform
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import tvm_ffi
 from tvm import tirx
 from tvm.tirx import compilation_pipeline
 
+from tvm_attn.compiler.linker import linking
 from tvm_attn.errors import CompileError
 
 PIPELINE = "tvm_attn.cuda"
@@ -125,7 +127,7 @@ def export_library(module: Any, path: Path, fatbin: bytes) -> None:
         assembly.write_text(_ASSEMBLY.format(symbol=f"{prefix}__tvm_ffi__library_bin", blob=blob), encoding="utf-8")
         return str(assembly)
 
-    module.export_library(str(path), fpack_imports=pack)
+    module.export_library(str(path), fcompile=linking(platform.machine()), fpack_imports=pack)
 
 
 _ASSEMBLY = """\

@@ -15,7 +15,7 @@ from tvm_attn.compiler.cuda_graph import capture_graphs, plan_results
 from tvm_attn.compiler.devices import backend_for
 from tvm_attn.compiler.dump import Dump
 from tvm_attn.compiler.fusion import fuse_primitive_functions
-from tvm_attn.compiler.threads import require_cxx
+from tvm_attn.compiler.linker import find_cxx
 from tvm_attn.compiler.workspaces import plan_workspaces
 from tvm_attn.errors import CompileError
 from tvm_attn.model.module import Program
@@ -114,7 +114,7 @@ def compile_program(
         ScheduleError: a kernel has no template, or a record does not fit.
         CompileError: TVM, the C++ compiler or the CUDA compiler failed, or a compiler is missing.
     """
-    require_cxx()
+    find_cxx(target.architecture)
     backend = backend_for(target)
     backend.check(target)  # refuses to start what it cannot finish
     dump = Dump(library.stem)

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from tvm import libinfo
 from tvm_ffi import libinfo as ffi_libinfo
 
-from tvm_attn.errors import CompileError
+from tvm_attn.compiler.linker import linking
 
 SOURCE = Path(__file__).with_name("thread_pool.cc")
 """The pool."""
-
-
-def require_cxx() -> None:
-    """Checks that there is a C++ compiler, which links libraries.
-
-    Raises:
-        CompileError: there is none.
-    """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or shutil.which(compiler) is None:
-        raise CompileError(
-            f"no C++ compiler ({compiler or 'g++, clang++'}) to link the library: install g++ or set CXX"
-        )
 
 
 def include_options() -> list[str]:
@@ -36,15 +21,15 @@ def include_options() -> list[str]:
     return [f"-I{folder}" for folder in folders]
 
 
-def export_with_threads(module: Any, library: Path) -> None:
+def export_with_threads(module: Any, library: Path, architecture: str) -> None:
     """As `module.export_library`; the library gets a function `set_threads(number)` for calls from the same thread.
 
     It is never unloaded, because the pool's threads sleep in it.
 
     Raises:
-        CompileError: there is no C++ compiler.
+        CompileError: there is no C++ compiler for the architecture.
     """
-    require_cxx()
     pool = f"tvm_attn_pool_{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}"
     options = ["-std=c++17", "-O2", "-pthread", "-fvisibility=hidden", f"-DTVM_ATTN_POOL={pool}", "-Wl,-z,nodelete"]
-    module.export_library(str(library), addons=[str(SOURCE)], options=[*options, *include_options()])
+    options += include_options()
+    module.export_library(str(library), fcompile=linking(architecture), addons=[str(SOURCE)], options=options)

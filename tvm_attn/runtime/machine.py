@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import platform
+import struct
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def platform_name() -> str:
 @functools.cache
 def cpu_features() -> frozenset[str]:
     """The CPU's instruction sets, as Linux names them in /proc/cpuinfo; empty on other systems."""
+    if platform.machine() == "aarch64" and (found := _arm_features()):
+        return found
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -33,6 +36,37 @@ def cpu_features() -> frozenset[str]:
         if key.strip() in ("flags", "Features"):
             return frozenset(value.split())
     return frozenset()
+
+
+# Bits of AT_HWCAP and AT_HWCAP2 in Linux's <uapi/asm/hwcap.h> for arm64, those that a target may ask for.
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+_HWCAP = {
+    0: "fp",
+    1: "asimd",
+    3: "aes",
+    7: "crc32",
+    8: "atomics",
+    9: "fphp",
+    10: "asimdhp",
+    12: "asimdrdm",
+    13: "jscvt",
+}
+_HWCAP |= {14: "fcma", 15: "lrcpc", 20: "asimddp", 22: "sve", 23: "asimdfhm"}
+_HWCAP2 = {1: "sve2", 9: "svei8mm", 12: "svebf16", 13: "i8mm", 14: "bf16"}
+
+
+def _arm_features(vector: Path = Path("/proc/self/auxv")) -> frozenset[str]:
+    """A 64-bit Arm processor's instruction sets, from what the kernel tells every process, see getauxval(3).
+
+    An emulator such as qemu-user answers for the processor that it emulates, but shows the host's /proc/cpuinfo.
+    """
+    try:
+        content = vector.read_bytes()
+    except OSError:
+        return frozenset()
+    entries = dict(struct.iter_unpack("<QQ", content[: len(content) // 16 * 16]))
+    names = [(_AT_HWCAP, _HWCAP), (_AT_HWCAP2, _HWCAP2)]
+    return frozenset(name for tag, bits in names for bit, name in bits.items() if entries.get(tag, 0) >> bit & 1)
 
 
 def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self")) -> int:

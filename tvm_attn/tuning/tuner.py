@@ -18,7 +18,7 @@ import tvm
 import tvm_ffi
 
 from tvm_attn.compiler.devices import backend_for, layout_for
-from tvm_attn.compiler.threads import require_cxx
+from tvm_attn.compiler.linker import find_cxx
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError, TuningError, one_line, shorten
 from tvm_attn.inventory import obstacle
@@ -279,8 +279,7 @@ def search(
         TuningError: the work folder is not usable, or no candidate could be measured.
         CompileError: a compiler is missing.
     """
-    if target.device == "cpu":
-        require_cxx()
+    find_cxx(target.architecture)
     backend_for(target).check(target)
     state = _State(target, place, options, tasks, progress)
     with _locked(work):

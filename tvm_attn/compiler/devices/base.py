@@ -8,6 +8,7 @@ from typing import Any
 
 import tvm
 
+from tvm_attn.compiler.linker import linking
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError, one_line
 from tvm_attn.model.layout import Layout
@@ -59,4 +60,4 @@ class Backend:
             library: the path of the library.
             progress: called with a message before a step that takes long.
         """
-        build().export_library(str(library))
+        build().export_library(str(library), fcompile=linking(target.architecture))

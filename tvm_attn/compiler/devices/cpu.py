@@ -32,7 +32,7 @@ class CpuBackend(Backend):
         self, build: Callable[[], Any], target: Any, library: Path, progress: Callable[[str], None] = lambda _: None
     ) -> None:
         """See `Backend`."""
-        export_with_threads(build(), library)
+        export_with_threads(build(), library, target.architecture)
 
     def tvm_target(self, target: Any) -> tvm.target.Target:
         """See `Backend`."""
