@@ -280,6 +280,7 @@ def search(
         CompileError: a compiler is missing.
     """
     find_cxx(target.architecture)
+    backend_for(target).tvm_target(target)  # refuses what LLVM does not know, before workers do
     backend_for(target).check(target)
     state = _State(target, place, options, tasks, progress)
     with _locked(work):
