@@ -217,12 +217,11 @@ def test_a_folder_that_is_no_artifact_is_not_replaced(place: Path, capsys: pytes
         (["--target", "cpu", "--model", "/" + LONG_NAME], "File name too long"),
         (["--target", "cpu", "--model", LONG_NAME], "File name too long"),
         (["--target", "cpu", "--model", "empty"], "empty has no config.json"),
-        (["--target", "cpu", "--frobnicate"], "unknown option '--frobnicate'; see"),
+        (["--target", "cpu", "--xyzzy"], "unknown option '--xyzzy'; see"),
         (["--traget", "cpu"], "unknown option '--traget' (did you mean --target?); see"),
         (["--traget=cpu"], "unknown option '--traget' (did you mean --target?); see"),
         (["--" + HUGE], "unknown option '--999"),
         (["--target", "cpu", "more"], "unrecognized arguments: more"),
-        ([], "required: --target"),
         (["--target"], "argument --target: expected one argument"),
     ],
 )
@@ -230,6 +229,11 @@ def test_what_cannot_be_built(
     command: str, options: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(command, options, capsys)
+
+
+@pytest.mark.parametrize("command", ["build", "kernels"])
+def test_a_target_is_required(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "required: --target" in refused(command, [], capsys)
 
 
 @pytest.mark.parametrize("given", ["", "1,,2", "1.5", "x", "1 2", HUGE])

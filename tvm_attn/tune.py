@@ -106,8 +106,7 @@ def _tune(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     # Names and paths first: importing the compiler takes seconds.
-    detected = args.target in ("auto", "cpu", "cuda", "vulkan")
-    if not detected:
+    if args.target not in ("auto", "cpu", "cuda", "vulkan"):
         check_types(targets.resolve(args.target), args.dtype, args.quant)
     require_compiler()
 
@@ -120,10 +119,6 @@ def _tune(args: argparse.Namespace) -> int:
 
     options = Options(args.trials, args.minutes, args.force)
     with progress(quiet=args.json) as show:
-        if detected:
-            show("looking at the device")
-            args.target, found = tuning.describe_device(args.target)
-            show(found)
         job = tuning.Job(config, args.target, args.dtype, args.quant, args.kernels, args.out, args.work, options)
         if args.dry_run:
             return _dry_run(job, args)

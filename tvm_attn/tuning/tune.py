@@ -46,6 +46,9 @@ from tvm_attn.tuning.tuner import (
 )
 from tvm_attn.tuning.whole import Systems, Verdict, cases_of, judge
 
+DEVICES = ("auto", "cpu", "cuda", "vulkan")
+"""What `--target` may say for this machine's device. One for which there is no target file gets one when it is used."""
+
 
 def tune(
     model: str | Path | GPT2Config = "gpt2",
@@ -64,7 +67,7 @@ def tune(
 
     Args:
         model: as in `tvm_attn.build`, or a configuration; only its sizes matter.
-        target: "auto", "cpu", "cuda" or "vulkan" for this machine's device, see `describe_device`, or the name or file
+        target: "auto", "cpu", "cuda" or "vulkan" for this machine's device, see `find_target`, or the name or file
             of a target that fits it.
         dtype: storage of weights and KV cache.
         quant: quantization of the weights.
@@ -86,38 +89,28 @@ def tune(
         ScheduleError: a kernel has no template, or a record file is malformed.
     """
     config = model if isinstance(model, GPT2Config) else open_config(model)
-    named = describe_device(str(target))[0] if str(target) in ("auto", "cpu", "cuda", "vulkan") else str(target)
-    return Job(config, named, dtype, quant, kernels, out, work, options).run(progress, step, whole_calls=whole_calls)
+    return Job(config, str(target), dtype, quant, kernels, out, work, options).run(
+        progress, step, whole_calls=whole_calls
+    )
 
 
-def describe_device(kind: str) -> tuple[str, str]:
-    """The name of the target for this machine's device, and a line for the user.
+def find_target(named: str) -> Target:
+    """The target that `--target` names, here also this machine's device.
 
-    A device for which there is no file gets one in the user's data folder, with its measured limits.
-
-    Args:
-        kind: "cpu", "cuda" or "vulkan", or "auto": the first GPU that is no software renderer, else the processor.
+    "auto" is the first GPU that is no software renderer, else the processor.
 
     Raises:
-        TargetError, DeviceError: there is no such device.
+        TargetError, DeviceError: there is no such target or device.
     """
+    if named not in DEVICES:
+        return targets.resolve(named)
+    kind = named
     if kind == "auto":
         usable = [name for name in ("cuda", "vulkan") if device_class(name).obstacle() is None]
         kind = next((name for name in usable if not device_class(name).is_software()), "cpu")
     if reason := device_class(kind).obstacle():
         raise DeviceError(f"this machine has no {kind} device: {reason}")
-    target = targets.detect(kind)
-    if target.name in targets.names():
-        return target.name, f"{target.name}: {target.description}"
-    if isinstance(target, CpuTarget):
-        from tvm_attn.benchmark.probe import measure_limits
-
-        limits = measure_limits(target, usable_cores())
-        peak = Peak(round(limits.float32_gflops, 1), round(limits.read_gbytes, 1))
-        target = replace(target, peak=peak)
-    file = targets.user_folder() / f"{target.name}.toml"
-    targets.write(target, file)
-    return target.name, f"described this device in {file}"
+    return targets.detect(kind)
 
 
 class Job:
@@ -141,12 +134,27 @@ class Job:
         if options.trials < 1:
             raise TuningError(f"the number of trials must be positive, not {options.trials}")
         self.config, self.dtype, self.quant, self.options = config, dtype, quant, options
-        self.target: Target = targets.resolve(target)
+        self.target: Target = find_target(target)
         check_types(self.target, dtype, quant)
         self.named = target if target.endswith(".toml") else self.target.name
         self._families = kernels
         self.folder = records_folder(out, self.target.name)
         self.work = Path(work) if work is not None else work_folder(self.target.name)
+
+    def _describe(self, step: Callable[[str, float], None]) -> None:
+        """Writes a target file for a device that has none, with its measured limits: other processes read it."""
+        if self.named.endswith(".toml") or self.target.name in targets.names():
+            return
+        if isinstance(self.target, CpuTarget):
+            from tvm_attn.benchmark.probe import measure_limits
+
+            step("measuring the limits of this processor", 0.0)
+            limits = measure_limits(self.target, usable_cores())
+            peak = Peak(round(limits.float32_gflops, 1), round(limits.read_gbytes, 1))
+            self.target = replace(self.target, peak=peak)
+        file = targets.user_folder() / f"{self.target.name}.toml"
+        targets.write(self.target, file)
+        step(f"described this device in {file}", 0.0)
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -173,8 +181,9 @@ class Job:
         """Searches and writes records; see `tune`. `place` is another device than this machine's."""
         if place is None:
             check_target(self.target, self.dtype, self.quant)
-        tasks = self.tasks
         require_mergeable(self.folder)
+        self._describe(step)
+        tasks = self.tasks
         where = place or local_place(self.target)
         tuned = search(tasks, self.target, self.named, where, self.work, self.options, progress)
         if tuned.interrupted or not tuned.found:
@@ -218,6 +227,7 @@ class Job:
 
     def export(self, folder: Path, step: Callable[[str, float], None]) -> int:
         """Writes a batch for another machine; see `batch.export`."""
+        self._describe(step)
         return batch.export(self.tasks, self.target, self.named, self.work, self.options.trials, folder, step)
 
     def import_results(self, file: Path) -> Tuned:
