@@ -68,7 +68,7 @@ def test_malformed_targets(
     text = (resource_dir("targets") / "cuda-sm80.toml").read_text()
     (tmp_path / "targets").mkdir()
     (tmp_path / "targets" / "mine.toml").write_text(text.replace(before, after))
-    monkeypatch.setattr(targets, "resource_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr("tvm_attn._resources.resource_dir", lambda name: tmp_path / name)
     with pytest.raises(TargetError, match=message):
         targets.read("mine")
 

@@ -197,8 +197,8 @@ def test_ended_at_any_moment(fake: Fake, monkeypatch: pytest.MonkeyPatch, signal
     monkeypatch.setenv("SLEEP", "0")
     again = fake.search().found[0]
     assert again.measured == 20, [line for line in fake.lines if "error" in line]
-    again = [entry for entry in fake.measured[count:] if entry in stored]
-    assert len(again) <= 8  # the finalists
+    twice = [entry for entry in fake.measured[count:] if entry in stored]
+    assert len(twice) <= 8  # the finalists
 
 
 def test_two_searches_in_one_folder(fake: Fake) -> None:
