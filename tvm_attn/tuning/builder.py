@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
         return {}
     target = targets.resolve(request["target"])
     function = schedule(kernel, target, request["decisions"])
-    compile_kernel(function, target, Path(request["library"]))
+    library = Path(request["library"])
+    # Under its own name it is complete: the search looks for the file.
+    temporary = library.with_name(f"part-{os.getpid()}-{library.name}")
+    compile_kernel(function, target, temporary)
+    temporary.replace(library)
     return {}
 
 

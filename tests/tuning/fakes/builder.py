@@ -24,7 +24,9 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
             if fault == "spin-building":
                 while True:
                     pass
-    Path(request["library"]).write_text(json.dumps(request["decisions"]))
+    temporary = Path(f"{request['library']}.part")
+    temporary.write_text(json.dumps(request["decisions"]))
+    temporary.replace(request["library"])
     return {}
 
 
