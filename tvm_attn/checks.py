@@ -76,6 +76,12 @@ def list_of(rule: Rule, give: str, least: int = 0, most: int = 1000) -> Rule:
     return Rule(give, holds)
 
 
+def by_name(give: str, *kinds: type) -> Rule:
+    """A table of values of some types, whatever its keys."""
+    return Rule(give, lambda value: type(value) is dict and all(type(entry) in kinds for entry in value.values()))
+
+
+INTEGERS = by_name("integers by name", int)
 POSITIVE = Rule(
     "a positive number", lambda value: type(value) in (int, float) and 0 < value < 1e300 and math.isfinite(value)
 )

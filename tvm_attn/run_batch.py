@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from tvm_attn import vulkan
 from tvm_attn.cli import Parser, existing_folder, progress, run
 from tvm_attn.runtime.tvm_import import import_tvm, runtime_only
 
@@ -33,6 +34,7 @@ def _run_batch(args: argparse.Namespace) -> int:
 
     with runtime_only():
         import_tvm()
+    vulkan.autoload()  # TVM finds it by itself only where this package is installed
     with progress(quiet=args.json) as show:
         measured, failed = batch.run_batch(args.batch, show)
     file = args.batch / batch.RESULTS

@@ -254,9 +254,10 @@ def _print(tuned: Tuned, seconds: float, args: argparse.Namespace) -> None:
         )
     print_tables([table])
     if tuned.verdict is not None:
-        calls = new_table("whole calls", ("call",), ("before, tokens/s", "after", "ratio"))
+        calls = new_table("whole calls", ("call",), ("before, tokens/s", "after", "ratio", "+-"))
         for call in tuned.verdict.calls:
-            calls.add_row(call.case, f"{call.before:.4g}", f"{call.after:.4g}", f"{call.after / call.before:.3f}")
+            ratio = (f"{call.ratio:.3f}", f"{call.error:.3f}")
+            calls.add_row(call.case, f"{call.before:.4g}", f"{call.after:.4g}", *ratio)
         print_tables([calls])
         for record in tuned.verdict.withdrawn:
             print(f"withdrawn, because a whole call was slower with it: {record.template} {record.decisions}")

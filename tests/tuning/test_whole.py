@@ -11,7 +11,7 @@ from tvm_attn.compiler.devices import layout_for
 from tvm_attn.config import PRESETS
 from tvm_attn.model.gpt2 import build_program
 from tvm_attn.schedule import Record
-from tvm_attn.tuning.whole import WholeCall, cases_of, functions_of, judge, uses
+from tvm_attn.tuning.whole import Systems, WholeCall, cases_of, functions_of, judge, uses
 
 CASES = [Case("prefill", 128), Case("decode", 128), Case("decode", 128, 8)]
 
@@ -115,3 +115,36 @@ def test_cases_fit_small_models() -> None:
         cases = cases_of(replace(PRESETS["gpt2"], n_positions=positions))
         assert cases
         assert all(1 <= case.tokens < positions for case in cases)
+
+
+class FakeModel:
+    """A model whose calls take given times in turn."""
+
+    def __init__(self, *seconds: float) -> None:
+        self._seconds, self.calls = seconds, 0
+
+    def fill(self, case: Case) -> None:
+        pass
+
+    def time(self, case: Case, seconds: float) -> list[float]:
+        self.calls += 1
+        return [self._seconds[self.calls % len(self._seconds)]]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rounds", "slower"),
+    [
+        ((1.0,), (1.1,), 6, True),
+        ((1.0,), (0.9,), 6, False),
+        # Noise is measured until the end; it does not hide 10 %.
+        ((1.0, 1.1), (1.0, 1.1, 1.1, 1.0), 40, False),
+        ((1.0, 1.1), (1.15, 1.25, 1.25), 40, True),
+    ],
+)
+def test_rounds_go_on_until_the_ratio_is_known(
+    before: tuple[float, ...], after: tuple[float, ...], rounds: int, slower: bool
+) -> None:
+    systems = Systems.__new__(Systems)
+    systems._before, systems._after = FakeModel(*before), FakeModel(*after)  # type: ignore[assignment]
+    call = systems.measure(CASES[1])
+    assert (len(call.ratios), call.is_slower) == (rounds, slower)

@@ -17,7 +17,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,6 @@ from tvm_attn.targets import Target
 MOST_FILES = 512
 """Files in the folder; those that were not used for longest are removed beyond that."""
 _LARGEST = 64 << 20
-_SAYS_NOTHING = ("description", "peak", "file", "based_on")
-"""What a target says about the hardware, not about code."""
 _QUIET_SECONDS = 2.0
 """Time after which compiling is reported."""
 
@@ -115,7 +112,7 @@ def _key(kernel: Kernel, target: Target) -> str:
     template = template_for(kernel, target)
     facts = {
         "kernel": shape_of(kernel),
-        "target": {name: value for name, value in asdict(target).items() if name not in _SAYS_NOTHING},
+        "target": target.identity,
         "versions": [tvm_attn.__version__, tvm.__version__],
         "compiler": os.environ.get("CXX"),
         "sources": _sources(),

@@ -22,6 +22,7 @@ from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.numbers import integer
 from tvm_attn.runtime.artifact import Artifact, Library
 from tvm_attn.runtime.devices import device_class
+from tvm_attn.runtime.dlpack import fill
 from tvm_attn.runtime.graph import Steps
 from tvm_attn.runtime.inputs import Inputs, Int32Array, in_groups
 from tvm_attn.runtime.library import load_library
@@ -479,12 +480,9 @@ def _parts(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int, i
 
 
 def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Tensor:
-    """A tensor with the array's content; TVM's own copy of bfloat16 arrays needs two more buffers."""
+    """A tensor with the array's content."""
     tensor = tvm.runtime.empty(array.shape, str(array.dtype), device)
-    if array.dtype.kind in "fiu":
-        tensor.copyfrom(array)
-    else:
-        tensor._create_view(array.shape, "uint16").copyfrom(array.view(np.uint16))
+    fill(tensor, array)
     return tensor
 
 

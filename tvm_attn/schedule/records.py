@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tvm_attn._resources import data_dirs, user_dir
-from tvm_attn.checks import POSITIVE, Rule, integer, problem, text
+from tvm_attn.checks import INTEGERS, POSITIVE, Rule, by_name, integer, problem, text
 from tvm_attn.errors import ScheduleError, one_line
 from tvm_attn.jsonfile import CONFIG_BYTES, parse_json, read_text, shorten_path
 from tvm_attn.kernels import Kernel
@@ -74,15 +74,11 @@ class Record:
         return Record(**table)
 
 
-def _by_name(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: type(value) is dict and all(type(entry) in kinds for entry in value.values())
-
-
 _RULES = {
     "template": text(r"[\w.-]+", "a template's name"),
     "version": integer(0, 10**6),
-    "shape": Rule("the kernel's sizes by name", _by_name(str, int, float, bool, type(None))),
-    "decisions": Rule("integers by name", _by_name(int)),
+    "shape": by_name("the kernel's sizes by name", str, int, float, bool, type(None)),
+    "decisions": INTEGERS,
     "time_us": POSITIVE,
     "fraction_of_peak": Rule("a positive number or null", lambda value: value is None or POSITIVE.holds(value)),
     "tvm": text(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,6 +77,12 @@ class Target(ABC):
     features: tuple[str, ...]
     based_on: str | None = field(default=None, kw_only=True)
     file: Path | None = field(default=None, kw_only=True, compare=False)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides about the code for it: all fields but those that only describe it."""
+        described = ("description", "peak", "based_on", "file")
+        return {name: value for name, value in asdict(self).items() if name not in described}
 
     @classmethod
     @abstractmethod

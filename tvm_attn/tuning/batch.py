@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tvm_attn
-from tvm_attn.checks import Rule, integer, list_of, problem, text
+from tvm_attn.checks import INTEGERS, Rule, integer, list_of, problem, text
 from tvm_attn.errors import TuningError, one_line
 from tvm_attn.jsonfile import parse_json, read_bytes, read_json, read_text, shorten_path
 from tvm_attn.runtime.devices import device_class
@@ -83,6 +83,7 @@ def export(
     """
     from tvm_attn.compiler.devices import backend_for
     from tvm_attn.kernels.base import shape_of
+    from tvm_attn.schedule import RecordBook
     from tvm_attn.tuning.search import BUILDER
     from tvm_attn.tuning.tuner import earlier_decisions, workload_of
 
@@ -91,13 +92,13 @@ def export(
     backend_for(target).check(target)
     part = batch.with_name(f"{batch.name}.part")
     work.mkdir(parents=True, exist_ok=True)
-    log, place = Measurements(work), place_of(target)
+    log, place, book = Measurements(work), place_of(target), RecordBook.load(target)
     entries: list[dict[str, Any]] = []
     requests: list[dict[str, Any]] = []
     for number, task in enumerate(tasks):
         workload, folder = workload_of(task.space, place), f"kernels/{number}"
         known = log.known(workload)
-        candidates = _propose(task, list(known.values()), earlier_decisions(task.space, target), trials)
+        candidates = _propose(task, list(known.values()), earlier_decisions(task.space, book), trials)
         if not candidates:
             continue
         kernel = shape_of(task.space.kernel)
@@ -241,10 +242,7 @@ _NAME = text(r"kernels/\d{1,6}(/\d{1,9}\.so)?", "a file of the batch")
 _CANDIDATE = {
     "file": _NAME,
     "sha256": text(r"[0-9a-f]{64}"),
-    "decisions": Rule(
-        "integers by name",
-        lambda value: type(value) is dict and all(type(entry) is int for entry in value.values()),
-    ),
+    "decisions": INTEGERS,
 }
 _KERNEL = {
     "workload": text(),

@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvm_attn.checks import Rule, integer, problem, text
+from tvm_attn.checks import INTEGERS, Rule, integer, problem, text
 from tvm_attn.errors import TuningError, one_line
 from tvm_attn.jsonfile import parse_json, read_text, shorten_path
 
@@ -63,7 +63,7 @@ class Measurement:
         return Measurement(self.decisions, tuple(map(min, self.seconds, other.seconds)), min(loads, default=None))
 
 
-def geometric_mean(values: tuple[float, ...] | list[float]) -> float:
+def geometric_mean(values: Sequence[float]) -> float:
     """The geometric mean of positive numbers."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
@@ -175,14 +175,10 @@ def _times(value: Any) -> bool:
     return type(value) is list and bool(value) and all(type(time) is float and 0 < time < 1e9 for time in value)
 
 
-def _decisions(value: Any) -> bool:
-    return type(value) is dict and all(type(entry) is int for entry in value.values())
-
-
 _BOTH: dict[str, Rule] = {
     "workload": text(),
     "kernel": text(),
-    "decisions": Rule("integers by name", _decisions),
+    "decisions": INTEGERS,
 }
 _MEASURED = _BOTH | {
     "seconds": Rule("a list of seconds", _times),

@@ -23,7 +23,7 @@ def to_dict(tuned: Tuned) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(json.dumps(asdict(tuned), default=str))
     if tuned.verdict is not None:
         for entry, call in zip(facts["verdict"]["calls"], tuned.verdict.calls, strict=True):
-            entry["slower"] = call.is_slower
+            entry |= {"ratio": call.ratio, "error": call.error, "slower": call.is_slower}
     return facts
 
 
@@ -76,7 +76,7 @@ def _plot_gains(tuned: Tuned, file: Path) -> None:
 
     bars = [(entry.kernel, entry.gain or 1.0, "tab:blue") for entry in tuned.found]
     if tuned.verdict is not None:
-        bars += [(f"whole call: {call.case}", call.after / call.before, "tab:orange") for call in tuned.verdict.calls]
+        bars += [(f"whole call: {call.case}", call.ratio, "tab:orange") for call in tuned.verdict.calls]
     figure = Figure(figsize=(9, 1 + 0.28 * max(1, len(bars))), layout="constrained")
     axes = figure.add_subplot()
     names, values, colours = zip(*reversed(bars), strict=True) if bars else ((), (), ())

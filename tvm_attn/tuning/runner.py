@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from tvm_attn import vulkan
 from tvm_attn.errors import TuningError, VerificationError
 from tvm_attn.runtime.devices import device_class
+from tvm_attn.runtime.dlpack import fill
 from tvm_attn.runtime.machine import thread_count
 from tvm_attn.runtime.tvm_import import import_tvm
 from tvm_attn.tuning.cases import StoredCall, read_calls
@@ -189,28 +191,20 @@ class Runner:
 
     def _tensor(self, array: np.ndarray) -> Any:
         tensor = self._tvm.runtime.empty(array.shape, str(array.dtype), self._place.device)
-        _fill(tensor, array)
+        fill(tensor, np.ascontiguousarray(array))
         return tensor
 
     def _check(self, function: Any, call: StoredCall, arguments: list[Any]) -> None:
         inputs = len(call.inputs)
         # The previous candidate left its results there.
         for index, array in [*((i, call.inputs[i]) for i in call.in_place), *enumerate(call.outputs, inputs)]:
-            _fill(arguments[index], array)
+            fill(arguments[index], np.ascontiguousarray(array))
         function(*arguments)
         results = [arguments[index] for index in (*call.in_place, *range(inputs, len(arguments)))]
         for result, expected in zip(results, call.expected, strict=True):
             error = np.square(result.numpy().astype(np.float64) - expected).sum()
             if not error <= call.nmse * np.square(expected).sum():  # "not", because NaN compares false
                 raise VerificationError(f"{call.name}: the result disagrees with the float64 reference")
-
-
-def _fill(tensor: Any, array: np.ndarray) -> None:
-    array = np.ascontiguousarray(array)
-    if array.dtype.kind in "fiub":
-        tensor.copyfrom(array)
-    else:  # TVM's own copy of bfloat16 arrays needs two more buffers
-        tensor._create_view(array.shape, "uint16").copyfrom(array.view(np.uint16))
 
 
 def main() -> None:
@@ -231,6 +225,9 @@ def main() -> None:
             import_tvm()
             import tvm
 
+            vulkan.autoload()  # TVM finds it by itself only where this package is installed
+            if not options.rpc and (reason := device_class(kind).obstacle(int(index or 0))):
+                raise TuningError(f"{options.device} cannot be used: {reason}")
             if options.rpc:
                 place: Any = Remote(tvm, kind, options.rpc, options.key)
             else:

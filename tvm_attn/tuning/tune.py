@@ -21,7 +21,7 @@ from tvm_attn.model.layout import check_types
 from tvm_attn.model.weights import Weights, open_config
 from tvm_attn.runtime.devices import device_class
 from tvm_attn.runtime.machine import usable_cores
-from tvm_attn.schedule import Record
+from tvm_attn.schedule import Record, RecordBook
 from tvm_attn.schedule.records import record_key
 from tvm_attn.targets import CpuTarget, Peak, Target
 from tvm_attn.tuning import batch
@@ -235,10 +235,11 @@ class Job:
         require_mergeable(self.folder)
         added = batch.import_results(file, self.tasks, self.target, self.work)
         log, place = Measurements(self.work), batch.place_of(self.target)
+        book = RecordBook.load(self.target)
         found, skipped = list[Found](), list[str]()
         for task in self.tasks:
             known = list(log.known(workload_of(task.space, place)).values())
-            entry = found_of(task, known, earlier_decisions(task.space, self.target))
+            entry = found_of(task, known, earlier_decisions(task.space, book))
             if entry is None:
                 skipped.append(task.name)
             else:

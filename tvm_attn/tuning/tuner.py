@@ -10,29 +10,26 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import platformdirs
 import tvm
 import tvm_ffi
 
-from tvm_attn.compiler.devices import backend_for, layout_for
+from tvm_attn.compiler.devices import backend_for
 from tvm_attn.compiler.linker import find_cxx
-from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError, TuningError, one_line, shorten
 from tvm_attn.inventory import obstacle
 from tvm_attn.kernels import Kernel
 from tvm_attn.kernels.base import label, shape_of
-from tvm_attn.model.gpt2 import build_program
-from tvm_attn.model.layout import check_types
 from tvm_attn.model.module import Program
 from tvm_attn.runtime.devices import device_class
 from tvm_attn.runtime.machine import usable_cores
 from tvm_attn.schedule import Record, RecordBook
 from tvm_attn.targets import Target
 from tvm_attn.tuning.calls import calls_of
-from tvm_attn.tuning.measurements import FILE, Measurement, Measurements
+from tvm_attn.tuning.measurements import FILE, Measurement, Measurements, geometric_mean
 from tvm_attn.tuning.records import to_record
 from tvm_attn.tuning.search import BUILDER, RUNNER, Crew, KernelSearch, Place
 from tvm_attn.tuning.space import Space
@@ -196,20 +193,18 @@ def plan_tasks(program: Program, target: Target, families: Sequence[str] | None 
 
 def _least_seconds(kernel: Kernel, target: Target) -> float:
     """What the hardware's limits allow, or a time in proportion to the memory traffic if they are not known."""
-    times = [call.limit_seconds(target.peak) or call.bytes / 1e11 for call in calls_of(kernel)]
-    return math.exp(sum(map(math.log, times)) / len(times))
+    return geometric_mean([call.limit_seconds(target.peak) or call.bytes / 1e11 for call in calls_of(kernel)])
 
 
 def check_target(target: Target, dtype: str, quant: str) -> None:
     """Checks that a target can be measured on this machine.
 
     Raises:
-        TargetError: it cannot, or does not have the dtype or quantization.
+        TargetError: it cannot.
     """
     if reason := obstacle(target, dtype, quant):
         elsewhere = "run the search on such hardware, or see --export and --rpc"
         raise TargetError(f"{target.name} cannot be measured on this machine ({reason}); {elsewhere}")
-    check_types(target, dtype, quant)
 
 
 def local_place(target: Target) -> Place:
@@ -248,13 +243,6 @@ def remote_place(target: Target, tracker: str, key: str) -> Place:
     return Place(target.device, f"rpc {key}", False, usable_cores(), (tracker, key), devices)
 
 
-def tasks_for(
-    config: GPT2Config, target: Target, dtype: str, quant: str, families: Sequence[str] | None = None
-) -> list[Task]:
-    """The kernels of a model to search; see `plan_tasks`."""
-    return plan_tasks(build_program(config, layout_for(config, target, dtype, quant)), target, families)
-
-
 def search(
     tasks: Sequence[Task],
     target: Target,
@@ -264,7 +252,7 @@ def search(
     options: Options = Options(),
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Tuned:
-    """Searches kernels one after another. Writes no records; see `write_records`.
+    """Searches kernels one after another. Writes no records.
 
     Args:
         tasks: the kernels.
@@ -308,7 +296,7 @@ def workload_of(space: Space, place: Place) -> str:
         "choices": [[choice.name, list(choice.candidates)] for choice in space.choices],
         "scheduled": tvm_ffi.structural_hash(space.function),
         "calls": [call.name for call in calls_of(space.kernel)],
-        "target": {name: value for name, value in asdict(space.target).items() if name not in ("description", "peak")},
+        "target": space.target.identity,
         "device": place.name,
         "threads": place.threads,
         "tvm": tvm.__version__,
@@ -316,10 +304,10 @@ def workload_of(space: Space, place: Place) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def earlier_decisions(space: Space, target: Target) -> list[Mapping[str, int]]:
+def earlier_decisions(space: Space, book: RecordBook) -> list[Mapping[str, int]]:
     """The decisions of records for a kernel: the target's own, then those of related targets."""
     found: list[Mapping[str, int]] = []
-    for entry in RecordBook.load(target).entries(space.template, space.kernel):
+    for entry in book.entries(space.template, space.kernel):
         if entry.record.decisions not in found:
             found.append(entry.record.decisions)
     return found
@@ -336,7 +324,8 @@ class _State:
         tasks: Sequence[Task],
         progress: Callable[[Progress], None],
     ) -> None:
-        self._target, self._place, self._options, self._progress = target, place, options, progress
+        self._place, self._options, self._progress = place, options, progress
+        self._book = RecordBook.load(target)
         self._left = list(tasks)
         self._start = time.monotonic()
         self._done, self._measured_here = 0, 0
@@ -349,11 +338,11 @@ class _State:
         """Searches a kernel."""
         seconds = self._seconds_for(task)
         self._left.remove(task)
-        name = label(task.space.kernel)
+        name = task.name
         if seconds is not None and seconds <= 0:
             self.skipped.append(name)
             return
-        first = earlier_decisions(task.space, self._target)
+        first = earlier_decisions(task.space, self._book)
         searched = KernelSearch(
             task.space, workload_of(task.space, self._place), crew, log, self._options.trials, first, seconds
         )
@@ -423,7 +412,7 @@ def found_of(
     default = next((entry for entry in known if usual is not None and entry.decisions == usual.decisions), None)
     before = next((entry for entry in known if first and entry.decisions == first[0]), default)
     return Found(
-        kernel=label(task.space.kernel),
+        kernel=task.name,
         record=to_record(task.space, best.decisions, best.seconds),
         speedup=_ratio(default, best),
         gain=_ratio(before, best),

@@ -6,6 +6,7 @@ new records, the record with the smallest gain of those that it uses is withdraw
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,14 @@ from tvm_attn.benchmark.system import Case
 from tvm_attn.config import GPT2Config
 from tvm_attn.model.module import Program
 from tvm_attn.schedule import Record
+from tvm_attn.tuning.measurements import geometric_mean
 
-ROUNDS = 6
+_LEAST_ROUNDS, _MOST_ROUNDS = 6, 40
 _ROUND_SECONDS = 0.4
-_NOISE = 0.985
-"""A call is slower if the median of the rounds' ratios is below this, and all rounds but one are on that side."""
+_PRECISION = 0.005
+"""Rounds go on until the standard error of the ratio is below this, or there are too many of them."""
+_NOISE = 0.015
+"""A call is slower if its ratio is below 1 by more than this, and by more than two standard errors."""
 
 _FUNCTIONS = {
     "prefill": {"prefill"},
@@ -40,7 +44,7 @@ class WholeCall:
     Attributes:
         case: the call, e.g. "prefill 1023".
         before, after: tokens/s, medians.
-        ratios: after / before of each round.
+        ratios: after / before of each round, at least two.
     """
 
     case: str
@@ -49,10 +53,19 @@ class WholeCall:
     ratios: tuple[float, ...]
 
     @property
+    def ratio(self) -> float:
+        """Geometric mean of the ratios."""
+        return geometric_mean(self.ratios)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the ratio, relative."""
+        return statistics.stdev(map(math.log, self.ratios)) / math.sqrt(len(self.ratios))
+
+    @property
     def is_slower(self) -> bool:
         """Whether it is slower beyond noise."""
-        below = sum(ratio < 1 for ratio in self.ratios)
-        return statistics.median(self.ratios) < _NOISE and below >= len(self.ratios) - 1
+        return math.log(self.ratio) < -max(_NOISE, 2 * self.error)
 
 
 @dataclass(frozen=True)
@@ -132,13 +145,16 @@ class Systems:
         if case.phase == "decode":
             for system in systems:
                 system.fill(case)
-        rounds = []
-        for turn in range(ROUNDS):
-            order = systems if turn % 2 else systems[::-1]
+        rounds: list[tuple[float, ...]] = []
+        while True:
+            order = systems if len(rounds) % 2 else systems[::-1]
             seconds = {id(system): statistics.median(system.time(case, _ROUND_SECONDS)) for system in order}
             rounds.append(tuple(case.tokens_per_call / seconds[id(system)] for system in systems))
-        before, after = (statistics.median(times) for times in zip(*rounds, strict=True))
-        return WholeCall(str(case), before, after, tuple(new / old for old, new in rounds))
+            if len(rounds) >= _LEAST_ROUNDS:
+                before, after = (statistics.median(times) for times in zip(*rounds, strict=True))
+                call = WholeCall(str(case), before, after, tuple(new / old for old, new in rounds))
+                if call.error < _PRECISION or len(rounds) >= _MOST_ROUNDS:
+                    return call
 
 
 def judge(
