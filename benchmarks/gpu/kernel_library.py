@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tvm_attn.errors import BenchmarkError
+from tvm_attn.runtime.tensors import normalised_error, to_device
 from tvm_attn.storage import numpy_dtype
 
 INDEX, ARRAYS = "kernels.json", "cases.npz"
@@ -144,25 +145,6 @@ class KernelLibrary:
         pairs = zip(results, self.arrays(case.expected), strict=True)
         worst = float(np.max([normalised_error(result.numpy(), expected) for result, expected in pairs]))
         return CaseResult(case.index, str(case), worst, case.nmse, worst <= case.nmse, seconds)
-
-
-def to_device(array: np.ndarray, device: Any) -> Any:
-    """A TVM tensor with the content of an array."""
-    import tvm
-
-    tensor = tvm.runtime.empty(array.shape, str(array.dtype), device)
-    if str(array.dtype) == "bfloat16":
-        tensor._create_view(array.shape, "uint16").copyfrom(array.view(np.uint16))
-    else:
-        tensor.copyfrom(array)
-    return tensor
-
-
-def normalised_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """``sum((x - y)**2) / sum(y**2)`` in float64; only the numerator if y is zero."""
-    wanted = expected.astype(np.float64)
-    error, power = float(((actual.astype(np.float64) - wanted) ** 2).sum()), float((wanted**2).sum())
-    return error / power if power else error
 
 
 def _case(position: int, entry: dict[str, Any]) -> StoredCase:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 import tvm_attn
-from benchmarks.gpu.kernel_library import normalised_error
 from benchmarks.gpu.processes import Entry, first_error
 from benchmarks.gpu.systems import make_peer, open_compiled
 from tvm_attn.benchmark.counts import decode_work, prefill_work
@@ -24,6 +23,7 @@ from tvm_attn.benchmark.system import CachedSystem, Case
 from tvm_attn.compiler.verification import verify_artifact
 from tvm_attn.model.params import effective_params
 from tvm_attn.runtime.artifact import Artifact
+from tvm_attn.runtime.tensors import normalised_error
 
 _PROMPTS = ((1, 2, 3), (5,), (7, 11, 13, 17, 19, 23, 29))
 """A ragged batch of token ids that are in every vocabulary."""

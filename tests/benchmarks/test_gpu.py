@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks.compare import check_same_model, parse_peer
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import cases, figures, models, parts, systems, timing
-from benchmarks.gpu.kernel_library import INDEX, KernelLibrary, normalised_error
+from benchmarks.gpu.kernel_library import INDEX, KernelLibrary
 from benchmarks.gpu.kernel_library_build import Timed, write_kernel_library
 from benchmarks.gpu.parts import Part, Settings
 from benchmarks.gpu.peer import GpuPeer
@@ -36,6 +36,7 @@ from tvm_attn.kernels import Argmax, LayerNorm
 from tvm_attn.model.checkpoint import random_params
 from tvm_attn.model.reference import Reference
 from tvm_attn.runtime.artifact import Artifact
+from tvm_attn.runtime.tensors import normalised_error
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import tvm_attn
-from benchmarks.gpu.kernel_library import normalised_error
 from benchmarks.gpu.models import compare_graph
 from tvm_attn.compiler.verification import BOUNDS, verify_artifact
 from tvm_attn.errors import DeviceError
@@ -15,6 +14,7 @@ from tvm_attn.model.params import effective_params
 from tvm_attn.model.reference import Reference
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.model import Model
+from tvm_attn.runtime.tensors import normalised_error
 
 from .conftest import DEVICE
 

@@ -41,14 +41,6 @@ def rows_view(tensor: Any, rows: int, columns: int) -> Any:
     return view
 
 
-def fill(tensor: Any, array: np.ndarray) -> None:
-    """Copies an array into a TVM tensor of its shape and dtype; TVM's own copy of bfloat16 needs two more buffers."""
-    if array.dtype.kind in "fiu":
-        tensor.copyfrom(array)
-    else:
-        tensor._create_view(array.shape, "uint16").copyfrom(array.view(np.uint16))
-
-
 def host_array(values: Any) -> np.ndarray:
     """Values as a NumPy array; tensors of PyTorch and other libraries are copied from whatever device they are on."""
     if not isinstance(values, np.ndarray) and hasattr(values, "__dlpack_device__"):

@@ -22,7 +22,6 @@ from tvm_attn.errors import ArtifactError, DeviceError
 from tvm_attn.numbers import integer
 from tvm_attn.runtime.artifact import Artifact, Library
 from tvm_attn.runtime.devices import device_class
-from tvm_attn.runtime.dlpack import fill
 from tvm_attn.runtime.graph import Steps
 from tvm_attn.runtime.inputs import Inputs, Int32Array, in_groups
 from tvm_attn.runtime.library import load_library
@@ -31,6 +30,7 @@ from tvm_attn.runtime.logprobs import RowLogprobs
 from tvm_attn.runtime.machine import thread_count
 from tvm_attn.runtime.memory import memory_needs
 from tvm_attn.runtime.stream import Stream
+from tvm_attn.runtime.tensors import to_device
 from tvm_attn.runtime.trace import Trace
 from tvm_attn.runtime.worker import worker
 from tvm_attn.storage import numpy_dtype
@@ -179,7 +179,7 @@ class CompiledEngine:
 
         def get(index: int, _name: str) -> tvm.runtime.Tensor:
             try:
-                return _to_device(parameters.read(names[index]), self._device)
+                return to_device(parameters.read(names[index]), self._device)
             except ArtifactError as error:
                 failure.append(error)
                 raise
@@ -477,13 +477,6 @@ def _parts(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int, i
                 call, room = [], most
     if call:
         yield call
-
-
-def _to_device(array: np.ndarray, device: tvm.runtime.Device) -> tvm.runtime.Tensor:
-    """A tensor with the array's content."""
-    tensor = tvm.runtime.empty(array.shape, str(array.dtype), device)
-    fill(tensor, array)
-    return tensor
 
 
 def _load(

@@ -63,7 +63,8 @@ class Worker:
                     stdout=subprocess.PIPE,
                     stderr=file,
                     start_new_session=True,
-                    env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+                    # Not the modules of whatever folder is the current one; before Python 3.11 they come first.
+                    env={**os.environ, **(environment or {}), "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
                 )
         except OSError as error:
             raise TuningError(f"a worker process cannot be started: {one_line(error)}") from error

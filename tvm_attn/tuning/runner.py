@@ -7,7 +7,7 @@
 | `{"calls": FOLDER}` | reads the inputs of a kernel's calls | `{}` |
 | `{"library": FILE}` | checks a candidate and times each call | `{"seconds": [...], "load": CORES}` |
 
-"load" is the number of cores that other programs used meanwhile, or null if that is not known.
+"load" is the number of cores that other programs used meanwhile, or null if that is not known or does not matter.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import numpy as np
 from tvm_attn import vulkan
 from tvm_attn.errors import TuningError, VerificationError
 from tvm_attn.runtime.devices import device_class
-from tvm_attn.runtime.dlpack import fill
 from tvm_attn.runtime.machine import thread_count
+from tvm_attn.runtime.tensors import fill, normalised_error, to_device
 from tvm_attn.runtime.tvm_import import import_tvm
 from tvm_attn.tuning.cases import StoredCall, read_calls
 from tvm_attn.tuning.load import Load
@@ -48,10 +48,15 @@ _EVICT = "tvm_attn.tuning.evict"
 
 
 class Processor:
-    """This machine's processor; the host's clock."""
+    """This machine's processor; the host's clock.
+
+    Attributes:
+        device: TVM's device.
+        uses_cores: whether it computes with this machine's cores, so that other programs on them matter.
+    """
 
     def __init__(self, tvm: Any) -> None:
-        self.device, self._tvm = tvm.cpu(), tvm
+        self.device, self._tvm, self.uses_cores = tvm.cpu(), tvm, True
 
     def load(self, library: Path) -> Any:
         """The module of a candidate's library."""
@@ -92,8 +97,8 @@ class Gpu(Processor):
         import tvm_ffi
 
         super().__init__(tvm)
-        self.device = tvm.runtime.device(kind, index)
-        bytes_ = _SOFTWARE_COLD_BYTES if device_class(kind).is_software(index) else _COLD_BYTES
+        self.device, self.uses_cores = tvm.runtime.device(kind, index), device_class(kind).is_software(index)
+        bytes_ = _SOFTWARE_COLD_BYTES if self.uses_cores else _COLD_BYTES
         self._buffers = [tvm.runtime.empty((bytes_ // 4,), "float32", self.device) for _ in range(2)]
         tvm_ffi.register_global_func(
             _EVICT, lambda *_: self._buffers[0].copyto(self._buffers[1]) and None, override=True
@@ -129,7 +134,7 @@ class Remote:
                 raise TuningError(f"the tracker has no free device with the key {key}")
             time.sleep(1)
         session = lender.request(key, priority=1, session_timeout=0)
-        self._session, self.device, self._kind = session, session.device(kind, 0), kind
+        self._session, self.device, self._kind, self.uses_cores = session, session.device(kind, 0), kind, False
 
     def load(self, library: Path) -> Any:
         """See `Processor`."""
@@ -176,9 +181,10 @@ class Runner:
         if "calls" in request:
             self._calls = []
             for call in read_calls(Path(request["calls"])):
-                arrays = (*call.inputs, *call.outputs)
+                arrays = [np.ascontiguousarray(array) for array in (*call.inputs, *call.outputs)]
                 copies = self._place.copies(call.bytes, arrays)
-                self._calls.append((call, [list(map(self._tensor, arrays)) for _ in range(copies)]))
+                made = [[to_device(array, self._place.device) for array in arrays] for _ in range(copies)]
+                self._calls.append((call, made))
             return {}
         module = self._place.load(Path(request["library"]))
         for call, copies in self._calls:
@@ -187,12 +193,7 @@ class Runner:
         seconds = [self._place.seconds(module, copies) for _, copies in self._calls]
         if not all(0 < time < math.inf for time in seconds):
             raise TuningError(f"the device's clock measured {min(seconds)} s")
-        return {"seconds": seconds, "load": before.since()}
-
-    def _tensor(self, array: np.ndarray) -> Any:
-        tensor = self._tvm.runtime.empty(array.shape, str(array.dtype), self._place.device)
-        fill(tensor, np.ascontiguousarray(array))
-        return tensor
+        return {"seconds": seconds, "load": before.since() if self._place.uses_cores else None}
 
     def _check(self, function: Any, call: StoredCall, arguments: list[Any]) -> None:
         inputs = len(call.inputs)
@@ -202,8 +203,7 @@ class Runner:
         function(*arguments)
         results = [arguments[index] for index in (*call.in_place, *range(inputs, len(arguments)))]
         for result, expected in zip(results, call.expected, strict=True):
-            error = np.square(result.numpy().astype(np.float64) - expected).sum()
-            if not error <= call.nmse * np.square(expected).sum():  # "not", because NaN compares false
+            if not normalised_error(result.numpy(), expected) <= call.nmse:  # "not", because NaN compares false
                 raise VerificationError(f"{call.name}: the result disagrees with the float64 reference")
 
 

@@ -36,6 +36,13 @@ def _nextafter(x: Real, y: Real) -> Real:
     return (x.differs(x) | y.differs(y)).where(x + y, x.equals(y).where(y, result))
 
 
+def _round_half_even(x: Real) -> Real:
+    """RoundEven of 64 bits: Mesa's lavapipe truncates halves on processors without AVX-512."""
+    nearest = x.glsl("RoundEven")
+    even = (2.0 * (x * 0.5).glsl("RoundEven")).with_sign_of(x)
+    return (x - nearest).glsl("FAbs").differs(0.5).where(nearest, even)
+
+
 _ONE: dict[str, Callable[[Real], Real]] = {
     "exp": elementary.exp,
     "exp2": elementary.exp2,
@@ -100,6 +107,8 @@ class Mathematics:
             return self._of_integer(name, arguments)
         if name in ("min", "max"):
             return self.arith.extreme(name, arguments[0], arguments[1])
+        if name == "nearbyint" and first.kind == "float" and first.bits == 64:
+            return _round_half_even(Real(self.arith, arguments[0])).value
         if name in _EXACT:
             return self.arith.glsl(_EXACT[name], dtype, *arguments)
         formula: Callable[..., Any] | None = _ONE.get(name) or _TWO.get(name)
