@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# No test reads the user's own targets and records.
-os.environ["XDG_DATA_HOME"] = "/nonexistent/tvm-attn-tests"
+# No test reads the user's own targets and records; a fixture below sees to it that none writes them.
+_USER_DATA = Path(tempfile.gettempdir(), f"tvm-attn-tests-{os.getpid()}")
+os.environ["XDG_DATA_HOME"] = str(_USER_DATA)
 
 from tvm_attn.runtime.machine import usable_cores  # after the settings above, which libraries read at import
 
@@ -75,6 +77,15 @@ def _skip_what_the_device_lacks() -> Iterator[None]:
         if lacking := re.match(r"vulkan:0 \(.*\) lacks .*(?=, which )", str(error)):
             pytest.skip(lacking[0])
         raise
+
+
+@pytest.fixture(autouse=True)
+def the_users_folder_stays_empty() -> Iterator[None]:
+    """Fails a test that writes targets or records for all later tests to find."""
+    yield
+    written = [str(file) for file in _USER_DATA.rglob("*")]
+    shutil.rmtree(_USER_DATA, ignore_errors=True)
+    assert not written, written
 
 
 def _validation() -> tuple[int, list[str]]:
