@@ -21,10 +21,11 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test reads the user's own targets and records; a fixture below sees to it that none writes them.
-_USER_DATA = Path(tempfile.gettempdir(), f"tvm-attn-tests-{os.getpid()}")
-os.environ["XDG_DATA_HOME"] = str(_USER_DATA)
+os.environ["XDG_DATA_HOME"] = os.path.join(tempfile.gettempdir(), f"tvm-attn-tests-{os.getpid()}")
 
 from tvm_attn.runtime.machine import usable_cores  # after the settings above, which libraries read at import
+
+_USER_DATA = Path(os.environ["XDG_DATA_HOME"])
 
 # A shell starts background jobs with this signal ignored, and they pass that on. Tests interrupt what they run.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -145,6 +145,7 @@ class Job:
         """Writes a target file for a device that has none, with its measured limits: other processes read it."""
         if self.named.endswith(".toml") or self.target.name in targets.names():
             return
+        self.tasks  # noqa: B018  (refuses what cannot be searched before anything is measured or written)
         if isinstance(self.target, CpuTarget):
             from tvm_attn.benchmark.probe import measure_limits
 
@@ -152,6 +153,7 @@ class Job:
             limits = measure_limits(self.target, usable_cores())
             peak = Peak(round(limits.float32_gflops, 1), round(limits.read_gbytes, 1))
             self.target = replace(self.target, peak=peak)
+            del self.tasks  # which are planned for this target
         file = targets.user_folder() / f"{self.target.name}.toml"
         targets.write(self.target, file)
         step(f"described this device in {file}", 0.0)
