@@ -119,6 +119,7 @@ def test_defaults(model):
         "seed": None,
         "logprobs": None,
         "prompt_logprobs": False,
+        "speculate": "auto",
     }
 
 
@@ -126,7 +127,7 @@ def test_every_option_is_passed_on(model):
     command = (
         "dist/x --prompt Hello --max-new-tokens 3 --min-new-tokens 2 -n 2 --temperature 0.5 --top-k 4 "
         "--top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --stop a --stop b --stop-token-id 5 --stop-token-id 6 "
-        "--seed 7 --logprobs 3 --prompt-logprobs --json --device cpu --threads 2 --max-batch 3"
+        "--seed 7 --logprobs 3 --prompt-logprobs --speculate prompt --json --device cpu --threads 2 --max-batch 3"
     )
     assert generate.main(command.split()) == 0
     assert model.loaded == [((Path("dist/x"),), {"device": "cpu", "threads": 2, "max_batch": 3})]
@@ -147,6 +148,7 @@ def test_every_option_is_passed_on(model):
         "seed": 7,
         "logprobs": 3,
         "prompt_logprobs": True,
+        "speculate": "prompt",
     }
 
 
@@ -261,6 +263,8 @@ def test_json(model, capsys):
         "decode_tokens": 1,
         "decode_seconds": 0.5,
         "first_token_seconds": 0.125,
+        "guessed_tokens": 0,
+        "accepted_tokens": 0,
         "prefill_tokens_per_second": 40.0,
         "decode_tokens_per_second": 2.0,
     }

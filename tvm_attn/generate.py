@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="sample as the checkpoint's generation_config.json says, unless other options differ",
     )
+    parser.add_argument(
+        "--speculate",
+        choices=("auto", "draft", "prompt", "off"),
+        help="how tokens are guessed, to compute several at once: by the artifact's draft, or by what followed the "
+        "same words before; auto takes the draft if there is one; the text is the same with each; default: auto",
+    )
     parser.add_argument("--seed", type=integer(None), metavar="S", help="repeat the same sampling")
     parser.add_argument(
         "--logprobs",
@@ -148,6 +154,7 @@ def _generate(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "logprobs": args.logprobs,
         "prompt_logprobs": args.prompt_logprobs or None,
+        "speculate": args.speculate,
     }
     given = {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = dataclasses.asdict(GenerationOptions(stop=[])) | given
@@ -194,6 +201,8 @@ def _generate(args: argparse.Namespace) -> int:
     )
     print(f"first token: after {stats.first_token_seconds:.3f} s", file=sys.stderr)
     print(_speed("decode", stats.decode_tokens, stats.decode_seconds, stats.decode_tokens_per_second), file=sys.stderr)
+    if stats.guessed_tokens:
+        print(f"speculation: {stats.accepted_tokens} of {stats.guessed_tokens} guesses were right", file=sys.stderr)
     return 0
 
 

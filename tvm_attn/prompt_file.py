@@ -103,7 +103,9 @@ def complete_file(
     """
     if source.exists() and target.exists() and os.path.samefile(source, target):
         raise UsageError(f"--prompts and --out are one file, {shorten_path(target)}; name another with --out")
-    settings = json.dumps([identity, asdict(GenerationOptions(**options))], default=sorted, sort_keys=True)
+    given = asdict(GenerationOptions(**options))
+    del given["speculate"]  # changes no result
+    settings = json.dumps([identity, given], default=sorted, sort_keys=True)
     start = hashlib.blake2b(settings.encode(), digest_size=8)
     with ExitStack() as stack:
         file = stack.enter_context(opened(source, GenerationError))

@@ -59,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
         "--shutdown-seconds", type=real, default=30.0, metavar="S", help="for running requests to finish; default: 30"
     )
     parser.add_argument("--access-log", action="store_true", help="log each request on stdout")
+    parser.add_argument(
+        "--speculate",
+        choices=("auto", "draft", "prompt", "off"),
+        default="auto",
+        help="how tokens are guessed, as in tvm-attn generate; default: auto",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or vulkan:0; default: %(default)s")
     parser.add_argument(
         "--threads", type=integer(1, 4096), metavar="N", help="CPU threads; default: all cores that the process may use"
@@ -87,6 +93,7 @@ def _serve(args: argparse.Namespace) -> int:
         with runtime_only(), progress(quiet=True) as show:
             show(f"loading {args.artifact}")
             model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads, max_batch=args.max_batch)
+            model.scheduler.speculate = args.speculate
             model.generate([0], max_new_tokens=2)  # whatever is prepared at the first call
         name = args.name or args.artifact.resolve().name
         is_local = listener.getsockname()[0] in ("127.0.0.1", "::1")

@@ -1,6 +1,7 @@
 """Engines without a compiled model, which check every call against the rules of the cache."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,8 @@ class FakeEngine:
         self.asked: list[str] = []
         self.pauses: dict[int, threading.Event] = {}
         self.max_prefill_rows, self.prefill_chunk, self.writes = config.n_positions, 8, 0
+        self.verified_rows = 1
+        self.draft: FakeEngine | None = None
         self.post = Worker("test").post
 
     def prefill(self, prompts: Sequence[np.ndarray], slots: Sequence[int], starts: Sequence[int]) -> HostLogits:
@@ -75,10 +78,18 @@ class FakeEngine:
     ) -> HostLogits:
         assert not ahead or (positions + 1 < self.config.n_positions).all()
         assert token_ids.dtype == slots.dtype == positions.dtype == np.int32
-        for token_id, slot, position in zip(token_ids, slots, positions, strict=True):
-            assert position == len(self.cache[slot]) < self.config.n_positions
-            self.cache[slot].append(int(token_id))
-        return self._logits("decode", slots.tolist())
+        rows: list[np.ndarray] = []
+        kept: dict[int, list[int]] = {}
+        for token_id, slot, position in zip(token_ids.tolist(), slots.tolist(), positions.tolist(), strict=True):
+            # The rows of a slot follow one another; they may overwrite wrong guesses.
+            before = kept.get(slot, self.cache[slot][:position])
+            assert position == len(before) < self.config.n_positions
+            kept[slot] = [*before, token_id]
+            rows.append(self.next_logits(kept[slot]))
+        self.cache |= kept
+        assert max(Counter(slots.tolist()).values()) <= self.verified_rows
+        logits = self._logits("decode", list(kept))
+        return HostLogits(np.stack(rows), self.asked) if len(rows) > len(kept) else logits
 
     def score(
         self,

@@ -1,6 +1,7 @@
 """The sequences that an engine computes together, step by step, in the thread that makes the engine's calls.
 
-A step is one call of the engine: a token for every running sequence, or a part of the prompts of those that begin.
+A step is one call of the engine: a token for every running sequence, more if some were guessed, or a part of the
+prompts of those that begin.
 While others run, parts are chunks of `prefill_chunk` tokens, and every second step is theirs (chunked prefills, Agrawal
 et al. 2023, "Sarathi"). A prompt whose beginning a slot holds takes it from there.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from threading import get_ident
 from time import perf_counter
 from typing import Any
@@ -16,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from tvm_attn.errors import GenerationError
-from tvm_attn.runtime.decoding import Engine, GenerationStats, Logits, TokenSequence
-from tvm_attn.runtime.request import Feed, wake
+from tvm_attn.runtime.decoding import Choices, Engine, GenerationStats, Logits, TokenSequence
+from tvm_attn.runtime.request import Feed, Token, wake
 from tvm_attn.runtime.slots import Int32Array, Slots, reusable
+from tvm_attn.runtime.speculation import Speculation
 
 _COPIES = 128
 """Tokens of a prompt that are copied from another slot in less time than one is computed."""
@@ -59,6 +62,7 @@ class Batch:
     Attributes:
         unfinished: all entries that have been submitted, in their order, also those that `add` has not got yet.
         slots: the engine's slots.
+        speculation: guesses tokens.
         waiting: what waits for a slot.
         beginning: entries whose prompts are not complete.
         running: entries that get a token in each step.
@@ -72,6 +76,7 @@ class Batch:
         self._engine = engine
         self.unfinished: dict[Entry, None] = {}
         self.slots = Slots(engine.max_batch)
+        self.speculation = Speculation(engine)
         self.waiting: deque[Entry | Job] = deque()
         self.beginning: list[Entry] = []
         self.running: list[Entry] = []
@@ -284,72 +289,97 @@ class Batch:
         return True
 
     def _decode(self) -> None:
-        """Computes one token of each running sequence."""
+        """Computes the next token of each running sequence, and those after it that were guessed right."""
         begin = perf_counter()
         self._is_turn_of_running = False
         entries = list(self.running)
+        sequences = [entry.sequence for entry in entries]
         try:
-            sequences = [entry.sequence for entry in entries]
-            positions = np.array([sequence.length - 1 for sequence in sequences], np.int32)
-            token_ids = np.array([sequence.ids[sequence.length - 1] for sequence in sequences], np.int32)
-            slots = np.array([sequence.slot for sequence in sequences], np.int32)
-            ahead = not self.beginning and all(s.takes_argmax and s.continues for s in sequences)
-            found = self._next_tokens(self._engine.decode(token_ids, slots, positions, ahead=ahead), entries)
+            guesses = self.speculation.guess(sequences)
+            found = self._next_tokens(self._call(sequences, guesses), entries, guesses)
         except BaseException as error:
             self._fail(entries, error)
             return
         seconds = perf_counter() - begin
         for stats in _distinct(entries):
             stats.decode_seconds += seconds
-        for sequence in sequences:
-            sequence.stats.decode_tokens += 1
+        for entry, tokens in found:
+            entry.sequence.stats.decode_tokens += len(tokens)
         self._deliver(found)
 
-    def _next_tokens(self, logits: Logits, entries: Sequence[Entry | None]) -> list[tuple[Entry, str]]:
-        """Chooses a token for each row of the logits that has an entry; returns the entries and their new text.
+    def _call(self, sequences: Sequence[TokenSequence], guesses: Sequence[list[int]]) -> Logits:
+        """The logits of each sequence's last token, and after them those of its guesses."""
+        lengths = [1 + len(guessed) for guessed in guesses]
+        firsts = [sequence.length - 1 for sequence in sequences]
+        ids = [[int(s.ids[first]), *guessed] for s, first, guessed in zip(sequences, firsts, guesses, strict=True)]
+        places = [range(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
+        token_ids, positions = (np.array([value for row in rows for value in row], np.int32) for rows in (ids, places))
+        slots = np.repeat(np.array([sequence.slot for sequence in sequences], np.int32), lengths)
+        is_plain = len(slots) == len(sequences) and not self.beginning
+        ahead = is_plain and all(s.takes_argmax and s.room for s in sequences)
+        begin = perf_counter()
+        logits = self._engine.decode(token_ids, slots, positions, ahead=ahead)
+        self.speculation.record(len(slots), perf_counter() - begin)
+        return logits
 
-        A sequence whose logits are not numbers ends alone.
+    def _next_tokens(
+        self, logits: Logits, entries: Sequence[Entry | None], guesses: Sequence[list[int]] | None = None
+    ) -> list[tuple[Entry, list[Token]]]:
+        """Chooses tokens for those rows of the logits that have an entry.
+
+        An entry has a row, and one for each of its guesses; a row counts if the guesses before it are right. A sequence
+        whose logits are not numbers ends alone.
         """
-        wants_argmax = [entry is not None and entry.sequence.chooses_largest for entry in entries]
-        ids = logits.argmax().tolist() if any(wants_argmax) else []
-        rows = logits.numpy() if any(e and not plain for e, plain in zip(entries, wants_argmax, strict=True)) else None
+        guesses = [[]] * len(entries) if guesses is None else guesses
+        choices = Choices(logits)
+        chosen = np.full(len(entries) + sum(map(len, guesses)), -1, np.int32)
+        pushed: list[tuple[Entry, list[str], int]] = []  # with the first row
+        row = 0
+        for entry, guessed in zip(entries, guesses, strict=True):
+            if entry is not None:
+                try:
+                    texts = self._push(entry.sequence, choices, row, guessed)
+                    end = entry.sequence.length
+                    chosen[row : row + len(texts)] = entry.sequence.ids[end - len(texts) : end]
+                    pushed.append((entry, texts, row))
+                except Exception as error:
+                    self._end(entry, error)
+            row += 1 + len(guessed)
+        counts = [e.sequence.options.logprobs for e, _, _ in pushed if e.sequence.options.logprobs is not None]
+        scores = logits.logprobs(chosen, max(counts)) if counts else None
         found = []
-        scored: list[tuple[int, TokenSequence]] = []
-        chosen = np.full(len(entries), -1, np.int32)
-        for row, entry in enumerate(entries):
-            if entry is None:
-                continue
-            sequence = entry.sequence
-            try:
-                if rows is None or wants_argmax[row]:
-                    text = sequence.push(ids[row])
-                else:
-                    text = sequence.push(sequence.choose(rows[row]))
-                found.append((entry, text))
-                chosen[row] = sequence.ids[sequence.length - 1]
-                if sequence.options.logprobs is not None:
-                    scored.append((row, sequence))
-            except Exception as error:
-                self._end(entry, error)
-        if scored:
-            logprobs = logits.logprobs(chosen, max(sequence.options.logprobs or 0 for _, sequence in scored))
-            for row, sequence in scored:
-                count = sequence.options.logprobs or 0
-                sequence.logprobs.append(logprobs.token(row, int(chosen[row]), count))
+        for entry, texts, row in pushed:
+            tokens = [Token(int(chosen[row + i]), text) for i, text in enumerate(texts)]
+            count = entry.sequence.options.logprobs
+            if scores is not None and count is not None:
+                tokens = [replace(t, logprobs=scores.token(row + i, t.id, count)) for i, t in enumerate(tokens)]
+                entry.sequence.logprobs += [token.logprobs for token in tokens if token.logprobs is not None]
+            found.append((entry, tokens))
         return found
 
-    def _deliver(self, found: list[tuple[Entry, str]]) -> None:
+    def _push(self, sequence: TokenSequence, choices: Choices, row: int, guessed: list[int]) -> list[str]:
+        """Appends the tokens of a sequence's rows, the first of which is `row`; returns their texts."""
+        texts: list[str] = []
+        for guess in [*guessed, None]:
+            token_id = choices.token(row + len(texts), sequence)
+            texts.append(sequence.push(token_id))
+            if token_id != guess or sequence.finish_reason is not None:
+                break
+        self.speculation.count(sequence, len(guessed), len(texts) - 1)
+        return texts
+
+    def _deliver(self, found: list[tuple[Entry, list[Token]]]) -> None:
         """Gives new tokens to those who wait for them, and ends sequences."""
         now = perf_counter()
         self.last = len(found)
-        self.generated_tokens += len(found)
-        for entry, text in found:
+        self.generated_tokens += sum(len(tokens) for _, tokens in found)
+        for entry, tokens in found:
             sequence = entry.sequence
             stats = sequence.stats
             if not stats.first_token_seconds:
                 stats.first_token_seconds = now - sequence.begin
-            logprobs = sequence.logprobs[-1] if sequence.logprobs else None
-            entry.feed.put(int(sequence.ids[sequence.length - 1]), text, logprobs)
+            for token in tokens:
+                entry.feed.put(token)
             if sequence.finish_reason is not None:
                 self._end(entry)
         wake(entry.feed for entry, _ in found)

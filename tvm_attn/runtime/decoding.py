@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +11,17 @@ import numpy.typing as npt
 from tvm_attn.errors import GenerationError, shorten
 from tvm_attn.numbers import integer, is_bool
 from tvm_attn.runtime.logprobs import MOST_LOGPROBS, RowLogprobs, TokenLogprobs
-from tvm_attn.runtime.sampling import NOT_NUMBERS, SamplingOptions, sample, sequence_rng
+from tvm_attn.runtime.sampling import NOT_NUMBERS, Numbers, SamplingOptions, sample, sequence_rng
 
 if TYPE_CHECKING:
     from tvm_attn.config import GPT2Config
+    from tvm_attn.runtime.speculation import Guesser
     from tvm_attn.runtime.tokenizer import Tokenizer
 
 Int32Array = npt.NDArray[np.int32]
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+Speculate: TypeAlias = Literal["auto", "draft", "prompt", "off"]
+"""How tokens are guessed; see `tvm_attn.runtime.speculation`."""
 
 _LARGEST_SEED = (1 << 1024) - 1
 _MOST_COMPLETIONS = 1 << 16
@@ -61,6 +64,14 @@ class Engine(Protocol):
     def writes(self) -> int:
         """Number of calls so far that may have changed the cache."""
 
+    @property
+    def verified_rows(self) -> int:
+        """How many tokens of one sequence `decode` takes, with the results of one token a call; 1 if no more."""
+
+    @property
+    def draft(self) -> "Engine | None":
+        """The model with fewer bits, on the same cache, if it has been loaded."""
+
     def post(self, function: Callable[[], object]) -> None:
         """Have the engine's thread call a function after earlier ones, without waiting for it."""
 
@@ -81,7 +92,9 @@ class Engine(Protocol):
         """Copy the first `length` positions of a slot's cache to another slot."""
 
     def decode(self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array, *, ahead: bool = False) -> Logits:
-        """Run one token per sequence, each argument (B,) int32: token b is written at `positions[b]` of its slot.
+        """Run one token per row, each argument (B,) int32: token b is written at `positions[b]` of its slot.
+
+        The rows are of different slots, or up to `verified_rows` of them are at consecutive positions of one slot.
 
         With `ahead`, only the logits' argmax is wanted, and the next call will probably be for these tokens.
         """
@@ -105,6 +118,9 @@ class GenerationOptions(SamplingOptions):
         and filters; see `tvm_attn.runtime.logprobs`.
     prompt_logprobs: whether those of the prompt's tokens are returned too, as many for each as `logprobs` says. The
         prompt is computed in full, even if a KV-cache slot holds its beginning.
+    speculate: how tokens are guessed, so that one call of the model computes several: "prompt" looks them up in the
+        sequence, "draft" asks the artifact's draft (`build(draft="int4")`), "off" does not guess, and "auto" takes the
+        draft if there is one, on devices that can. No choice changes the result.
 
     Raises GenerationError for a value outside its range.
     """
@@ -117,6 +133,7 @@ class GenerationOptions(SamplingOptions):
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    speculate: Speculate = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +148,9 @@ class GenerationOptions(SamplingOptions):
         if not is_bool(self.prompt_logprobs):
             raise GenerationError(f"prompt_logprobs is {shorten(self.prompt_logprobs)}; it must be True or False")
         self._set("prompt_logprobs", bool(self.prompt_logprobs))
+        if self.speculate not in get_args(Speculate):
+            choices = ", ".join(get_args(Speculate))
+            raise GenerationError(f"speculate is {shorten(self.speculate)}; it must be one of {choices}")
         if self.seed is not None:
             self._set("seed", integer("seed", self.seed, 0, _LARGEST_SEED))
         self._set("stop", tuple(_stop_string(stop) for stop in _several("stop", self.stop)))
@@ -188,6 +208,8 @@ class GenerationStats:
 
     prompt_tokens: tokens of the prompts that have been read.
     reused_tokens: those of them that were not computed, because a KV-cache slot held them already.
+    guessed_tokens: tokens that were guessed; see `tvm_attn.runtime.speculation`.
+    accepted_tokens: those of them that are part of a completion.
     """
 
     prompt_tokens: int = 0
@@ -196,6 +218,8 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     first_token_seconds: float = 0.0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -207,6 +231,30 @@ class GenerationStats:
     def decode_tokens_per_second(self) -> float | None:
         """Decoded tokens per second, over all sequences; None before the first decode step."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
+
+
+class Choices:
+    """Tokens for rows of logits; copies no more of them to the host than they need.
+
+    Args:
+        logits: the logits.
+    """
+
+    def __init__(self, logits: Logits) -> None:
+        self._logits = logits
+        self._largest: list[int] | None = None
+        self._rows: npt.NDArray[np.float32] | None = None
+
+    def token(self, row: int, sequence: "TokenSequence", ahead: int | None = None) -> int:
+        """The token that a sequence takes from a row; -1 for logits with NaN. `ahead` and errors as in
+        `TokenSequence.choose`."""
+        if sequence.chooses_largest(ahead or 0):
+            if self._largest is None:
+                self._largest = self._logits.argmax().tolist()
+            return self._largest[row]
+        if self._rows is None:
+            self._rows = self._logits.numpy()
+        return sequence.choose(self._rows[row], ahead)
 
 
 class StopScanner:
@@ -253,6 +301,7 @@ class TokenSequence:
         stats: of its request, which other sequences may share.
         ids: (T + most new tokens,) int32, of which the first `length` are valid.
         slot: its KV-cache slot, or -1.
+        guesser: guesses its next tokens.
         cached: positions of the slot that hold its prompt.
         finish_reason: set when it ends, unless by an error.
         error: why it failed.
@@ -276,6 +325,7 @@ class TokenSequence:
         self.length = len(prompt)
         self.options, self.stats = options, stats
         self.slot, self.cached = -1, 0
+        self.guesser: Guesser | None = None
         self.pieces: list[str] = []
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
@@ -285,7 +335,7 @@ class TokenSequence:
         if (largest := max(options.logit_bias, default=0)) >= config.vocab_size:
             message = f"logit_bias holds the token id {largest}; the model's vocabulary is 0..{config.vocab_size - 1}"
             raise GenerationError(message)
-        self._rng = sequence_rng(options.seed, index)
+        self._numbers = Numbers(sequence_rng(options.seed, index))
         self._stop_token_ids = options.stop_ids(config.eos_token_ids)
         self._vocabulary = config.vocab_size
         self._decoder = None if tokenizer is None else tokenizer.stream_decoder()
@@ -294,20 +344,19 @@ class TokenSequence:
         self._shortest = len(prompt) + options.min_new_tokens if self._stop_token_ids else 0
         self._is_plain_argmax = options.is_plain_argmax
 
-    @property
-    def chooses_largest(self) -> bool:
-        """Whether the next token is that of the largest logit, whatever it is."""
-        return self._is_plain_argmax and self.length >= self._shortest
+    def chooses_largest(self, ahead: int = 0) -> bool:
+        """Whether the next token, or the one that comes after `ahead` others, is that of the largest logit."""
+        return self._is_plain_argmax and self.length + ahead >= self._shortest
 
     @property
-    def continues(self) -> bool:
-        """Whether it goes on after the next token, unless that ends it."""
-        return self.length + 1 < len(self.ids)
+    def room(self) -> int:
+        """How many tokens can come after the next one."""
+        return len(self.ids) - self.length - 1
 
     @property
     def takes_argmax(self) -> bool:
         """Whether the index of the largest logit is all that is wanted of the logits."""
-        return self.chooses_largest and self.options.logprobs is None
+        return self.chooses_largest() and self.options.logprobs is None
 
     @property
     def unscored(self) -> int:
@@ -326,16 +375,20 @@ class TokenSequence:
         count = self.options.logprobs or 0
         self.prompt_logprobs += [scores.token(row, token_id, count) for row, token_id in enumerate(ids)]
 
-    def choose(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token for its logits (V,).
+    def choose(self, logits: npt.NDArray[np.float32], ahead: int | None = None) -> int:
+        """The next token for its logits (V,); takes its random number.
+
+        With `ahead`, the token that would be chosen after so many others, which stand in `ids` behind `length`.
 
         Raises:
             GenerationError: the logits are not numbers.
         """
-        if self.length < self._shortest:
+        length = self.length + (ahead or 0)
+        numbers = self._numbers if ahead is None else self._numbers.peek(ahead)
+        if length < self._shortest:
             logits = logits.copy()
             logits[[token_id for token_id in self._stop_token_ids if token_id < self._vocabulary]] = -np.inf
-        return sample(logits, self.ids[: self.length], self.options, self._rng, len(self.prompt))
+        return sample(logits, self.ids[:length], self.options, numbers, len(self.prompt))
 
     def push(self, token_id: int) -> str:
         """Appends a generated token; returns a piece of text, perhaps "", and sets `finish_reason` if this is the end.

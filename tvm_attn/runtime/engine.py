@@ -72,6 +72,7 @@ class CompiledEngine:
     Attributes:
         library: the library that runs.
         writes: number of calls so far that may have changed the KV cache.
+        draft: the artifact's draft on the same cache, if it has been loaded.
 
     Raises:
         ArtifactError: a file is damaged, or the library is not what the manifest says.
@@ -104,6 +105,7 @@ class CompiledEngine:
         self._inputs = Inputs(device, self._stream.wait)
         self._wants_graph = graph
         self.writes = 0
+        self.draft: CompiledEngine | None = None
         self.run(self._load, artifact, stream)
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -215,6 +217,11 @@ class CompiledEngine:
         return self.library.max_prefill_rows
 
     @property
+    def verified_rows(self) -> int:
+        """How many tokens of one sequence `decode` takes in a call, with the bits of one token a call; 1 if no more."""
+        return self.library.rows if device_class(self.library.device).in_host_memory else 1
+
+    @property
     def prefill_chunk(self) -> int:
         """Tokens of prompts that a scheduler computes between two steps of running sequences."""
         return device_class(self.library.device).prefill_chunk
@@ -281,11 +288,12 @@ class CompiledEngine:
     def decode(
         self, token_ids: Int32Array, slots: Int32Array, positions: Int32Array, *, ahead: bool = False
     ) -> DeviceLogits:
-        """Runs one token per sequence.
+        """Runs one token per row.
 
         Args:
             token_ids, slots, positions: int32 (B,); token b is written at `positions[b]` of its slot and attends to all
-                positions up to it.
+                positions up to it, also to those that this call writes: rows may be of one slot, at consecutive
+                positions. On processors that gives the bits of one token a call.
             ahead: whether the next call will probably be for the same sequences and the ids of the largest logits, at
                 positions inside the context: where the library has steps, that step starts at once, and of these logits
                 only `argmax` can be read.

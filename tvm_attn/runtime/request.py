@@ -53,10 +53,10 @@ class Feed:
         self._readers: list[asyncio.Future[None]] = []  # tasks that wait for a token
         self._waiters: list[asyncio.Future[None]] = []  # and for the end
 
-    def put(self, token_id: int, text: str, logprobs: TokenLogprobs | None) -> None:
+    def put(self, token: Token) -> None:
         """Adds a token."""
         if self._tokens is not None:
-            self._tokens.put(Token(token_id, text, logprobs))
+            self._tokens.put(token)
 
     def end(self) -> None:
         """Says that no more tokens follow."""

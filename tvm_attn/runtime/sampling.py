@@ -9,9 +9,10 @@ Arithmetic is float64 from the temperature on; bias and penalties are applied in
 decoding breaks near-ties as transformers does.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +121,43 @@ def sequence_rng(seed: int | None, index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
 
 
+class Random(Protocol):
+    """Where `sample` takes a random number from; NumPy's generators are such."""
+
+    def random(self) -> float:
+        """The next number, in [0, 1)."""
+
+
+class Numbers:
+    """The random numbers of a sequence, which can be looked at before they are taken.
+
+    Args:
+        rng: the source; nobody else may use it.
+    """
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._seen: deque[float] = deque()
+
+    def random(self) -> float:
+        """Takes the next number."""
+        return self._seen.popleft() if self._seen else self._rng.random()
+
+    def peek(self, ahead: int) -> Random:
+        """A source of the number that comes after `ahead` others; it stays where it is."""
+        while len(self._seen) <= ahead:
+            self._seen.append(self._rng.random())
+        return _Constant(self._seen[ahead])
+
+
+@dataclass(frozen=True)
+class _Constant:
+    number: float
+
+    def random(self) -> float:
+        return self.number
+
+
 def distribution(
     logits: FloatArray, previous_ids: Sequence[int] | IdArray, options: SamplingOptions, prompt_length: int = 0
 ) -> npt.NDArray[np.float64]:
@@ -144,7 +182,7 @@ def sample(
     logits: FloatArray,
     previous_ids: Sequence[int] | IdArray,
     options: SamplingOptions,
-    rng: np.random.Generator,
+    rng: Random,
     prompt_length: int = 0,
 ) -> int:
     """Draw one token id from `distribution(...)` of the same arguments by inverting its cumulative sum.

@@ -25,6 +25,7 @@ from tvm_attn.runtime.decoding import (
     Engine,
     GenerationOptions,
     GenerationStats,
+    Speculate,
     TokenSequence,
 )
 from tvm_attn.runtime.prompts import Prompt, Prompts, prompt_ids, read_prompts
@@ -185,6 +186,20 @@ class Scheduler:
         return result
 
     @property
+    def speculate(self) -> Speculate:
+        """What requests with the option "auto" do; may be set at any time.
+
+        Raises:
+            GenerationError: when set to what the model or its device cannot do.
+        """
+        return self._batch.speculation.default
+
+    @speculate.setter
+    def speculate(self, value: Speculate) -> None:
+        self._batch.speculation.kind(value)
+        self._batch.speculation.default = value
+
+    @property
     def stats(self) -> SchedulerStats:
         """The present state."""
         batch = self._batch
@@ -225,6 +240,7 @@ class Scheduler:
     ) -> list[TokenSequence]:
         if options.stop and self.tokenizer is None:
             raise TokenizerError("stop strings need a tokenizer, which the artifact lacks; use stop_token_ids")
+        self._batch.speculation.kind(options.speculate)  # refuses what the model cannot do
         sequences = []
         for number in range(len(prompts.items)):
             name = "the prompt" if len(prompts.items) == 1 else f"prompt {number + 1} of {len(prompts.items)}"
