@@ -1,12 +1,14 @@
 """Speculation against plain decoding, one sequence, taking turns.
 
-    tvm-attn build --model gpt2 --random-weights --target cpu --out dist/gpt2
-    python -m benchmarks.speculate dist/gpt2 --json benchmarks/results/speculate-CPU-float32.json
+    tvm-attn build --model gpt2 --random-weights --target cpu --draft int4 --out dist/gpt2-draft
+    python -m benchmarks.speculate dist/gpt2-draft --json benchmarks/results/speculate-CPU-float32.json
+    python -m benchmarks.speculate --acceptance dist/demo-draft
 
-Every call of the model, and of its draft if it has one, is made and measured. What they answer is replayed: random
-weights have no draft that is right as often as that of a trained model, so the text is given, and the draft is right at
-a given rate, the share of tokens for which the demo model's int4 copy has the same most likely token on its validation
-text.
+Every call of the model and of its draft is made and measured. What they answer is replayed: random weights have no
+draft that is right as often as that of a trained model, so the text is given, and the draft is right at a given rate,
+the share of tokens for which the demo model's int4 copy has the same most likely token on its validation text.
+With --acceptance, a trained model and its draft are compared on a text instead: how often a guess is accepted when
+tokens are sampled, by our rule and by rejection sampling.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import tvm_attn
 from tvm_attn.benchmark.machine import describe_machine
 from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats, Speculate
 from tvm_attn.runtime.machine import usable_cores
+from tvm_attn.runtime.sampling import SamplingOptions, distribution
 from tvm_attn.runtime.scheduler import Scheduler
 from tvm_attn.runtime.speculation import Lookup
 
@@ -122,6 +125,31 @@ def _measure(artifact: Path, rate: float, prompt: int, tokens: int, rounds: int)
     }
 
 
+def _acceptance(artifact: Path, text: Path, temperatures: list[float]) -> dict[str, dict[str, float]]:
+    """Probabilities that a guess is accepted, by temperature: means over the text."""
+    model, copy = (tvm_attn.load(folder, device="cpu", draft=False) for folder in (artifact, artifact / "draft"))
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(text.read_text(encoding="utf-8"))
+    length = min(model.config.n_positions, 256)
+    rows = [ids[first : first + length] for first in range(0, min(len(ids) - length, 8 * length), length)]
+    pairs = [(m, d) for row in rows for m, d in zip(model.logits([row])[0], copy.logits([row])[0], strict=True)]
+    found: dict[str, dict[str, float]] = {}
+    for temperature in temperatures:
+        options = SamplingOptions(temperature=temperature)
+        ours, rejection, likeliest = [], [], []
+        for logits, drafted in pairs:
+            p, q = distribution(logits, [], options), distribution(drafted, [], options)
+            rejection.append(np.minimum(p, q).sum())
+            likeliest.append(p[drafted.argmax()])
+            # The same number falls into the same token's interval of both cumulative sums.
+            high = np.minimum(p.cumsum(), q.cumsum())
+            low = np.maximum(p.cumsum() - p, q.cumsum() - q)
+            ours.append(np.maximum(high - low, 0).sum())
+        columns = {"same number": ours, "rejection sampling": rejection, "most likely token": likeliest}
+        found[str(temperature)] = {name: float(np.mean(values)) for name, values in columns.items()}
+    return found
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speculate", description=(__doc__ or "").splitlines()[0])
@@ -131,12 +159,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each case (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--acceptance", type=Path, metavar="TEXT", help="compare rules of acceptance on a text")
     options = parser.parse_args()
-    result = _measure(options.artifact, options.rate, options.prompt, options.tokens, options.rounds)
-    print("| case | tokens/s | ratio | guesses that were right |\n|---|---|---|---|")
-    for name, row in result["results"].items():
-        right = "-" if row["right"] is None else f"{row['right']:.0%}"
-        print(f"| {name} | {statistics.median(row['tokens_per_second']):.1f} | {row['ratio']:.2f} | {right} |")
+    if options.acceptance is not None:
+        result: dict[str, Any] = _acceptance(options.artifact, options.acceptance, [0.0, 0.5, 0.7, 1.0])
+        print(json.dumps(result, indent=1))
+    else:
+        result = _measure(options.artifact, options.rate, options.prompt, options.tokens, options.rounds)
+        print("| case | tokens/s | ratio | guesses that were right |\n|---|---|---|---|")
+        for name, row in result["results"].items():
+            right = "-" if row["right"] is None else f"{row['right']:.0%}"
+            print(f"| {name} | {statistics.median(row['tokens_per_second']):.1f} | {row['ratio']:.2f} | {right} |")
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -80,7 +80,7 @@ def _attend(args: argparse.Namespace) -> int:
     text = read_stdin() if args.text == "-" else args.text
     with runtime_only(), progress(quiet=args.json) as show:
         show(f"loading {args.artifact}")
-        model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads, max_batch=1)
+        model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads, max_batch=1, draft=False)
         given = args.ids if text is None else text
         ids = prompt_ids("the text", given, model.config, model.tokenizer).tolist()
         lens: Any = [] if kind == ".png" else model.logit_lens(ids, top=LENS_TOP)

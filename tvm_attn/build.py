@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         help="use the tuned records there, TARGET/*.jsonl or *.jsonl, before all others",
     )
     parser.add_argument(
+        "--draft",
+        choices=("int8", "int4"),
+        help="add a copy of the weights with fewer bits that guesses tokens, which the model then checks several at a "
+        "time: the same text, sooner; for processors",
+    )
+    parser.add_argument(
         "--out",
         type=output_folder,
         metavar="FOLDER",
@@ -94,7 +100,7 @@ def _build(args: argparse.Namespace) -> int:
         from tvm_attn.compiler.build import build
 
         verify = not args.no_verify
-        options = {"verify": verify, "progress": show, "records": args.records}
+        options = {"verify": verify, "progress": show, "records": args.records, "draft": args.draft}
         built = build(weights, args.target, args.dtype, args.quant, args.out, **options)
     seconds = time.perf_counter() - start
     if args.json:

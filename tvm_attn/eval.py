@@ -56,7 +56,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     with runtime_only(), progress() as show:
         show(f"loading {args.artifact}")
-        model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads)
+        model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads, draft=False)
         message = f"scoring {name}"
         show(message)
         begin = perf_counter()

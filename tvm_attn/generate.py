@@ -177,7 +177,10 @@ def _generate(args: argparse.Namespace) -> int:
     # Generating needs TVM's runtime only, and that library loads faster than the one with the compiler.
     with runtime_only(), progress(quiet=True) as show:
         show(f"loading {args.artifact}")
-        model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads, max_batch=args.max_batch)
+        extra = {"draft": False} if args.speculate in ("prompt", "off") else {}
+        model = tvm_attn.load(
+            args.artifact, device=args.device, threads=args.threads, max_batch=args.max_batch, **extra
+        )
     if args.use_generation_config:
         options |= model.generation_config | given
     if args.prompts is not None:

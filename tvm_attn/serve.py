@@ -92,7 +92,13 @@ def _serve(args: argparse.Namespace) -> int:
 
         with runtime_only(), progress(quiet=True) as show:
             show(f"loading {args.artifact}")
-            model = tvm_attn.load(args.artifact, device=args.device, threads=args.threads, max_batch=args.max_batch)
+            model = tvm_attn.load(
+                args.artifact,
+                device=args.device,
+                threads=args.threads,
+                max_batch=args.max_batch,
+                draft=args.speculate in ("auto", "draft"),
+            )
             model.scheduler.speculate = args.speculate
             model.generate([0], max_new_tokens=2)  # whatever is prepared at the first call
         name = args.name or args.artifact.resolve().name

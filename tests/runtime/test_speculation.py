@@ -1,6 +1,7 @@
 """Speculation changes no result: what is generated with guesses is what is generated without them."""
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import tvm_attn
 from tests.runtime.engines import CONTEXT, EOS, ScriptedEngine, byte_tokenizer, scripted
 from tests.runtime.test_independence import FORMATS, bits_of, random_ids, same
+from tvm_attn.compiler.replacement import check_out
 from tvm_attn.config import param_shapes
-from tvm_attn.errors import GenerationError
+from tvm_attn.errors import ArtifactError, GenerationError, TargetError
 from tvm_attn.model.reference import Reference
 from tvm_attn.runtime.artifact import Artifact
 from tvm_attn.runtime.decoding import Completion, GenerationOptions, GenerationStats, Speculate, TokenSequence
@@ -98,6 +100,54 @@ def test_a_model_generates_the_same(model: Model, options: dict[str, Any]) -> No
         assert stats.guessed_tokens >= stats.accepted_tokens
         if text in batch and options == {"max_new_tokens": 60}:
             assert stats.guessed_tokens
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def drafted(request: pytest.FixtureRequest, demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tvm_attn.compiler.build import build
+
+    folder = tmp_path_factory.mktemp("drafted") / "artifact"
+    build(demo_model_dir, target="cpu", dtype=request.param, draft="int4", out=folder, verify=False)
+    return folder
+
+
+def test_a_draft_changes_nothing(drafted: Path) -> None:
+    model, plain = (tvm_attn.load(drafted, "cpu", draft=draft) for draft in (True, False))
+    prompts: list[Any] = ["Return the list of", "Once upon a time", [7], "The cat"]
+    for options in OPTIONS:
+        for batch in (prompts[:1], prompts[:2], prompts):
+            stats = GenerationStats()
+            given = {"max_new_tokens": 40} | options
+            assert model.generate(batch, **given, stats=stats) == plain.generate(batch, **given, speculate="off")
+            if len(batch) == 1 and options in ({}, {"temperature": 0.7, "seed": 5}):
+                assert stats.accepted_tokens > stats.guessed_tokens / 4  # a draft of other weights would not be right
+    with pytest.raises(GenerationError, match="--draft int4"):
+        plain.generate("Hello", speculate="draft")
+
+
+def test_a_draft_is_an_artifact_that_the_manifest_covers(drafted: Path, tmp_path: Path) -> None:
+    assert tvm_attn.load(drafted / "draft", "cpu").engine.draft is None
+    copy = Path(shutil.copytree(drafted, tmp_path / "copy"))
+    for name in ("draft/manifest.json", "draft/params/params_shard_0.bin"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-1] + b"?")
+        with pytest.raises(ArtifactError):
+            tvm_attn.load(copy, "cpu")
+        assert tvm_attn.load(copy, "cpu", draft=False).engine.draft is None
+        (copy / name).write_bytes(content)
+    check_out(copy)  # may be replaced: everything in it is its own
+    (copy / "draft" / "notes.txt").touch()
+    with pytest.raises(ArtifactError, match=r"draft/notes\.txt"):
+        check_out(copy)
+
+
+@pytest.mark.parametrize(("target", "quant", "draft"), [("cuda", "none", "int4"), ("cpu", "int4", "int4")])
+def test_a_draft_that_makes_no_sense_is_refused(target: str, quant: str, draft: str, tmp_path: Path) -> None:
+    from tvm_attn.compiler.build import build
+
+    with pytest.raises(TargetError, match="draft"):
+        build("demo", target=target, quant=quant, draft=draft, out=tmp_path / "artifact")
+    assert not list(tmp_path.iterdir())
 
 
 def generate(engine: ScriptedEngine, prompt: list[int], speculate: Speculate = "prompt", **options: Any) -> Any:

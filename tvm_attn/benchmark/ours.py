@@ -34,7 +34,7 @@ class CompiledSystem(CachedSystem):
 
     def __init__(self, folder: Path, threads: int, max_batch: int, device: str = "cpu") -> None:
         self.artifact = Artifact(folder)
-        model = tvm_attn.load(folder, device, threads=threads, max_batch=max_batch)
+        model = tvm_attn.load(folder, device, threads=threads, max_batch=max_batch, draft=False)
         self.device, self._engine = model.device, model.engine
         self.library = self._engine.library
         self.config = self._engine.config

@@ -83,7 +83,7 @@ def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None
 
 def write_manifest(folder: Path, body: dict[str, Any]) -> None:
     """Adds the size and SHA-256 of every file in the folder to the body, and writes it as the manifest."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     body["files"] = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash(path, "sha256")}
         for path in paths

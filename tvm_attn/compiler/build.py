@@ -32,7 +32,7 @@ from tvm_attn.model.params import stored_params
 from tvm_attn.model.weights import Weights, open_weights
 from tvm_attn.onnx.checkpoint import OnnxCheckpoint
 from tvm_attn.onnx.compare import compare_with_file
-from tvm_attn.runtime.artifact import FORMAT, Artifact, Library, identity
+from tvm_attn.runtime.artifact import DRAFT, FORMAT, Artifact, Library, identity
 from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.schedule import RecordBook
 from tvm_attn.schedule.plan import Planned, Sources
@@ -66,6 +66,7 @@ def build(
     dtype: str = "float32",
     quant: str = "none",
     out: str | Path | None = None,
+    draft: str | None = None,
     verify: bool = True,
     random_weights: bool = False,
     progress: Callable[[str], None] = lambda message: None,
@@ -80,6 +81,8 @@ def build(
         target: "cpu" for this machine, or names of targets, separated by commas; see `targets.resolve_all`.
         dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are always float32.
         quant: "none", "int8" or "int4": matrices with a scale for every 32 weights, multiplied as integers.
+        draft: "int8" or "int4": the artifact also holds a copy with this quantization, for processors, which guesses
+            tokens; see `tvm_attn.runtime.speculation`. It is an artifact of its own in the folder "draft".
         out: the artifact's folder; default `dist/<model's name>`. An artifact there is replaced once the build has
             succeeded; anything else there is an error.
         verify: compare the compiled functions with PyTorch; if it is not installed, a note says so. The weights of an
@@ -97,36 +100,86 @@ def build(
     """
     resolved = targets.resolve_all(target, dtype)
     _check_choices(resolved, dtype, quant)
+    drafting = _check_draft(resolved, dtype, quant, draft)
     books = {entry.name: RecordBook.load(entry, None if records is None else Path(records)) for entry in resolved}
     progress("reading the checkpoint")
     weights = model if isinstance(model, Weights) else open_weights(model, random_weights, progress)
     notes = [*weights.notes]
-    stored_types(weights.config, dtype, quant)  # refuses what cannot be quantized, before minutes of work
+    for kind in (quant, draft or quant):
+        stored_types(weights.config, dtype, kind)  # refuses what cannot be quantized, before minutes of work
     if verify and isinstance(weights.checkpoint, OnnxCheckpoint):
         progress("the file in ONNX Runtime")
         notes.append(compare_with_file(weights.checkpoint))
     folder = Path(out) if out is not None else Path("dist") / weights.name
-    reports: dict[str, Report | None] = {}
-    sources: dict[str, Sources] = {}
+    writer = _Writer(weights, books, verify, notes, progress)
     with artifact_folder(folder) as temporary:
-        progress("writing the parameters")
-        write_params(temporary, packed_first(stored_params(weights.params(), dtype, quant)))
+        if draft is not None:
+            (temporary / DRAFT).mkdir()
+            writer.write(temporary / DRAFT, drafting, dtype, draft, "of the draft")
+        reports, sources = writer.write(temporary, resolved, dtype, quant)
+    return Built(folder, weights.source, reports, tuple(notes), sources)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes artifacts of the same weights.
+
+    Attributes:
+        weights: the weights.
+        books: the tuned records of each target.
+        verify: whether to compare libraries with PyTorch.
+        notes: receives what the user should know.
+        progress: told what is being done.
+    """
+
+    weights: Weights
+    books: dict[str, RecordBook]
+    verify: bool
+    notes: list[str]
+    progress: Callable[[str], None]
+
+    def write(
+        self, folder: Path, resolved: list[Target], dtype: str, quant: str, label: str = ""
+    ) -> tuple[dict[str, Report | None], dict[str, Sources]]:
+        """Writes an artifact; returns the report and the schedules' sources of each target."""
+        weights, sources = self.weights, {}
+        self.progress(f"writing the parameters {label}".rstrip())
+        write_params(folder, packed_first(stored_params(weights.params(), dtype, quant)))
         tokenizer = weights.tokenizer_json()
         if tokenizer is not None:
-            (temporary / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+            (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         body = _manifest(weights, dtype, quant)
         for entry in resolved:
-            progress(f"compiling for {entry.name}")
-            book = books[entry.name]
-            described, planned = _compile(weights.config, entry, dtype, quant, temporary, progress, book)
+            self.progress(f"compiling for {entry.name} {label}".rstrip())
+            book = self.books[entry.name]
+            described, planned = _compile(weights.config, entry, dtype, quant, folder, self.progress, book)
             body["libraries"].append(described)
             sources[entry.name] = Sources.of(planned)
-        write_manifest(temporary, body)
-        if verify:
-            reports = _verify_libraries(temporary, resolved, weights, body, notes, progress)
-            write_manifest(temporary, body)
-    reports = reports or dict.fromkeys((entry.name for entry in resolved), None)
-    return Built(folder, weights.source, reports, tuple(notes), sources)
+        write_manifest(folder, body)
+        reports: dict[str, Report | None] = {}
+        if self.verify:
+            reports = _verify_libraries(folder, resolved, weights, body, self.notes, self.progress, label)
+            write_manifest(folder, body)
+        return reports or dict.fromkeys((entry.name for entry in resolved), None), sources
+
+
+def _check_draft(resolved: list[Target], dtype: str, quant: str, draft: str | None) -> list[Target]:
+    """The targets that a draft is compiled for.
+
+    Raises:
+        TargetError: there are none, or the draft would not have fewer bits than the model.
+    """
+    if draft is None:
+        return []
+    drafting = [entry for entry in resolved if entry.device == "cpu"]
+    if not drafting:
+        raise TargetError("a draft is for processors, and no target is one; leave --draft out, or add --target cpu")
+    smaller = {"none": ("int8", "int4"), "int8": ("int4",)}.get(quant, ())
+    if draft not in smaller:
+        fitting = " or ".join(smaller) or "none"
+        raise TargetError(f"a draft has fewer bits than the model ({dtype}, {quant}), not {draft}; possible: {fitting}")
+    _check_choices(drafting, dtype, draft)
+    return drafting
 
 
 def _check_choices(resolved: list[Target], dtype: str, quant: str) -> None:
@@ -202,8 +255,11 @@ def _verify_libraries(
     body: dict[str, Any],
     notes: list[str],
     progress: Callable[[str], None],
+    label: str,
 ) -> dict[str, Report | None]:
     if find_spec("torch") is None:
+        if label:
+            return {}
         notes.append("not checked: PyTorch is not installed; pip install torch, then tvm-attn verify")
         return {}
     reports: dict[str, Report | None] = {}
@@ -226,5 +282,5 @@ def _verify_libraries(
             progress("accuracy of the quantized model")
             accuracy = measure_accuracy(weights.config, weights.params(), engine, weights.tokenizer_json())
             entry["accuracy"] = accuracy.to_dict()
-            notes.append(f"{target.name}: {accuracy.summary()}")
+            notes.append(f"{target.name}{label and ', draft'}: {accuracy.summary()}")
     return reports

@@ -126,12 +126,13 @@ def _require_replaceable(place: Path, out: Path) -> None:
 
 def _foreign(place: Path, own: set[str]) -> Iterator[str]:
     """Names of everything in an artifact's folder except its `own` files."""
+    own_folders = {"params", *(parent for path in own if (parent := os.path.dirname(path)))}
     for folder, folders, files in os.walk(place):
         for name in sorted(files) + sorted(folders):
             path = os.path.relpath(os.path.join(folder, name), place)
-            if path not in own and path != "params" and not path.startswith(_UNFINISHED):
+            if path not in own and path not in own_folders and not path.startswith(_UNFINISHED):
                 yield path
-        folders[:] = [name for name in folders if name == "params"]
+        folders[:] = [name for name in folders if os.path.relpath(os.path.join(folder, name), place) in own_folders]
 
 
 @contextmanager

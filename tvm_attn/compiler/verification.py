@@ -233,7 +233,7 @@ def verify_artifact(
     parse_device(device)
 
     def check(artifact: Artifact) -> Report:
-        loaded = load_opened(artifact, device, max_batch=VERIFY_BATCH)
+        loaded = load_opened(artifact, device, max_batch=VERIFY_BATCH, draft=False)
         return verify(artifact, loaded.engine, progress, reference_device(loaded.device))
 
     return open_artifact(folder, check)

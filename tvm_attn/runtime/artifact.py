@@ -32,6 +32,8 @@ from tvm_attn.runtime.machine import cpu_features, platform_name
 from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 
 MANIFEST = "manifest.json"
+DRAFT = "draft"
+"""The folder of an artifact that holds its draft, an artifact too; see `tvm_attn.runtime.speculation`."""
 PARAMS_INDEX = "params/tensor-cache.json"
 FORMAT = 6
 """Version of the artifact's format; a reader accepts its own version only. In 5, a model has several end tokens, and no
@@ -120,15 +122,16 @@ class Artifact:
 
     Args:
         folder: a folder written by `tvm_attn.build`.
+        whole: the artifact whose draft this is.
 
     Raises:
         ArtifactError: the folder is not an artifact, its manifest is altered or malformed, or its format or TVM version
             differs.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, whole: Artifact | None = None) -> None:
         self.folder = _path(folder)
-        self._descriptor = self._open_folder()
+        self._descriptor = self._open_folder(whole)
         # Not at exit: a daemon thread may still read, and the system closes it.
         weakref.finalize(self, os.close, self._descriptor).atexit = False
         self.manifest = self._read_manifest()
@@ -169,9 +172,11 @@ class Artifact:
         what = " ".join(what[:_MESSAGE].split())
         return ArtifactError(f"artifact {shorten_path(self.folder)}: {what}; build it again with tvm-attn build")
 
-    def _open_folder(self) -> int:
+    def _open_folder(self, whole: Artifact | None) -> int:
         place = shorten_path(self.folder)
         try:
+            if whole is not None:
+                return os.open(DRAFT, os.O_RDONLY | os.O_DIRECTORY, dir_fd=whole._descriptor)
             return os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             raise ArtifactError(f"no such folder: {place}; tvm-attn build writes artifacts") from None
@@ -325,6 +330,21 @@ class Artifact:
         except UnicodeDecodeError as error:
             raise self.error(f"tokenizer.json is not UTF-8 ({error})") from error
 
+    def draft(self, library: Library) -> tuple[Artifact, Library] | None:
+        """The draft for a library, and the draft's library; None if there is none.
+
+        Raises:
+            ArtifactError: the draft is damaged, or not of this model.
+        """
+        if f"{DRAFT}/{MANIFEST}" not in self._files or library.device != "cpu":
+            return None
+        self.read_array(f"{DRAFT}/{MANIFEST}", CONFIG_BYTES)
+        draft = Artifact(self.folder / DRAFT, self)
+        found = [other for other in draft.libraries if other.target == library.target]
+        if not found or (draft.config, draft.dtype) != (self.config, self.dtype):
+            raise self.error("its draft is that of another model")
+        return draft, found[0]
+
     @cached_property
     def parameters(self) -> Parameters:
         """The canonical parameters."""
@@ -402,7 +422,7 @@ def _strings(values: list[Any]) -> tuple[str, ...]:
 def _files(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The manifest's table of files, checked: names inside the folder, each with a size and a SHA-256."""
     for name, entry in table.items():
-        if not re.fullmatch(r"(params/)?\w[\w.-]*", name, re.ASCII):
+        if not re.fullmatch(r"(draft/)?(params/)?\w[\w.-]*", name, re.ASCII):
             raise TypeError(f"{shorten(name)} is no file of an artifact")
         _entry(entry, "bytes", int), _entry(entry, "sha256", str)
     return table

@@ -68,6 +68,7 @@ class CompiledEngine:
         graph: whether `decode` runs the steps of the library, as CUDA graphs, where it has them.
         stream: of a CUDA device, as an integer; see `tvm_attn.runtime.stream`.
         threads: threads of a processor that compute a call; see `tvm_attn.runtime.machine.thread_count`.
+        draft: whether the artifact's draft is loaded too, if it has one for the library.
 
     Attributes:
         library: the library that runs.
@@ -89,6 +90,7 @@ class CompiledEngine:
         graph: bool = True,
         stream: int | None = None,
         threads: int | None = None,
+        draft: bool = False,
     ) -> None:
         if stream is not None:
             if not device_class(library.device).has_streams:
@@ -107,6 +109,8 @@ class CompiledEngine:
         self.writes = 0
         self.draft: CompiledEngine | None = None
         self.run(self._load, artifact, stream)
+        if draft and (found := artifact.draft(library)) is not None:
+            self.draft = self.run(self._with_weights, *found)
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls a function while no other thread uses this engine or another one on the same device.
@@ -147,6 +151,13 @@ class CompiledEngine:
         """An engine with the same parameters and cache that calls another build of the same functions."""
         engine = copy.copy(self)
         engine._bind(machine, set_threads)
+        return engine
+
+    def _with_weights(self, artifact: Artifact, library: Library) -> CompiledEngine:
+        """An engine with the parameters of another artifact and the same cache."""
+        engine = self.on(*_load(artifact, library, self._device, None))
+        engine.library = library
+        engine._params = engine._pack(artifact)
         return engine
 
     def _bind(self, machine: VirtualMachine, set_threads: SetThreads | None) -> None:

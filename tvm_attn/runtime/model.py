@@ -54,6 +54,7 @@ class Model:
         graph: bool = True,
         stream: int | None = None,
         threads: int | None = None,
+        draft: bool = True,
     ) -> None:
         import tvm
 
@@ -74,6 +75,7 @@ class Model:
             graph=graph,
             stream=stream,
             threads=threads,
+            draft=draft,
         )
         self.scheduler = Scheduler(self.engine, self.tokenizer)
 
@@ -239,7 +241,8 @@ class Model:
             prompts: text, token ids, a tokenizer's result, or a list of these; see `tvm_attn.runtime.prompts`.
             stats: filled with counts and times.
             options: the fields of `GenerationOptions`: max_new_tokens, min_new_tokens, n, temperature, top_k, top_p,
-                min_p, repetition_penalty, stop, stop_token_ids, seed, logprobs, prompt_logprobs; None is the default.
+                min_p, repetition_penalty, stop, stop_token_ids, seed, logprobs, prompt_logprobs, speculate; None is the
+                default.
                 Greedy if no sampling option is given. Also input_ids and attention_mask instead of `prompts`, so that
                 the result of a transformers tokenizer can be passed as `**inputs`.
 
@@ -303,6 +306,7 @@ def load(
     max_batch: int = 8,
     graph: bool = True,
     stream: int | None = None,
+    draft: bool = True,
 ) -> Model:
     """Loads an artifact.
 
@@ -318,6 +322,7 @@ def load(
             otherwise its kernels are launched one by one, with the same result.
         stream: the CUDA stream that the work goes to, as an integer such as `torch.cuda.Stream().cuda_stream`, which
             must outlive the model; None is the default stream. See `tvm_attn.runtime.stream`.
+        draft: whether the artifact's draft is loaded too, if it has one; see `tvm_attn.runtime.speculation`.
 
     Raises:
         ArtifactError: the artifact is damaged, or not for this machine or TVM version.
@@ -330,7 +335,7 @@ def load(
     return open_artifact(
         folder,
         lambda artifact: load_opened(
-            artifact, device, threads=threads, max_batch=max_batch, graph=graph, stream=stream
+            artifact, device, threads=threads, max_batch=max_batch, graph=graph, stream=stream, draft=draft
         ),
     )
 
@@ -343,8 +348,9 @@ def load_opened(
     max_batch: int = 8,
     graph: bool = True,
     stream: int | None = None,
+    draft: bool = True,
 ) -> Model:
     """As `load`, for an artifact that is already open."""
     import_tvm()
     artifact.check_versions()
-    return Model(artifact, device, max_batch, graph=graph, stream=stream, threads=threads)
+    return Model(artifact, device, max_batch, graph=graph, stream=stream, threads=threads, draft=draft)
