@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         "time: the same text, sooner; for processors",
     )
     parser.add_argument(
+        "--kv",
+        choices=("int8",),
+        help="store the KV cache as integers with a scale for every head and token; default: as --dtype says",
+    )
+    parser.add_argument(
         "--out",
         type=output_folder,
         metavar="FOLDER",
@@ -84,7 +89,7 @@ def _build(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     # Names and paths first: importing the compiler takes seconds.
     for target in targets.check_names(args.target):
-        check_types(target, args.dtype, args.quant)
+        check_types(target, args.dtype, args.quant, args.kv)
     require_compiler()
 
     from tvm_attn.compiler.replacement import check_out
@@ -100,7 +105,7 @@ def _build(args: argparse.Namespace) -> int:
         from tvm_attn.compiler.build import build
 
         verify = not args.no_verify
-        options = {"verify": verify, "progress": show, "records": args.records, "draft": args.draft}
+        options = {"verify": verify, "progress": show, "records": args.records, "draft": args.draft, "kv": args.kv}
         built = build(weights, args.target, args.dtype, args.quant, args.out, **options)
     seconds = time.perf_counter() - start
     if args.json:

@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s"
     )
     parser.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="default: %(default)s")
+    parser.add_argument("--kv", choices=("int8",), help="the KV cache's dtype; default: as --dtype says")
     parser.add_argument(
         "--records",
         type=existing_folder,
@@ -52,21 +53,25 @@ def _list(args: argparse.Namespace) -> int:
     from tvm_attn.runtime.tvm_import import require_compiler
 
     for target in targets.check_names(args.target):
-        check_types(target, args.dtype, args.quant)
+        check_types(target, args.dtype, args.quant, args.kv)
     require_compiler()
 
     from tvm_attn.model.weights import open_config
 
     config, target = open_config(args.model), targets.resolve(args.target)
-    check_types(target, args.dtype, args.quant)
+    check_types(target, args.dtype, args.quant, args.kv)
     with progress(quiet=True) as show:
         show("scheduling the kernels")
         from tvm_attn.compiler.plan import kernel_plan
 
-        planned = kernel_plan(config, target, args.dtype, args.quant, args.records)
+        planned = kernel_plan(config, target, args.dtype, args.quant, args.records, args.kv)
     if args.json:
         kernels = [entry.to_dict() for entry in planned]
-        print(json.dumps({"target": target.name, "dtype": args.dtype, "quant": args.quant, "kernels": kernels}))
+        print(
+            json.dumps(
+                {"target": target.name, "dtype": args.dtype, "quant": args.quant, "kv": args.kv, "kernels": kernels}
+            )
+        )
     else:
         _print(planned, f"{args.model} on {target.name}, {args.dtype}, quantization {args.quant}")
     return 0

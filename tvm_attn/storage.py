@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "int4")
+KV_DTYPES = ("int8",)
+"""Dtypes of the KV cache besides the storage dtype."""
+CACHE_WORD = 4
+"""Values of the int8 KV cache in a word, each D / 4 dimensions from the next."""
 GROUP = 32
 """G, the number of inputs that share a scale."""
 TABLES = ("wte.weight", "lm_head.weight")
@@ -45,6 +49,14 @@ def numpy_dtype(name: str) -> np.dtype:
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
+
+
+def cache_row(dtype: str, head_dim: int) -> tuple[int, str]:
+    """Elements and dtype of a row of the KV cache: a head's key or value at one position.
+
+    Rows of an int8 cache are int32 words, see `tvm_attn.kernels.cache_write`.
+    """
+    return (head_dim // CACHE_WORD + 1, "int32") if dtype == "int8" else (head_dim, dtype)
 
 
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:

@@ -18,7 +18,7 @@ from tvm_attn.config import PRESETS, GPT2Config, param_shapes
 CONFIG = GPT2Config.from_dict(
     {"model_type": "gpt2", "vocab_size": 211, "n_positions": 64, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_inner": 80}
 )
-FLOAT32 = Storage("float32", "float32")
+FLOAT32 = Storage("float32", "float32", "float32")
 
 
 def counted_products(config: GPT2Config, tokens: int, batch: int, last_only: bool) -> int:
@@ -64,7 +64,11 @@ def test_attention_is_causal() -> None:
 
 @pytest.mark.parametrize(
     ("storage", "weight_bits", "cache_bytes"),
-    [(FLOAT32, 32, 4), (Storage("bfloat16_pairs", "bfloat16"), 16, 2), (Storage("int4", "float32"), 4 + 0.5, 4)],
+    [
+        (FLOAT32, 32, 4),
+        (Storage("bfloat16_pairs", "bfloat16", "bfloat16"), 16, 2),
+        (Storage("int4", "float32", "float32"), 4 + 0.5, 4),
+    ],
 )
 def test_bytes_are_those_of_the_parameters_and_the_cache(
     storage: Storage, weight_bits: float, cache_bytes: int

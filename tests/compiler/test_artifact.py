@@ -282,13 +282,16 @@ def test_no_library_is_compiled_for_the_meaning_of_tokens(altered: Path) -> None
 
 
 TOP_LEVEL: list[tuple[str, Any, str]] = [
-    ("format", 2, "format 2 is not this version's format 6"),
+    ("format", 2, "format 2 is not this version's format 7"),
     ("format", "3", "format '3'"),
     ("dtype", "float64", "dtype 'float64'"),
     ("dtype", [], r"dtype \[\]"),
     ("dtype", "float16", "compiled for dtype 'float32', not 'float16'"),
     ("quantization", "int3", "quantization 'int3'"),
     ("quantization", None, "quantization None"),
+    ("kv", "int4", "a KV cache in 'int4' is not supported"),
+    ("kv", [], r"a KV cache in \[\] is not supported"),
+    ("kv", "int8", "compiled for kv 'float32', not 'int8'"),
     ("versions", {"tvm": "0.1"}, r"built with tvm 0\.1, here .* is installed"),
     ("versions", {}, "built with tvm None"),
     *(("versions", value, "versions") for value in (None, [], "x")),
@@ -312,7 +315,7 @@ def test_edited_manifest(altered: Path, key: str, value: Any, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    "key", ["format", "model", "generation", "dtype", "quantization", "versions", "libraries", "files"]
+    "key", ["format", "model", "generation", "dtype", "quantization", "kv", "versions", "libraries", "files"]
 )
 def test_manifest_without_an_entry(altered: Path, key: str) -> None:
     edit_manifest(altered, lambda manifest: manifest.pop(key))

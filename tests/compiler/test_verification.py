@@ -66,7 +66,16 @@ def to_bfloat16(values: torch.Tensor) -> torch.Tensor:
 
 def to_int8(values: torch.Tensor) -> torch.Tensor:
     """Symmetric, 32 neighbours to a scale."""
-    groups = values.unflatten(-1, (-1, 32))
+    return _to_int8(values, 32)
+
+
+def to_int8_rows(values: torch.Tensor) -> torch.Tensor:
+    """Symmetric, a scale for each head; those of both models below have 64 dimensions."""
+    return _to_int8(values, 64)
+
+
+def _to_int8(values: torch.Tensor, count: int) -> torch.Tensor:
+    groups = values.unflatten(-1, (-1, count))
     scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return ((groups / scales).round() * scales).flatten(-2)
 
@@ -127,6 +136,7 @@ ROUNDED: list[tuple[str, Rounding | None, Rounding | None]] = [
     ("float16", to_float16, None),
     ("bfloat16", to_bfloat16, None),
     ("bfloat16", to_bfloat16, to_bfloat16),
+    ("int8 cache", to_int8_rows, None),
     ("int8", None, to_int8),
     ("int4", None, to_int8),
 ]

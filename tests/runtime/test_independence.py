@@ -18,7 +18,14 @@ from tvm_attn.runtime.engine import CompiledEngine
 from tvm_attn.runtime.model import Model
 
 SLOTS, CONTEXT, VOCABULARY = 5, 256, 2048
-FORMATS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quant": "int8"}, "int4": {"quant": "int4"}}
+FORMATS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quant": "int8"},
+    "int4": {"quant": "int4"},
+    "int8 cache": {"kv": "int8"},
+    "int8 cache, bfloat16": {"kv": "int8", "dtype": "bfloat16"},
+}
 
 
 @pytest.fixture(scope="module", params=FORMATS)

@@ -32,25 +32,33 @@ from tvm_attn.tuning.space import Space
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype", "quant"),
+    ("target", "dtype", "quant", "kv"),
     [
-        ("cpu-x86-64", "float32", "none"),
-        ("cpu-znver4", "float32", "none"),
-        ("cpu-znver4", "bfloat16", "none"),
-        ("cpu-znver4", "float32", "int4"),
-        ("vulkan-generic", "float16", "int8"),
-        ("cuda-sm90", "float32", "none"),
-        ("cuda-sm90", "float16", "none"),
-        ("cuda-sm90", "bfloat16", "int4"),
+        ("cpu-x86-64", "float32", "none", None),
+        ("cpu-znver4", "float32", "none", None),
+        ("cpu-znver4", "bfloat16", "none", None),
+        ("cpu-znver4", "float32", "int4", None),
+        ("vulkan-generic", "float16", "int8", None),
+        ("cuda-sm90", "float32", "none", None),
+        ("cuda-sm90", "float16", "none", None),
+        ("cuda-sm90", "bfloat16", "int4", None),
+        ("cpu-znver4", "bfloat16", "none", "int8"),
+        ("vulkan-generic", "float32", "none", "int8"),
     ],
 )
-def test_every_kernel_with_choices_has_calls(target: str, dtype: str, quant: str) -> None:
+def test_every_kernel_with_choices_has_calls(target: str, dtype: str, quant: str, kv: str | None) -> None:
     resolved = targets.read(target)
     config = replace(PRESETS["gpt2"], n_layer=1)
-    program = build_program(config, layout_for(config, resolved, dtype, quant))
+    program = build_program(config, layout_for(config, resolved, dtype, quant, kv))
     one_of_each = {(kernel.family, getattr(kernel, "groups", None)): kernel for kernel in program.kernels.values()}
     tuned = [kernel for kernel in one_of_each.values() if Space.of(kernel, resolved).size > 1]
-    assert {kernel.family for kernel in tuned} >= {"linear", "qkv_linear", "head", "prefill_attention"}
+    assert {kernel.family for kernel in tuned} >= {
+        "linear",
+        "head",
+        "prefill_attention",
+        "cache_write" if kv and "cpu" not in target else "linear",
+    }
+    assert kv or any(kernel.family == "qkv_linear" for kernel in tuned)
     for kernel in tuned:
         assert calls_of(kernel), label(kernel)
 

@@ -34,10 +34,12 @@ class Storage:
 
     Attributes:
         weights: format of the matrices, as `tvm_attn.kernels` names it.
-        cache: dtype of the KV cache and of everything that is not quantized.
+        dtype: storage dtype of everything that is not quantized.
+        cache: dtype of the KV cache.
     """
 
     weights: str
+    dtype: str
     cache: str
 
     @property
@@ -47,8 +49,13 @@ class Storage:
 
     @property
     def cache_bytes(self) -> float:
-        """Bytes per element of the KV cache."""
+        """Bytes per element of the KV cache; in int8 a float32 scale for 64 values."""
         return _WEIGHT_BYTES[self.cache]
+
+    @property
+    def dtype_bytes(self) -> float:
+        """Bytes per element of the position table."""
+        return _WEIGHT_BYTES[self.dtype]
 
     @property
     def arithmetic(self) -> str:
@@ -105,8 +112,8 @@ def _forward(
     attention = 4 * ((layers - 1) * pairs[0] + pairs[1]) * width
     # The head reads the whole token table; the embedding reads one row of each table per token.
     matrices = layers * weights + config.vocab_size * width + rows * width
-    positions_and_cache = rows * width + layers * 2 * keys * width
-    moved = matrices * storage.weight_bytes + positions_and_cache * storage.cache_bytes + _vectors(config) * _FLOAT32
+    moved = matrices * storage.weight_bytes + rows * width * storage.dtype_bytes + _vectors(config) * _FLOAT32
+    moved += layers * 2 * keys * width * storage.cache_bytes
     return Work(products, attention, round(moved))
 
 
@@ -157,7 +164,8 @@ def kernel_work(
         return Work(0, keys * rows * kernel["head_dim"], keys * rows * _FLOAT32)
     bytes_of_row = {
         "layer_norm": lambda: 2 * kernel["width"] * _FLOAT32,
-        "embedding": lambda: round(kernel["width"] * (storage.weight_bytes + storage.cache_bytes + _FLOAT32)),
+        "embedding": lambda: round(kernel["width"] * (storage.weight_bytes + storage.dtype_bytes + _FLOAT32)),
+        "cache_write": lambda: round(kernel["heads"] * kernel["head_dim"] * (4 * _FLOAT32 + 2 * storage.cache_bytes)),
         "gather_rows": lambda: 2 * kernel["width"] * _FLOAT32,
         "pack_pairs": lambda: kernel["width"] * (_FLOAT32 + 2),
         "quantize_rows": lambda: round(kernel["width"] * (_FLOAT32 + _INPUT_BYTES[kernel["weights"]])),

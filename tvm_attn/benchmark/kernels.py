@@ -76,7 +76,8 @@ class SingleKernels:
         target = targets.from_table(described["hardware"], Path(f"{library.target}.toml"))
         records = (Record.from_line(line, MANIFEST) for line in described["records"])
         book = RecordBook(Entry(record, None, Path(MANIFEST)) for record in records)
-        layout = replace(layout_for(artifact.config, target, artifact.dtype, artifact.quantization), fuse_layers=False)
+        types = artifact.dtype, artifact.quantization, artifact.quantized_kv
+        layout = replace(layout_for(artifact.config, target, *types), fuse_layers=False)
         program = build_program(artifact.config, layout, library.max_prefill_rows, library.max_batch)
         self._kernels = {name: shape_of(kernel) for name, kernel in program.kernels.items()}
         self._storage = storage

@@ -43,7 +43,7 @@ class CompiledSystem(CachedSystem):
         self.precision = self.artifact.dtype if quantization == "none" else quantization
         self.vocabulary, self.positions = self.config.vocab_size, self.config.n_positions
         kernels = _manifest_kernels(self.artifact, self.library.file)
-        self.storage = Storage(_weight_format(kernels, self.precision), self.artifact.dtype)
+        self.storage = Storage(_weight_format(kernels, self.precision), self.artifact.dtype, self.artifact.kv)
         self.max_batch = max_batch
         # The number of valid positions per slot, so that one long prompt serves every shorter context.
         self._filled = [0] * max_batch

@@ -164,6 +164,7 @@ def run(options: Options, progress: Callable[[str, float], None], start_peers: S
         "weights": artifact.manifest.get("weights"),
         "dtype": artifact.dtype,
         "quantization": artifact.quantization,
+        "kv": artifact.kv,
         "target": ours.library.target,
         "device": ours.device,
         "weight_format": ours.storage.weights,

@@ -26,7 +26,7 @@ from tvm_attn.errors import TargetError
 from tvm_attn.inventory import obstacle as device_obstacle
 from tvm_attn.kernels.base import shape_of
 from tvm_attn.model.gpt2 import MAX_BATCH, build_program
-from tvm_attn.model.layout import check_types
+from tvm_attn.model.layout import check_cache, check_types
 from tvm_attn.model.module import Program, padded_vocabulary
 from tvm_attn.model.params import stored_params
 from tvm_attn.model.weights import Weights, open_weights
@@ -71,6 +71,7 @@ def build(
     random_weights: bool = False,
     progress: Callable[[str], None] = lambda message: None,
     records: str | Path | None = None,
+    kv: str | None = None,
 ) -> Built:
     """Compiles a GPT-2 checkpoint and writes an artifact.
 
@@ -79,7 +80,8 @@ def build(
             Face hub id, "demo" (the small model that comes with tvm_attn), an ONNX file of GPT-2, or the result of
             `open_weights`.
         target: "cpu" for this machine, or names of targets, separated by commas; see `targets.resolve_all`.
-        dtype: storage of weights and KV cache: "float32", "float16" or "bfloat16". Sums are always float32.
+        dtype: storage of weights, and of the KV cache unless `kv` is given: "float32", "float16" or "bfloat16". Sums
+            are always float32.
         quant: "none", "int8" or "int4": matrices with a scale for every 32 weights, multiplied as integers.
         draft: "int8" or "int4": the artifact also holds a copy with this quantization, for processors, which guesses
             tokens; see `tvm_attn.runtime.speculation`. It is an artifact of its own in the folder "draft".
@@ -90,6 +92,7 @@ def build(
         random_weights: use random weights of the model's size instead of its own; see `open_weights`.
         progress: called with a message before each step.
         records: a folder of tuned records, `TARGET/*.jsonl` or `*.jsonl`, that come before all others.
+        kv: "int8" for a KV cache of half of the size of 16 bits: a scale for every head and position. None for `dtype`.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError: the checkpoint is not usable.
@@ -99,7 +102,8 @@ def build(
         ArtifactError: `out` cannot be written.
     """
     resolved = targets.resolve_all(target, dtype)
-    _check_choices(resolved, dtype, quant)
+    kv = None if kv == dtype else kv
+    _check_choices(resolved, dtype, quant, kv)
     drafting = _check_draft(resolved, dtype, quant, draft)
     books = {entry.name: RecordBook.load(entry, None if records is None else Path(records)) for entry in resolved}
     progress("reading the checkpoint")
@@ -107,6 +111,7 @@ def build(
     notes = [*weights.notes]
     for kind in (quant, draft or quant):
         stored_types(weights.config, dtype, kind)  # refuses what cannot be quantized, before minutes of work
+    check_cache(weights.config, kv)
     if verify and isinstance(weights.checkpoint, OnnxCheckpoint):
         progress("the file in ONNX Runtime")
         notes.append(compare_with_file(weights.checkpoint))
@@ -115,8 +120,8 @@ def build(
     with artifact_folder(folder) as temporary:
         if draft is not None:
             (temporary / DRAFT).mkdir()
-            writer.write(temporary / DRAFT, drafting, dtype, draft, "of the draft")
-        reports, sources = writer.write(temporary, resolved, dtype, quant)
+            writer.write(temporary / DRAFT, drafting, (dtype, draft, None), "of the draft")
+        reports, sources = writer.write(temporary, resolved, (dtype, quant, kv))
     return Built(folder, weights.source, reports, tuple(notes), sources)
 
 
@@ -139,20 +144,24 @@ class _Writer:
     progress: Callable[[str], None]
 
     def write(
-        self, folder: Path, resolved: list[Target], dtype: str, quant: str, label: str = ""
+        self, folder: Path, resolved: list[Target], types: tuple[str, str, str | None], label: str = ""
     ) -> tuple[dict[str, Report | None], dict[str, Sources]]:
-        """Writes an artifact; returns the report and the schedules' sources of each target."""
-        weights, sources = self.weights, {}
+        """Writes an artifact of a dtype, quantization and dtype of the KV cache.
+
+        Returns:
+            The report and the schedules' sources of each target.
+        """
+        (dtype, quant, kv), weights, sources = types, self.weights, {}
         self.progress(f"writing the parameters {label}".rstrip())
         write_params(folder, packed_first(stored_params(weights.params(), dtype, quant)))
         tokenizer = weights.tokenizer_json()
         if tokenizer is not None:
             (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-        body = _manifest(weights, dtype, quant)
+        body = _manifest(weights, dtype, quant, kv)
         for entry in resolved:
             self.progress(f"compiling for {entry.name} {label}".rstrip())
             book = self.books[entry.name]
-            described, planned = _compile(weights.config, entry, dtype, quant, folder, self.progress, book)
+            described, planned = _compile(weights.config, entry, (dtype, quant, kv), folder, self.progress, book)
             body["libraries"].append(described)
             sources[entry.name] = Sources.of(planned)
         write_manifest(folder, body)
@@ -178,19 +187,19 @@ def _check_draft(resolved: list[Target], dtype: str, quant: str, draft: str | No
     if draft not in smaller:
         fitting = " or ".join(smaller) or "none"
         raise TargetError(f"a draft has fewer bits than the model ({dtype}, {quant}), not {draft}; possible: {fitting}")
-    _check_choices(drafting, dtype, draft)
+    _check_choices(drafting, dtype, draft, None)
     return drafting
 
 
-def _check_choices(resolved: list[Target], dtype: str, quant: str) -> None:
+def _check_choices(resolved: list[Target], dtype: str, quant: str, kv: str | None) -> None:
     if len({entry.name for entry in resolved}) != len(resolved):
         raise TargetError("a target is named twice")
     for entry in resolved:
-        check_types(entry, dtype, quant)
+        check_types(entry, dtype, quant, kv)
         backend_for(entry).tvm_target(entry)
 
 
-def _manifest(weights: Weights, dtype: str, quant: str) -> dict[str, Any]:
+def _manifest(weights: Weights, dtype: str, quant: str, kv: str | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": weights.config.to_dict(),
@@ -198,6 +207,7 @@ def _manifest(weights: Weights, dtype: str, quant: str) -> dict[str, Any]:
         "weights": weights.source,
         "dtype": dtype,
         "quantization": quant,
+        "kv": kv,
         "versions": {"tvm_attn": tvm_attn.__version__, "tvm": tvm.__version__, "tvm_ffi": tvm_ffi.__version__},
         "date": date.today().isoformat(),
         "libraries": [],
@@ -207,14 +217,17 @@ def _manifest(weights: Weights, dtype: str, quant: str) -> dict[str, Any]:
 def _compile(
     config: GPT2Config,
     target: Target,
-    dtype: str,
-    quant: str,
+    types: tuple[str, str, str | None],
     folder: Path,
     progress: Callable[[str], None],
     book: RecordBook,
 ) -> tuple[dict[str, Any], dict[str, Planned]]:
-    """Compiles the library of one target: what the manifest says of it, and the schedules of its kernels."""
-    layout = layout_for(config, target, dtype, quant)
+    """Compiles the library of one target: what the manifest says of it, and the schedules of its kernels.
+
+    `types` are the storage dtype, the quantization, and the dtype of the KV cache if it is another one.
+    """
+    dtype, quant, kv = types
+    layout = layout_for(config, target, dtype, quant, kv)
     program = build_program(config, layout)
     library = Library(
         file=f"lib-{target.name}.so",
@@ -230,7 +243,7 @@ def _compile(
         architectures=target.architectures if isinstance(target, CudaTarget) else (),
         ptx=target.ptx if isinstance(target, CudaTarget) else None,
     )
-    _add_identity(program, identity(config, dtype, quant, library))
+    _add_identity(program, identity(config, dtype, quant, layout.cache, library))
     planned = compile_program(program, target, folder / library.file, progress, book)
     described = asdict(library) | {
         "hardware": target.to_table(),
@@ -278,7 +291,7 @@ def _verify_libraries(
         reports[target.name] = report
         entry = body["libraries"][len(reports) - 1]
         entry["verification"] = report.to_dict()
-        if artifact.quantization != "none":
+        if artifact.quantization != "none" or artifact.quantized_kv:
             progress("accuracy of the quantized model")
             accuracy = measure_accuracy(weights.config, weights.params(), engine, weights.tokenizer_json())
             entry["accuracy"] = accuracy.to_dict()

@@ -15,6 +15,7 @@ the KV cache.
 from tvm_attn.kernels.attention_operator import AttentionOperator, AttentionScores
 from tvm_attn.kernels.attention_weights import AttentionWeights
 from tvm_attn.kernels.base import Case, Kernel
+from tvm_attn.kernels.cache_write import CacheWrite
 from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.embedding import Embedding, GatherRows
 from tvm_attn.kernels.linear import Head, Linear, LinearKernel, QKVLinear, ResidualLinear
@@ -39,6 +40,7 @@ FAMILIES: tuple[type[Kernel], ...] = (
     PackWords,
     PrefillAttention,
     DecodeAttention,
+    CacheWrite,
     AttentionWeights,
     AttentionOperator,
     AttentionScores,
@@ -55,6 +57,7 @@ __all__ = [
     "AttentionOperator",
     "AttentionScores",
     "AttentionWeights",
+    "CacheWrite",
     "Case",
     "DecodeAttention",
     "Embedding",

@@ -1,14 +1,16 @@
 """What prefill and decode attention share: the mask, the float64 reference, random operands.
 
-Keys and values are read from the KV cache, (S, 2, H, P, D), in their storage dtype; scores, softmax and sums are
-float32. The cache may hold anything beyond a sequence's length: masked scores are replaced before the exponential, and
-values beyond the length are never read into a sum.
+Keys and values are read from the KV cache, (S, 2, H, P, D) in their storage dtype, or in 8 bits, (S, 2, H, P, D/4 + 1)
+int32 (`tvm_attn.kernels.cache_write`); scores, softmax and sums are float32. The cache may hold anything beyond a
+sequence's length: masked scores are replaced before the exponential, and values beyond the length are never read into a
+sum.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from tvm_attn.kernels.cache_write import pack_rows, unpack_rows
 from tvm_attn.storage import numpy_dtype
 
 # Below every score that occurs in practice, and far enough from float32's limit that differences stay finite.
@@ -26,7 +28,8 @@ def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) ->
 
 
 def attend_heads(q: np.ndarray, cache: np.ndarray, scale: float) -> np.ndarray:
-    """`attend` for all heads of a row: q (H, D), cache (2, H, T, D) -> (H * D,)."""
+    """`attend` for all heads of a row: q (H, D), cache (2, H, T, D) as stored -> (H * D,)."""
+    cache = stored_values(cache)
     return np.concatenate([attend(q[h], cache[0, h], cache[1, h], scale) for h in range(len(q))])
 
 
@@ -37,15 +40,25 @@ def random_queries(shape: tuple[int, int, int], dtype: str, magnitude: float) ->
 
 
 def random_cache(shape: tuple[int, int, int, int, int], dtype: str, magnitude: float) -> np.ndarray:
-    """A cache (S, 2, H, P, D), normally distributed with standard deviation `magnitude`."""
+    """A cache of values (S, 2, H, P, D) as stored, normally distributed with standard deviation `magnitude`."""
     rng = np.random.default_rng(0)
     cache = rng.standard_normal(shape, dtype=np.float32) * np.float32(magnitude)
-    return cache.astype(numpy_dtype(dtype))
+    return pack_rows(cache) if dtype == "int8" else cache.astype(numpy_dtype(dtype))
+
+
+def stored_values(cache: np.ndarray) -> np.ndarray:
+    """The values of rows of a cache, float64 (..., D)."""
+    return unpack_rows(cache) if cache.dtype == np.int32 else cache.astype(np.float64)
 
 
 def forget(cache: np.ndarray, slot: int, length: int) -> None:
     """Fills a slot with NaN beyond a sequence's length: it must not matter."""
-    cache[slot, :, :, length:] = np.nan
+    cache[slot, :, :, length:] = nothing(cache)
+
+
+def nothing(cache: np.ndarray) -> float:
+    """What makes rows of a cache NaN; for int8, the bits of a scale that is NaN."""
+    return -1 if cache.dtype == np.int32 else np.nan
 
 
 def error_bound(magnitude: float) -> float:

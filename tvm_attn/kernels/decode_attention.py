@@ -24,7 +24,8 @@ from tvm_attn.storage import numpy_dtype
 class DecodeAttention:
     """Attention of one query per row over its slot, up to and including its own position.
 
-    Parameters of the function: q (g, R, E) activations; cache (S, 2, H, P, D) dtype; slots (g, R) int32; positions
+    Parameters of the function: q (g, R, E) activations; cache (S, 2, H, P, D) dtype, or int8 rows of
+    (S, 2, H, P, D/4 + 1) int32 (`tvm_attn.kernels.cache_write`); slots (g, R) int32; positions
     (g, R) int32, each row's position, whose key and value are already in the cache; o (g, R, E) activations. A row
     whose position is -1 is padding and gets zeros.
 
@@ -33,7 +34,7 @@ class DecodeAttention:
         head_dim: D.
         context: P, the positions of a cache slot.
         rows: R, the rows of a group.
-        dtype: dtype of the cache.
+        dtype: dtype of the cache: a storage dtype, or int8.
         scale: factor of the scores, positive.
         groups: a static number of row groups, or None for a symbolic one.
         activations: dtype of q and o.
@@ -53,14 +54,17 @@ class DecodeAttention:
     @staticmethod
     def cases() -> Iterator[Case]:
         """See `Kernel.cases`."""
-        for dtype in ("float32", "float16", "bfloat16"):
+        for dtype in ("float32", "float16", "bfloat16", "int8"):
             kernel = DecodeAttention(2, 64, 600, 8, dtype, 0.125)
             yield _case(kernel, "ragged, chunk borders", (0, 1, 15, 16, 255, 256, 599, 511, 512, -1, -1, 7))
             kernel = DecodeAttention(12, 64, 1024, 1, dtype, 0.125, groups=1)
             yield _case(kernel, "one row, full context", (1023,))
             yield _case(kernel, "magnitude 256", (100,), magnitude=256.0)
-        yield _case(DecodeAttention(3, 20, 45, 8, "float32", 0.3), "odd head_dim", (44, 3))
-        yield _case(DecodeAttention(1, 64, 8, 1, "float32", 0.125, groups=1), "first token", (0,))
+        for dtype in ("float32", "int8"):
+            yield _case(DecodeAttention(3, 20, 45, 8, dtype, 0.3), "odd head_dim", (44, 3))
+        for dtype in ("float32", "int8"):
+            yield _case(DecodeAttention(1, 64, 8, 1, dtype, 0.125, groups=1), "first token", (0,))
+        yield _case(DecodeAttention(2, 48, 75, 1, "int8", 0.1, 1), "scores of order 1000", (74,), OVERFLOWING)
         kernel = DecodeAttention(2, 64, 600, 8, "float16", 0.125, activations="float16")
         yield _case(kernel, "ragged, padding", (0, 1, 15, 16, 63, 64, 599, 511, 512, -1, -1, 7))
         kernel = DecodeAttention(3, 64, 1024, 1, "bfloat16", 0.125, 1, "bfloat16")

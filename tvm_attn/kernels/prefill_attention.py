@@ -27,8 +27,8 @@ ROUNDED_PROBABILITIES = 2.0**-18
 class PrefillAttention:
     """Causal attention of all rows of several sequences, packed one after the other.
 
-    Parameters of the function: q (g, R, E) activations; cache (S, 2, H, P, D) dtype; sequences (b, 4) int32, one row
-    per
+    Parameters of the function: q (g, R, E) activations; cache (S, 2, H, P, D) dtype, or int8 rows of
+    (S, 2, H, P, D/4 + 1) int32 (`tvm_attn.kernels.cache_write`); sequences (b, 4) int32, one row per
     sequence: slot, first row of the flattened (g * R) rows, number of rows, position of the first row; o (g, R, E)
     activations. Row i of a sequence attends to positions 0 .. first position + i of its slot, which must have been
     written. Rows that belong to no sequence are left unchanged.
@@ -38,7 +38,7 @@ class PrefillAttention:
         head_dim: D.
         context: P, the positions of a cache slot.
         rows: R, the rows of a group.
-        dtype: dtype of the cache.
+        dtype: dtype of the cache: a storage dtype, or int8.
         scale: factor of the scores, positive.
         activations: dtype of q and o.
     """
@@ -56,7 +56,7 @@ class PrefillAttention:
     @staticmethod
     def cases() -> Iterator[Case]:
         """See `Kernel.cases`."""
-        for dtype in ("float32", "float16", "bfloat16"):
+        for dtype in ("float32", "float16", "bfloat16", "int8"):
             for name, context, sequences in (
                 ("ragged batch", 128, ((2, 7, 0), (0, 1, 0), (1, 65, 0))),
                 ("full context", 128, ((0, 128, 0),)),
@@ -66,7 +66,8 @@ class PrefillAttention:
                 yield _case(kernel, name, sequences)
             kernel = PrefillAttention(1, 64, 96, 8, dtype, 0.125)
             yield _case(kernel, "magnitude 256", ((0, 96, 0),), magnitude=256.0)
-        yield _case(PrefillAttention(3, 20, 45, 8, "float32", 0.3), "odd head_dim", ((0, 45, 0),))
+        for dtype in ("float32", "int8"):
+            yield _case(PrefillAttention(3, 20, 45, 8, dtype, 0.3), "odd head_dim", ((0, 45, 0),))
         yield _case(PrefillAttention(12, 64, 1024, 8, "float32", 0.125), "124M", ((0, 1023, 0), (1, 5, 1019)))
         ragged = ((2, 1, 0), (0, 37, 0), (3, 130, 5), (1, 63, 137))
         kernel = PrefillAttention(2, 64, 200, 8, "float16", 0.125, "float16")

@@ -8,6 +8,7 @@ from typing import Any
 from tvm import relax, tirx
 
 from tvm_attn.kernels import (
+    CacheWrite,
     DecodeAttention,
     Embedding,
     GatherRows,
@@ -132,12 +133,15 @@ class Forward:
         weights = [*self._param(f"{name}.weight"), *self._param(f"{name}.bias")]
         arguments = [*self._normalized(x, f"h.{layer}.ln_1"), *weights, self.slots, self.positions, cache]
         outputs = [cache.ty, self._type(self.config.n_embd, self.activations)]
-        kernel = QKVLinear(
-            **self._sizes(f"{name}.weight", self.fuses_norm),
-            heads=self.config.n_head,
-            context=self.config.n_positions,
-            cache_dtype=self.dtype,
-        )
+        sizes = self._sizes(f"{name}.weight", self.fuses_norm)
+        heads, context = self.config.n_head, self.config.n_positions
+        if self.module.layout.cache == "int8":
+            # A row's scale is that of a whole head, and a strip of a linear layer's columns may hold half of one.
+            qkv = self.module.call(Linear(**sizes), arguments[:-3], [self._type(3 * self.config.n_embd)])
+            kernel: Kernel = CacheWrite(heads, self.config.head_dim, context, self.rows, self.static_groups)
+            arguments = [qkv, self.slots, self.positions, cache]
+        else:
+            kernel = QKVLinear(**sizes, heads=heads, context=context, cache_dtype=self.dtype)
         result = self.module.call(kernel, arguments, outputs, in_place=[len(arguments) - 1, -1])
         emit = self.module.builder.emit
         return emit(relax.TupleGetItem(result, 0)), emit(relax.TupleGetItem(result, 1))
@@ -200,7 +204,7 @@ def attention_sizes(module: Module, layer: int, rows: int) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "context": config.n_positions,
         "rows": rows,
-        "dtype": module.layout.dtype,
+        "dtype": module.layout.cache,
         "scale": config.attention_scale(layer),
         "activations": module.layout.activations,
     }

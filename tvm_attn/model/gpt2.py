@@ -1,7 +1,8 @@
 """GPT-2 (Radford et al., 2019) in Relax, over the kernels of `tvm_attn.kernels`.
 
 The module has these functions; token_ids, positions and slots are (g, R) int32, one value per row, and a padding row
-has position -1. `kv` is a tuple with one cache (S, 2, H, P, D) per layer, updated in place; `params` is the tuple of
+has position -1. `kv` is a tuple with one cache (S, 2, H, P, D) per layer, or rows of words if it is
+int8 (`tvm_attn.kernels.cache_write`), updated in place; `params` is the tuple of
 packed parameters that `transform_params` returns.
 
     prefill(token_ids, positions, slots, sequences (b, 4), last_rows, last_positions, last_slots (q, R), kv, params)

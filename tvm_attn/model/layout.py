@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm_attn.errors import TargetError
-from tvm_attn.storage import QUANTIZATIONS
+from tvm_attn.config import GPT2Config
+from tvm_attn.errors import ConfigError, TargetError
+from tvm_attn.storage import CACHE_WORD, KV_DTYPES, QUANTIZATIONS
 from tvm_attn.targets import Target
 
 
@@ -16,12 +17,13 @@ class Layout:
     Attributes:
         rows: R, the rows per group.
         columns: C, the widest strip of packed columns, a power of two.
-        dtype: storage dtype of the KV cache and the position table: float32, float16 or bfloat16.
+        dtype: storage dtype of the position table, and of the KV cache if `kv` is None: float32, float16 or bfloat16.
         weights: format of the other matrices, see `tvm_attn.kernels.weights`.
         fuse_layers: whether a layer of decode is one kernel, see `tvm_attn.compiler.fusion`.
         group_kernels: whether decode has its own kernels for one group of rows.
         activations: dtype of the values between a layer's kernels: float32, or `dtype` on tensor cores, where C is 1.
             The residual stream and the logits are always float32.
+        kv: "int8" for a KV cache in 8 bits, else None.
     """
 
     rows: int
@@ -31,6 +33,12 @@ class Layout:
     fuse_layers: bool
     group_kernels: bool
     activations: str = "float32"
+    kv: str | None = None
+
+    @property
+    def cache(self) -> str:
+        """The dtype of the KV cache: `dtype` or int8."""
+        return self.kv or self.dtype
 
     @property
     def tensor_cores(self) -> bool:
@@ -47,8 +55,8 @@ class Layout:
         return self.weights if self.weights in ("int8", "int4") else "none"
 
 
-def check_types(target: Target, dtype: str, quant: str) -> None:
-    """Checks that a target supports a storage dtype, and that the quantization exists.
+def check_types(target: Target, dtype: str, quant: str, kv: str | None = None) -> None:
+    """Checks that a target supports a storage dtype and a dtype of the KV cache, and that the quantization exists.
 
     Raises:
         TargetError: one of them is not available.
@@ -57,3 +65,19 @@ def check_types(target: Target, dtype: str, quant: str) -> None:
         raise TargetError(f"dtype {dtype!r} is not available for {target.name}; available: {', '.join(target.dtypes)}")
     if quant not in QUANTIZATIONS:
         raise TargetError(f"quantization {quant!r} is not available; available: {', '.join(QUANTIZATIONS)}")
+    if kv not in (None, *KV_DTYPES):
+        raise TargetError(f"a KV cache in {kv!r} is not available; available: {', '.join(KV_DTYPES)}, or the dtype")
+    if kv is not None and not target.QUANTIZED_CACHE:
+        raise TargetError(f"a KV cache in {kv} is not available for {target.name}; build without --kv")
+
+
+def check_cache(config: GPT2Config, kv: str | None) -> None:
+    """Checks that a model's keys and values can be quantized.
+
+    Raises:
+        ConfigError: its heads have another number of dimensions than whole words.
+    """
+    if kv is not None and config.head_dim % CACHE_WORD:
+        raise ConfigError(
+            f"--kv {kv} needs heads in multiples of {CACHE_WORD} dimensions; these have {config.head_dim}"
+        )

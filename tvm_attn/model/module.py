@@ -12,7 +12,7 @@ from tvm_attn.kernels import Kernel, PackPlain, PackWords
 from tvm_attn.kernels.base import largest_power
 from tvm_attn.kernels.weights import PLAIN, packed_types
 from tvm_attn.model.layout import Layout
-from tvm_attn.storage import GROUP, TABLES, is_quantizable, scales_name, stored_types
+from tvm_attn.storage import GROUP, TABLES, cache_row, is_quantizable, scales_name, stored_types
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ class Module:
     def kv_type(self, slots: tirx.Var) -> relax.TupleType:
         """Type of the KV cache: one tensor per layer."""
         config = self.config
-        shape = (slots, 2, config.n_head, config.n_positions, config.head_dim)
-        return relax.TupleType([relax.TensorType(shape, self.layout.dtype)] * config.n_layer)
+        width, dtype = cache_row(self.layout.cache, config.head_dim)
+        shape = (slots, 2, config.n_head, config.n_positions, width)
+        return relax.TupleType([relax.TensorType(shape, dtype)] * config.n_layer)
 
     def params_type(self) -> relax.TupleType:
         """Type of the packed parameters."""

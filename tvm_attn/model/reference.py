@@ -17,6 +17,7 @@ import numpy as np
 
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import VerificationError
+from tvm_attn.storage import GROUP
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,8 +134,9 @@ class RoundedReference(Reference):
 
     Args:
         config, params, dtype, device: as for `Reference`.
-        cache: the dtype that keys and values are rounded to: "float32", "float16" or "bfloat16".
-        inputs: the same for the inputs of linear layers and the head; or "int8", symmetric with a scale per 32 inputs.
+        cache: the dtype that keys and values are rounded to: "float32", "float16", "bfloat16" or "int8", symmetric
+            with a scale per head and position.
+        inputs: the same for the inputs of linear layers and the head; int8 has a scale per 32 inputs.
 
     Attributes:
         overflow: after `logits`, what became infinite first, and its largest value; None if nothing did.
@@ -160,16 +162,19 @@ class RoundedReference(Reference):
         if layer == name:
             return result
         q, k, v = result.chunk(3, dim=-1)
-        k = self._rounded(k, self._cache, f"the keys of {layer}")
-        return self._torch.cat([q, k, self._rounded(v, self._cache, f"the values of {layer}")], dim=-1)
+        k, v = (
+            self._rounded(x, self._cache, f"the {what} of {layer}", self.config.head_dim)
+            for x, what in ((k, "keys"), (v, "values"))
+        )
+        return self._torch.cat([q, k, v], dim=-1)
 
     def _layer_norm(self, x: "Tensor", name: str) -> "Tensor":
         normed = super()._layer_norm(x, name)
         return self._rounded(normed, self._inputs, "the inputs of the head") if name == "ln_f" else normed
 
-    def _rounded(self, x: "Tensor", to: str, what: str) -> "Tensor":
+    def _rounded(self, x: "Tensor", to: str, what: str, group: int = GROUP) -> "Tensor":
         if to == "int8":
-            groups = x.unflatten(-1, (-1, 32))
+            groups = x.unflatten(-1, (-1, group))
             scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
             return ((groups / scales).round() * scales).flatten(-2)
         rounded: Tensor = x.to(getattr(self._torch, to)).to(self._dtype)

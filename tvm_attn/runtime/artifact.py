@@ -29,16 +29,16 @@ from tvm_attn.jsonfile import CONFIG_BYTES, TOKENIZER_BYTES, open_regular, parse
 from tvm_attn.runtime.decoding import GenerationOptions
 from tvm_attn.runtime.devices.cuda import Capability, code_rank
 from tvm_attn.runtime.machine import cpu_features, platform_name
-from tvm_attn.storage import DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
+from tvm_attn.storage import DTYPES, KV_DTYPES, QUANTIZATIONS, numpy_dtype, stored_types
 
 MANIFEST = "manifest.json"
 DRAFT = "draft"
 """The folder of an artifact that holds its draft, an artifact too; see `tvm_attn.runtime.speculation`."""
 PARAMS_INDEX = "params/tensor-cache.json"
-FORMAT = 6
+FORMAT = 7
 """Version of the artifact's format; a reader accepts its own version only. In 5, a model has several end tokens, and no
 library is compiled for them; the checkpoint's sampling options are recorded; libraries for processors have threads of
-their own."""
+their own. In 7, the dtype of the KV cache is recorded."""
 
 
 _LIBRARY_BYTES = 1 << 30
@@ -105,13 +105,13 @@ class Library:
         return code_rank(self.architectures, self.ptx, capability)
 
 
-def identity(config: GPT2Config, dtype: str, quantization: str, library: Library) -> str:
+def identity(config: GPT2Config, dtype: str, quantization: str, kv: str, library: Library) -> str:
     """What a library was compiled for, as JSON: everything that its callers rely on.
 
     Every library returns this text from its function "identity". A manifest that was edited, or names another library,
     would otherwise call functions with tensors of the wrong shapes.
     """
-    facts = config.to_dict() | {"dtype": dtype, "quantization": quantization} | asdict(library)
+    facts = config.to_dict() | {"dtype": dtype, "quantization": quantization, "kv": kv} | asdict(library)
     for name in ("file", *TOKEN_IDS):
         del facts[name]
     return json.dumps(facts, sort_keys=True)
@@ -139,6 +139,7 @@ class Artifact:
             self.config = GPT2Config.from_dict(self.manifest["model"])
             self.dtype: str = self.manifest["dtype"]
             self.quantization: str = self.manifest["quantization"]
+            self.quantized_kv: str | None = self.manifest["kv"]
             self.generation: dict[str, Any] = _entry(self.manifest, "generation", dict)
             GenerationOptions(**self.generation)
             self.libraries = [_library(entry) for entry in _entry(self.manifest, "libraries", list)]
@@ -154,6 +155,8 @@ class Artifact:
             raise self.error(
                 f"dtype {shorten(self.dtype)} with quantization {shorten(self.quantization)} is not supported"
             )
+        if self.quantized_kv not in (None, *KV_DTYPES):
+            raise self.error(f"a KV cache in {shorten(self.quantized_kv)} is not supported")
         try:
             stored = set(self.types)
         except ConfigError as error:
@@ -161,6 +164,11 @@ class Artifact:
         for library in self.libraries:
             if set(library.parameters) != stored:
                 raise self.error(f"{library.file} was compiled for another model")
+
+    @property
+    def kv(self) -> str:
+        """The dtype of the KV cache."""
+        return self.quantized_kv or self.dtype
 
     @property
     def types(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -284,7 +292,7 @@ class Artifact:
         Raises:
             ArtifactError: they differ; the message names the first difference.
         """
-        expected = identity(self.config, self.dtype, self.quantization, library)
+        expected = identity(self.config, self.dtype, self.quantization, self.kv, library)
         if text == expected:
             return
         try:

@@ -33,7 +33,7 @@ from tvm_attn.runtime.stream import Stream
 from tvm_attn.runtime.tensors import to_device
 from tvm_attn.runtime.trace import Trace
 from tvm_attn.runtime.worker import worker
-from tvm_attn.storage import numpy_dtype
+from tvm_attn.storage import cache_row, numpy_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -138,7 +138,7 @@ class CompiledEngine:
         self._bind(*_load(artifact, self.library, self._device, stream))
         self._require_memory(artifact)
         self._params = self._pack(artifact)
-        self._dtype = artifact.dtype
+        self._cache_row = cache_row(artifact.kv, self.config.head_dim)
         self._kv = self._new_cache(self.max_batch)
         self._stream.wait()
 
@@ -210,8 +210,8 @@ class CompiledEngine:
 
         The tensors are not filled: nothing reads beyond a sequence's length.
         """
-        config, dtype = self.config, self._dtype
-        shape = (slots, 2, config.n_head, config.n_positions, config.head_dim)
+        config, (width, dtype) = self.config, self._cache_row
+        shape = (slots, 2, config.n_head, config.n_positions, width)
         try:
             caches: Sequence[tvm.runtime.Tensor] = tvm_ffi.convert(
                 [tvm.runtime.empty(shape, dtype, self._device) for _ in range(config.n_layer)]

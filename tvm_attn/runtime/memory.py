@@ -10,7 +10,7 @@ from math import prod
 
 from tvm_attn.errors import DeviceError
 from tvm_attn.runtime.artifact import Artifact, Library
-from tvm_attn.storage import TABLES, numpy_dtype, scales_name
+from tvm_attn.storage import TABLES, cache_row, numpy_dtype, scales_name
 
 RESERVE = 64 << 20
 """Bytes left for the code of kernels, CUDA graphs, and what the driver keeps for both."""
@@ -82,7 +82,8 @@ def memory_needs(artifact: Artifact, library: Library, max_batch: int) -> Memory
     stored = {name: (shape, numpy_dtype(dtype).itemsize) for name, (shape, dtype) in artifact.types.items()}
     padded = {name: library.vocabulary for table in TABLES for name in (table, scales_name(table))}
     parameters = sum(padded.get(name, shape[0]) * prod(shape[1:]) * size for name, (shape, size) in stored.items())
-    slot = 2 * config.n_layer * config.n_embd * config.n_positions * numpy_dtype(artifact.dtype).itemsize
+    width, dtype = cache_row(artifact.kv, config.head_dim)
+    slot = 2 * config.n_layer * config.n_head * config.n_positions * width * numpy_dtype(dtype).itemsize
     row = 4 * (2 * config.n_inner + 3 * config.n_embd + library.vocabulary)
     decode_row = row + 4 * 16 * (config.n_embd + 4 * config.n_head)
     decode_rows = -(-max_batch // library.rows) * library.rows

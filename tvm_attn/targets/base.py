@@ -39,6 +39,7 @@ class Target(ABC):
         KERNELS: the folder of `tvm_attn.kernels` with the loops and templates of the device class.
         RULES: rules for the file's keys, see `tvm_attn.checks`.
         TVM_KIND: the `kind` of the TVM target.
+        QUANTIZED_CACHE: whether the templates take a KV cache in 8 bits.
         name: the file's name without `.toml`, e.g. "cpu-znver4".
         device: one of `tvm_attn.backends.BACKENDS`.
         description: one line for readers.
@@ -55,6 +56,7 @@ class Target(ABC):
 
     KERNELS: ClassVar[str]
     TVM_KIND: ClassVar[str]
+    QUANTIZED_CACHE: ClassVar[bool] = True
     RULES: ClassVar[dict[str, Any]] = {
         "device": text(),
         "description": text(),

@@ -24,6 +24,7 @@ class CudaTarget(GpuTarget):
 
     KERNELS = "cuda"
     TVM_KIND = "cuda"
+    QUANTIZED_CACHE = False
     RULES = GpuTarget.RULES | {
         "cuda": {
             "architectures": list_of(text(r"sm_\d+[af]?"), "a list such as ['sm_80', 'sm_90a']", least=1),

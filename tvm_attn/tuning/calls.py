@@ -18,6 +18,7 @@ from tvm_attn.kernels import (
     AttentionOperator,
     AttentionScores,
     AttentionWeights,
+    CacheWrite,
     Case,
     DecodeAttention,
     Embedding,
@@ -32,6 +33,7 @@ from tvm_attn.kernels import (
     TopLogits,
     attention_operator,
     attention_weights,
+    cache_write,
     decode_attention,
     embedding,
     linear,
@@ -43,7 +45,7 @@ from tvm_attn.kernels import (
     weights,
 )
 from tvm_attn.kernels.weights import PLAIN
-from tvm_attn.storage import GROUP, numpy_dtype
+from tvm_attn.storage import GROUP, cache_row, numpy_dtype
 from tvm_attn.targets import Peak
 
 _ROWS = (128, 1023)
@@ -84,6 +86,12 @@ def calls_of(kernel: Kernel) -> tuple[Call, ...]:
     if kernel.family not in _CALLS:
         raise TuningError(f"kernel family {kernel.family!r} has no sizes to measure; add them to {__name__}")
     return _CALLS[kernel.family](kernel)
+
+
+def _cache_bytes(kernel: PrefillAttention | DecodeAttention) -> float:
+    """Bytes of a value in the KV cache, with its share of a scale."""
+    width, dtype = cache_row(kernel.dtype, kernel.head_dim)
+    return width * _bytes(dtype) / kernel.head_dim
 
 
 def _bytes(dtype: str) -> int:
@@ -150,7 +158,7 @@ def _prefill_calls(kernel: PrefillAttention) -> tuple[Call, ...]:
     width, calls = kernel.heads * kernel.head_dim, []
     for length in lengths:
         flops = 2 * width * length * (length + 1)  # two dot products of length D for every query and key
-        traffic = 2 * length * width * (_bytes(kernel.activations) + _bytes(kernel.dtype))
+        traffic = round(2 * length * width * (_bytes(kernel.activations) + _cache_bytes(kernel)))
         case = partial(prefill_attention.random_case, kernel, length)
         calls.append(Call(f"{length} rows", flops if kernel.activations == "float32" else None, traffic, case))
     return tuple(calls)
@@ -168,7 +176,7 @@ def _decode_calls(kernel: DecodeAttention) -> tuple[Call, ...]:
     lengths = sorted({min(_ROWS[0], kernel.context), max(kernel.context - 1, 1)})
     width, calls = kernel.heads * kernel.head_dim, []
     for length in lengths:
-        traffic = 2 * rows * width * (length * _bytes(kernel.dtype) + _bytes(kernel.activations))
+        traffic = round(2 * rows * width * (length * _cache_bytes(kernel) + _bytes(kernel.activations)))
         case = partial(decode_attention.random_case, kernel, (length - 1,) * rows)
         calls.append(Call(f"{rows} rows, context {length}", 4 * rows * width * length, traffic, case))
     return tuple(calls)
@@ -202,6 +210,11 @@ def _packed_row_bytes(kernel: Any) -> int:
     return kernel.width * 4 + packed
 
 
+def _cache_write_bytes(kernel: CacheWrite) -> int:
+    width, dtype = cache_row("int8", kernel.head_dim)
+    return kernel.heads * (16 * kernel.head_dim + 2 * width * _bytes(dtype)) + 8
+
+
 def _logit_bytes(kernel: Argmax | Advance | ExpSums | TopLogits) -> int:
     return 4 * kernel.vocabulary
 
@@ -233,6 +246,7 @@ _CALLS: dict[str, Callable[[Any], tuple[Call, ...]]] = {
     "embedding": _row_calls(_embedding_bytes, embedding.random_case),
     "gather_rows": _row_calls(lambda kernel: 4 + 8 * kernel.width, embedding.random_case),
     "pack_pairs": _row_calls(_packed_row_bytes, quant.random_case),
+    "cache_write": _row_calls(_cache_write_bytes, cache_write.random_case),
     "quantize_rows": _row_calls(_packed_row_bytes, quant.random_case),
     "argmax": _row_calls(_logit_bytes, sampling.random_case),
     "advance": _row_calls(_logit_bytes, sampling.random_case),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 from tvm_attn.compiler.devices.base import Backend
 from tvm_attn.config import GPT2Config
-from tvm_attn.model.layout import Layout
+from tvm_attn.model.layout import Layout, check_cache
 from tvm_attn.targets import Target
 
 __all__ = ["Backend", "backend_for", "layout_for"]
@@ -18,6 +19,11 @@ def backend_for(target: Target) -> Backend:
     return found
 
 
-def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str) -> Layout:
-    """The layout of a model's library for a target."""
-    return backend_for(target).layout(config, target, dtype, quant)
+def layout_for(config: GPT2Config, target: Target, dtype: str, quant: str, kv: str | None = None) -> Layout:
+    """The layout of a model's library for a target; `kv` is "int8" or None, the storage dtype.
+
+    Raises:
+        ConfigError: the model cannot have such a KV cache.
+    """
+    check_cache(config, kv)
+    return replace(backend_for(target).layout(config, target, dtype, quant), kv=kv)

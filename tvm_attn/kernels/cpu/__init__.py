@@ -3,6 +3,7 @@
 from tvm_attn.kernels.cpu import (
     attention_operator,
     attention_weights,
+    cache_write,
     decode_attention,
     embedding,
     linear,
@@ -22,6 +23,7 @@ TEMPLATES = (
     norm.TEMPLATE,
     prefill_attention.TEMPLATE,
     decode_attention.TEMPLATE,
+    cache_write.TEMPLATE,
     attention_weights.TEMPLATE,
     attention_operator.TEMPLATE,
     attention_operator.SCORES_TEMPLATE,

@@ -14,6 +14,7 @@ from tvm_attn.kernels.cpu.prefetch import PREFETCH, PREFETCH_LLVM
 from tvm_attn.kernels.cpu.vector import is_one_row, vectorize
 from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.template import Chooser, Template
+from tvm_attn.kernels.unscheduled.cache import CacheRows
 from tvm_attn.storage import numpy_dtype
 from tvm_attn.targets import CpuTarget
 
@@ -27,7 +28,7 @@ class DecodeTiles:
     Attributes:
         key_chunk: keys of one task.
         key_block: keys whose scores form one vector, a divisor of `key_chunk`.
-        lanes: partial sums of a dot product, a divisor of D.
+        lanes: partial sums of a dot product, a divisor of `CacheRows.run`.
         prefetch: whether values are fetched while keys are read, and the next head's keys while values are read. The
             keys or values of one head are too short a run for the hardware's prefetcher.
     """
@@ -53,16 +54,17 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
 
     A chunk's scores are kept until all are known, so there is one maximum and nothing to rescale.
     """
-    heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
+    heads, head_dim, context, rows = kernel.heads, kernel.head_dim, kernel.context, kernel.rows
+    stored = CacheRows(kernel)
     width, scale, g = heads * head_dim, kernel.scale, row_groups(kernel.groups)
     key_chunk, key_block, lanes = tiles.key_chunk, tiles.key_block, tiles.lanes
     chunks = -(-context // key_chunk)
     prefetches = tiles.prefetch
-    per_line = _LINE_BYTES // numpy_dtype(dtype).itemsize
+    per_line = _LINE_BYTES // numpy_dtype(stored.dtype).itemsize
 
     @T.inline
     def fetch_row(cache, slot, kind, head, position):
-        for line in T.unroll((head_dim + per_line - 1) // per_line):
+        for line in T.unroll((stored.width + per_line - 1) // per_line):
             element = T.meta_var(cache[slot, kind, head, position, line * per_line])
             T.evaluate(T.call_extern("int32", PREFETCH, T.address_of(element)))
 
@@ -77,7 +79,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
         T.func_attr({"tirx.noalias": True})
         cache_slots = T.int32()
         q = T.match_buffer(q_handle, (g, rows, width), "float32")
-        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
+        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, stored.width), stored.dtype)
         slots = T.match_buffer(slots_handle, (g, rows), "int32")
         positions = T.match_buffer(positions_handle, (g, rows), "int32")
         o = T.match_buffer(o_handle, (g, rows, width), "float32")
@@ -89,7 +91,7 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                 vg, vr, vh, vk = T.axis.remap("SSSS", [group, row, head, chunk])
                 T.reads(
                     q[vg, vr, vh * head_dim : vh * head_dim + head_dim],
-                    cache[0:cache_slots, 0:2, vh, 0:context, 0:head_dim],
+                    cache[0:cache_slots, 0:2, vh, 0:context, 0 : stored.width],
                     slots[vg, vr],
                     positions[vg, vr],
                 )
@@ -120,25 +122,19 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                                 with T.sblock("key"):
                                     vj = T.axis.spatial(key_block, j)
                                     partial = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
-                                    for d, lane in T.grid(head_dim // lanes, lanes):
+                                    # At the end of the context a block would read past the slot.
+                                    position = T.meta_var(T.min(first + vb * key_block + vj, context - 1))
+                                    for plane, d, lane in T.grid(stored.planes, stored.run // lanes, lanes):
                                         with T.sblock("products"):
-                                            vd, vl = T.axis.remap("RS", [d, lane])
+                                            vp, vd, vl = T.axis.remap("RRS", [plane, d, lane])
                                             with T.init():
                                                 partial[vl] = T.float32(0.0)
-                                            # At the end of the context a block would read past the slot.
                                             partial[vl] = partial[vl] + q[
-                                                vg, vr, vh * head_dim + vd * lanes + vl
-                                            ] * T.Cast(
-                                                "float32",
-                                                cache[
-                                                    slot,
-                                                    0,
-                                                    vh,
-                                                    T.min(first + vb * key_block + vj, context - 1),
-                                                    vd * lanes + vl,
-                                                ],
-                                            )
-                                    scores[vb * key_block + vj] = _sum_of_lanes(partial, lanes)
+                                                vg, vr, vh * head_dim + vp * stored.run + vd * lanes + vl
+                                            ] * stored.value(cache[slot, 0, vh, position, vd * lanes + vl], vp)
+                                    scores[vb * key_block + vj] = stored.scaled(
+                                        _sum_of_lanes(partial, lanes), cache, slot, 0, vh, position
+                                    )
                             for j in range(key_block):
                                 with T.sblock("mask"):
                                     vj = T.axis.spatial(key_block, j)
@@ -183,13 +179,13 @@ def decode_attention(kernel: DecodeAttention, tiles: DecodeTiles) -> tirx.PrimFu
                     for j in range(count):
                         if prefetches:
                             fetch_row(cache, slot, 0, T.min(vh + 1, heads - 1), first + j)
-                        for d in range(head_dim):
+                        for plane, d in T.grid(stored.planes, stored.run):
                             with T.sblock("accumulate"):
                                 vj = T.axis.reduce(count, j)
-                                vd = T.axis.spatial(head_dim, d)
-                                output[vd] = output[vd] + scores[vj] * T.Cast(
-                                    "float32", cache[slot, 1, vh, first + vj, vd]
-                                )
+                                vp, vd = T.axis.remap("SS", [plane, d])
+                                output[vp * stored.run + vd] = output[vp * stored.run + vd] + stored.scaled(
+                                    scores[vj], cache, slot, 1, vh, first + vj
+                                ) * stored.value(cache[slot, 1, vh, first + vj, vd], vp)
                     for d in range(head_dim):
                         with T.sblock("keep_output"):
                             vd = T.axis.spatial(head_dim, d)
@@ -248,7 +244,7 @@ def _decode_attention(kernel: DecodeAttention, target: CpuTarget, choose: Choose
     """A task is one chunk of keys of one head of one row."""
     key_chunk = choose("key_chunk", (128, 256, 512, 1024), 256)
     key_block = choose("key_block", (8, 16, 32), 16)
-    lanes = largest_power(kernel.head_dim, target.lanes)
+    lanes = largest_power(CacheRows(kernel).run, target.lanes)
     prefetch = bool(choose("prefetch", (0, 1), 1))
     tiles = DecodeTiles(key_chunk, key_block, lanes, prefetch)
     schedule = s_tir.Schedule(decode_attention(kernel, tiles), enable_check=False)
@@ -261,13 +257,15 @@ def _decode_attention(kernel: DecodeAttention, target: CpuTarget, choose: Choose
         schedule.parallel(schedule.fuse(*merge_loops))
     schedule.unroll(schedule.get_loops(schedule.get_sblock("key"))[-1])
     products = schedule.get_sblock("products")
-    dim, lane = schedule.get_loops(products)
+    plane, dim, lane = schedule.get_loops(products)
     schedule.vectorize(lane)
     schedule.unroll(dim)
-    init = schedule.decompose_reduction(products, dim)
+    schedule.unroll(plane)
+    init = schedule.decompose_reduction(products, plane)
     schedule.vectorize(schedule.get_loops(init)[-1])
     for name in ("init_maxima", "mask", "maxima", "init_totals", "probabilities", "totals"):
         schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
+    schedule.unroll(schedule.get_loops(schedule.get_sblock("accumulate"))[-2])
     for name in ("init_output", "accumulate", "keep_output", "merge_init", "merge_outputs", "store"):
         vectorize(schedule, schedule.get_sblock(name), target.lanes)
     return schedule.mod["main"]

@@ -18,16 +18,18 @@ from tvm_attn.kernels.cpu.prefill_attention_bfloat16 import prefill_attention_bf
 from tvm_attn.kernels.cpu.vector import vectorize
 from tvm_attn.kernels.prefill_attention import PrefillAttention
 from tvm_attn.kernels.template import Chooser, Template
+from tvm_attn.kernels.unscheduled.cache import CacheRows
 from tvm_attn.targets import CpuTarget
 
 
 def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.PrimFunc:
     """Block "tile", with the steps of the algorithm as blocks inside."""
-    heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
+    heads, head_dim, context, rows = kernel.heads, kernel.head_dim, kernel.context, kernel.rows
+    stored = CacheRows(kernel)
     width, scale = heads * head_dim, kernel.scale
     query_tile, key_block, key_tile, dim_tile = tiles.queries, tiles.key_block, tiles.key_tile, tiles.dim_tile
 
-    converts = dtype != "float32"
+    converts = kernel.dtype != "float32"
     mask_scores, update_softmax = causal_mask(key_block, query_tile), softmax_step(key_block, query_tile)
 
     @T.prim_func(s_tir=True)
@@ -37,7 +39,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
         cache_slots = T.int32()
         b = T.int32()
         q = T.match_buffer(q_handle, (g, rows, width), "float32")
-        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
+        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, stored.width), stored.dtype)
         sequences = T.match_buffer(sequences_handle, (b, 4), "int32")
         o = T.match_buffer(o_handle, (g, rows, width), "float32")
         for head, sequence, tile in T.grid(heads, b, (g * rows + query_tile - 1) // query_tile):
@@ -46,7 +48,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                 T.reads(
                     sequences[vb, 0:4],
                     q[0:g, 0:rows, vh * head_dim : vh * head_dim + head_dim],
-                    cache[0:cache_slots, 0:2, vh, 0:context, 0:head_dim],
+                    cache[0:cache_slots, 0:2, vh, 0:context, 0 : stored.width],
                 )
                 T.writes(o[0:g, 0:rows, vh * head_dim : vh * head_dim + head_dim])
                 query = T.sblock_alloc_buffer((head_dim, query_tile), "float32", scope="local")
@@ -83,12 +85,17 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                         with T.sblock("key_block"):
                             vk = T.axis.opaque((visible + key_block - 1) // key_block, block)
                             if converts:
-                                for j, d in T.grid(key_block, head_dim):
+                                for j, plane, d in T.grid(key_block, stored.planes, stored.run):
                                     with T.sblock("load_keys"):
-                                        vj, vd = T.axis.remap("SS", [j, d])
-                                        converted[vj, vd] = T.Cast(
-                                            "float32",
-                                            cache[slot, 0, vh, T.min(vk * key_block + vj, context - 1), vd],
+                                        vj, vp, vd = T.axis.remap("SSS", [j, plane, d])
+                                        position: T.let[T.int32] = T.min(vk * key_block + vj, context - 1)
+                                        converted[vj, vp * stored.run + vd] = stored.scaled(
+                                            stored.value(cache[slot, 0, vh, position, vd], vp),
+                                            cache,
+                                            slot,
+                                            0,
+                                            vh,
+                                            position,
                                         )
                             for jt in range(key_block // key_tile):
                                 with T.sblock("scores"):
@@ -125,12 +132,17 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                             mask_scores(scores, vk * key_block, first)
                             update_softmax(scores, maximum, previous, total)
                             if converts:
-                                for j, d in T.grid(key_block, head_dim):
+                                for j, plane, d in T.grid(key_block, stored.planes, stored.run):
                                     with T.sblock("load_values"):
-                                        vj, vd = T.axis.remap("SS", [j, d])
-                                        converted[vj, vd] = T.Cast(
-                                            "float32",
-                                            cache[slot, 1, vh, T.min(vk * key_block + vj, context - 1), vd],
+                                        vj, vp, vd = T.axis.remap("SSS", [j, plane, d])
+                                        position: T.let[T.int32] = T.min(vk * key_block + vj, context - 1)
+                                        converted[vj, vp * stored.run + vd] = stored.scaled(
+                                            stored.value(cache[slot, 1, vh, position, vd], vp),
+                                            cache,
+                                            slot,
+                                            1,
+                                            vh,
+                                            position,
                                         )
                             for dt in range(head_dim // dim_tile):
                                 with T.sblock("values"):
@@ -195,7 +207,10 @@ def _prefill_attention(kernel: PrefillAttention, target: CpuTarget, choose: Choo
         schedule.vectorize(schedule.get_loops(schedule.get_sblock("pairs"))[-1])
     if kernel.dtype != "float32":
         for name in ("load_keys", "load_values"):
-            vectorize(schedule, schedule.get_sblock(name), target.lanes)
+            block = schedule.get_sblock(name)
+            if kernel.dtype == "int8":
+                schedule.unroll(schedule.get_loops(block)[-2])
+            vectorize(schedule, block, target.lanes)
     # The dot products are vector statements already.
     spread = schedule.unroll if native else schedule.vectorize
     products = schedule.get_sblock("products")

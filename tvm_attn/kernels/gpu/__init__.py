@@ -6,6 +6,7 @@ The target says what a device can do: threads per block, shared memory, width of
 from tvm_attn.kernels.gpu import (
     attention_operator,
     attention_weights,
+    cache_write,
     decode_attention,
     embedding,
     linear,
@@ -25,6 +26,7 @@ TEMPLATES = (
     norm.TEMPLATE,
     prefill_attention.TEMPLATE,
     decode_attention.TEMPLATE,
+    cache_write.TEMPLATE,
     attention_weights.TEMPLATE,
     attention_operator.TEMPLATE,
     attention_operator.SCORES_TEMPLATE,

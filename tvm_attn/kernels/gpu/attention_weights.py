@@ -13,6 +13,7 @@ from tvm_attn.kernels.attention_weights import AttentionWeights
 from tvm_attn.kernels.base import TENSOR_CORE_DTYPES, row_groups
 from tvm_attn.kernels.gpu.threads import PARTIALS
 from tvm_attn.kernels.template import Chooser, Template
+from tvm_attn.kernels.unscheduled.cache import CacheRows
 from tvm_attn.targets import GpuTarget
 
 
@@ -23,7 +24,8 @@ def attention_weights(kernel: AttentionWeights, threads: int) -> tirx.PrimFunc:
         kernel: the sizes.
         threads: threads per block, a multiple of 16.
     """
-    heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
+    heads, head_dim, context, rows = kernel.heads, kernel.head_dim, kernel.context, kernel.rows
+    stored = CacheRows(kernel)
     width, scale, g = heads * head_dim, kernel.scale, row_groups(None)
     # Every thread takes part in every step, because of the barriers; steps past the row do nothing.
     steps = -(-context // threads)
@@ -33,7 +35,7 @@ def attention_weights(kernel: AttentionWeights, threads: int) -> tirx.PrimFunc:
         T.func_attr({"tirx.noalias": True})
         cache_slots = T.int32()
         q = T.match_buffer(q_handle, (g, rows, width), kernel.activations)
-        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
+        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, stored.width), stored.dtype)
         slot = T.match_buffer(slot_handle, (1,), "int32")
         weights = T.match_buffer(weights_handle, (heads, g * rows, g * rows), "float32")
         for head in T.thread_binding(heads, thread="blockIdx.y"):
@@ -41,7 +43,9 @@ def attention_weights(kernel: AttentionWeights, threads: int) -> tirx.PrimFunc:
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("row"):
                         vh, vr, t = T.axis.remap("SSS", [head, row, thread])
-                        T.reads(q[0:g, 0:rows, 0:width], cache[0:cache_slots, 0:2, vh, 0:context, 0:head_dim], slot[0])
+                        T.reads(
+                            q[0:g, 0:rows, 0:width], cache[0:cache_slots, 0:2, vh, 0:context, 0 : stored.width], slot[0]
+                        )
                         T.writes(weights[vh, vr, 0 : g * rows])
                         all_numbers = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
                         some_numbers = T.sblock_alloc_buffer((PARTIALS,), "float32", scope="shared")
@@ -56,8 +60,10 @@ def attention_weights(kernel: AttentionWeights, threads: int) -> tirx.PrimFunc:
                                 for d in range(head_dim):
                                     total[0] = total[0] + T.Cast(
                                         "float32", q[vr // rows, vr % rows, vh * head_dim + d]
-                                    ) * T.Cast("float32", cache[slot[0], 0, vh, step * threads + t, d])
-                                scores[step] = total[0] * T.float32(scale)
+                                    ) * stored.at(cache, (slot[0], 0, vh, step * threads + t), d)
+                                scores[step] = stored.scaled(
+                                    total[0] * T.float32(scale), cache, slot[0], 0, vh, step * threads + t
+                                )
                             best[0] = T.max(best[0], scores[step])
                         all_numbers[t] = best[0]
                         if t < PARTIALS:

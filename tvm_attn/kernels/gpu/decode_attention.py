@@ -18,6 +18,7 @@ from tvm_attn.kernels.base import largest_power, row_groups
 from tvm_attn.kernels.decode_attention import DecodeAttention
 from tvm_attn.kernels.gpu.threads import PARTIALS
 from tvm_attn.kernels.template import Chooser, Template
+from tvm_attn.kernels.unscheduled.cache import CacheRows
 from tvm_attn.targets import GpuTarget
 
 
@@ -45,10 +46,11 @@ class DecodeChunks:
 
 def decode_attention(kernel: DecodeAttention, chunks: DecodeChunks) -> tirx.PrimFunc:
     """The function of `DecodeAttention`: one block of threads for each chunk of keys, head and row; then the merge."""
-    heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
+    heads, head_dim, context, rows = kernel.heads, kernel.head_dim, kernel.context, kernel.rows
+    stored = CacheRows(kernel)
     width, scale, g = heads * head_dim, kernel.scale, row_groups(kernel.groups)
     keys, threads, key_threads = chunks.keys, chunks.threads, chunks.key_threads
-    lanes = largest_power(head_dim, chunks.lanes)
+    lanes = stored.lanes(chunks.lanes)
     vectors = head_dim // lanes
     pass_keys, key_vectors, stride = threads // key_threads, -(-vectors // key_threads), key_threads + 1
     # Some threads split the output's vectors, the others the keys.
@@ -72,7 +74,7 @@ def decode_attention(kernel: DecodeAttention, chunks: DecodeChunks) -> tirx.Prim
         T.func_attr({"tirx.noalias": True})
         cache_slots = T.int32()
         q = T.match_buffer(q_handle, (g, rows, width), "float32")
-        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
+        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, stored.width), stored.dtype)
         slots = T.match_buffer(slots_handle, (g, rows), "int32")
         positions = T.match_buffer(positions_handle, (g, rows), "int32")
         o = T.match_buffer(o_handle, (g, rows, width), "float32")
@@ -89,7 +91,7 @@ def decode_attention(kernel: DecodeAttention, chunks: DecodeChunks) -> tirx.Prim
                             vh, vk, t = T.axis.remap("SSS", [head, chunk, thread])
                             T.reads(
                                 q[vg, vr, vh * head_dim : vh * head_dim + head_dim],
-                                cache[0:cache_slots, 0:2, vh, 0:context, 0:head_dim],
+                                cache[0:cache_slots, 0:2, vh, 0:context, 0 : stored.width],
                                 slots[vg, vr],
                                 positions[vg, vr],
                             )
@@ -121,15 +123,16 @@ def decode_attention(kernel: DecodeAttention, chunks: DecodeChunks) -> tirx.Prim
                                         for lane in T.vectorized(lanes):
                                             products[lane] = products[lane] + q[
                                                 vg, vr, vh * head_dim + (lane_x + d * key_threads) * lanes + lane
-                                            ] * T.Cast(
-                                                "float32",
-                                                cache[slot, 0, vh, place, (lane_x + d * key_threads) * lanes + lane],
+                                            ] * stored.at(
+                                                cache,
+                                                (slot, 0, vh, place),
+                                                (lane_x + d * key_threads) * lanes + lane,
                                             )
                                 value[0] = T.float32(0.0)
                                 for lane in T.unroll(lanes):
                                     value[0] = value[0] + products[lane]
                                 if key < keys:
-                                    partial[key * stride + lane_x] = value[0]
+                                    partial[key * stride + lane_x] = stored.scaled(value[0], cache, slot, 0, vh, place)
                             for step in range(-(-keys // threads)):
                                 if step * threads + t < keys:
                                     value[0] = T.float32(0.0)
@@ -166,12 +169,17 @@ def decode_attention(kernel: DecodeAttention, chunks: DecodeChunks) -> tirx.Prim
                                 for step in range((seen + splits - 1) // splits):
                                     key: T.let[T.int32] = T.min(step * splits + t // across, seen - 1)
                                     # A thread past the last key repeats it with a weight of zero.
-                                    weight: T.let[T.float32] = T.Select(
-                                        step * splits + t // across < seen, scores[key], T.float32(0.0)
+                                    weight: T.let[T.float32] = stored.scaled(
+                                        T.Select(step * splits + t // across < seen, scores[key], T.float32(0.0)),
+                                        cache,
+                                        slot,
+                                        1,
+                                        vh,
+                                        vk * keys + key,
                                     )
                                     for lane in T.vectorized(lanes):
-                                        output[lane] = output[lane] + weight * T.Cast(
-                                            "float32", cache[slot, 1, vh, vk * keys + key, vector * lanes + lane]
+                                        output[lane] = output[lane] + weight * stored.at(
+                                            cache, (slot, 1, vh, vk * keys + key), vector * lanes + lane
                                         )
                                 for lane in T.vectorized(lanes):
                                     output_part[t // across, t % across * lanes + lane] = output[lane]

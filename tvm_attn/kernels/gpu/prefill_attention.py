@@ -17,6 +17,7 @@ from tvm_attn.kernels.attention import MASKED
 from tvm_attn.kernels.base import largest_power
 from tvm_attn.kernels.prefill_attention import PrefillAttention
 from tvm_attn.kernels.template import Chooser, Template
+from tvm_attn.kernels.unscheduled.cache import CacheRows
 from tvm_attn.targets import GpuTarget
 
 
@@ -63,10 +64,11 @@ class PrefillTiles:
 
 def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.PrimFunc:
     """The function of `PrefillAttention`, one block of threads for each tile of queries, head and sequence."""
-    heads, head_dim, context, rows, dtype = kernel.heads, kernel.head_dim, kernel.context, kernel.rows, kernel.dtype
+    heads, head_dim, context, rows = kernel.heads, kernel.head_dim, kernel.context, kernel.rows
+    stored = CacheRows(kernel)
     width, scale = heads * head_dim, kernel.scale
     queries, keys, across, down = tiles.queries, tiles.keys, tiles.across, tiles.down
-    threads, lanes, score_lanes = across * down, tiles.vector(head_dim), tiles.vector(keys)
+    threads, lanes, score_lanes = across * down, stored.lanes(tiles.lanes), tiles.vector(keys)
     stride, score_stride = head_dim + tiles.padding(head_dim), keys + score_lanes
     vectors = head_dim // lanes
     thread_queries, thread_keys, thread_vectors = queries // down, keys // across, -(-vectors // across)
@@ -80,7 +82,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
         cache_slots = T.int32()
         b = T.int32()
         q = T.match_buffer(q_handle, (g, rows, width), "float32")
-        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, head_dim), dtype)
+        cache = T.match_buffer(cache_handle, (cache_slots, 2, heads, context, stored.width), stored.dtype)
         sequences = T.match_buffer(sequences_handle, (b, 4), "int32")
         o = T.match_buffer(o_handle, (g, rows, width), "float32")
         for sequence in T.thread_binding(b, thread="blockIdx.z"):
@@ -92,7 +94,7 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                             T.reads(
                                 sequences[vb, 0:4],
                                 q[0:g, 0:rows, vh * head_dim : vh * head_dim + head_dim],
-                                cache[0:cache_slots, 0:2, vh, 0:context, 0:head_dim],
+                                cache[0:cache_slots, 0:2, vh, 0:context, 0 : stored.width],
                             )
                             T.writes(o[0:g, 0:rows, vh * head_dim : vh * head_dim + head_dim])
                             # One-dimensional: with two dimensions TVM would cut off the padding.
@@ -149,9 +151,15 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                                             place: T.let[T.int32] = T.min(block * keys + at // vectors, context - 1)
                                             for lane in T.vectorized(lanes):
                                                 block_rows[at // vectors * stride + at % vectors * lanes + lane] = (
-                                                    T.Cast(
-                                                        "float32",
-                                                        cache[slot, 0, vh, place, at % vectors * lanes + lane],
+                                                    stored.scaled(
+                                                        stored.at(
+                                                            cache, (slot, 0, vh, place), at % vectors * lanes + lane
+                                                        ),
+                                                        cache,
+                                                        slot,
+                                                        0,
+                                                        vh,
+                                                        place,
                                                     )
                                                 )
                                     for i, j in T.grid(thread_queries, thread_keys):
@@ -202,9 +210,15 @@ def prefill_attention(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.Pri
                                                 block_rows[at // vectors * stride + at % vectors * lanes + lane] = (
                                                     T.if_then_else(
                                                         place < visible,
-                                                        T.Cast(
-                                                            "float32",
-                                                            cache[slot, 1, vh, place, at % vectors * lanes + lane],
+                                                        stored.scaled(
+                                                            stored.at(
+                                                                cache, (slot, 1, vh, place), at % vectors * lanes + lane
+                                                            ),
+                                                            cache,
+                                                            slot,
+                                                            1,
+                                                            vh,
+                                                            place,
                                                         ),
                                                         T.float32(0.0),
                                                     )

@@ -87,17 +87,12 @@ def quantize_rows(kernel: QuantizeRows) -> tirx.PrimFunc:
                 for p in range(per_group):
                     with T.sblock("words"):
                         vp = T.axis.spatial(per_group, p)
-                        byte0 = T.meta_var(_quantized(x[vg, vr, vb * GROUP + vp], peak[0]))
-                        byte1 = T.meta_var(_quantized(x[vg, vr, vb * GROUP + vp + per_group], peak[0]))
-                        byte2 = T.meta_var(_quantized(x[vg, vr, vb * GROUP + vp + 2 * per_group], peak[0]))
-                        byte3 = T.meta_var(_quantized(x[vg, vr, vb * GROUP + vp + 3 * per_group], peak[0]))
+                        byte0 = T.meta_var(quantized(x[vg, vr, vb * GROUP + vp], peak[0]))
+                        byte1 = T.meta_var(quantized(x[vg, vr, vb * GROUP + vp + per_group], peak[0]))
+                        byte2 = T.meta_var(quantized(x[vg, vr, vb * GROUP + vp + 2 * per_group], peak[0]))
+                        byte3 = T.meta_var(quantized(x[vg, vr, vb * GROUP + vp + 3 * per_group], peak[0]))
                         sums[vp] = byte0 + byte1 + byte2 + byte3
-                        words[vg, vr, vb * per_group + vp] = (
-                            (byte0 & T.int32(255))
-                            | ((byte1 & T.int32(255)) << 8)
-                            | ((byte2 & T.int32(255)) << 16)
-                            | (byte3 << 24)
-                        )
+                        words[vg, vr, vb * per_group + vp] = packed_bytes(byte0, byte1, byte2, byte3)
                 total[0] = 0
                 for p in range(per_group):
                     with T.sblock("sum"):
@@ -108,5 +103,12 @@ def quantize_rows(kernel: QuantizeRows) -> tirx.PrimFunc:
     return quantize_rows
 
 
-def _quantized(value: tirx.Expr, reciprocal: tirx.Expr) -> tirx.Expr:
+def quantized(value: tirx.Expr, reciprocal: tirx.Expr) -> tirx.Expr:
+    """The integer nearest to a float32 value divided by its scale."""
     return T.Cast("int32", T.floor(value * reciprocal + T.float32(0.5)))
+
+
+def packed_bytes(byte0: tirx.Expr, byte1: tirx.Expr, byte2: tirx.Expr, byte3: tirx.Expr) -> tirx.Expr:
+    """Four integers in -128..127 as an int32 word, the first one in the lowest byte."""
+    low = (byte0 & T.int32(255)) | ((byte1 & T.int32(255)) << T.int32(8))
+    return low | ((byte2 & T.int32(255)) << T.int32(16)) | (byte3 << T.int32(24))
