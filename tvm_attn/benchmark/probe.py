@@ -13,7 +13,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,13 @@ from tvm.script import tirx as T
 
 from tvm_attn.benchmark.limits import Limits
 from tvm_attn.compiler.threads import export_with_threads
+from tvm_attn.kernels.cpu.dot import BFLOAT16, INT8, Dot, find_dot
 from tvm_attn.targets import CpuTarget
 
 # About 0.05 s of work per thread at 4 GHz: long compared with starting threads, short compared with a time slice.
 _STEPS = 10_000_000
 _REPEATS = 8
 _MAX_BUFFER_BYTES = 1 << 30
-_VECTOR_BYTES = 64
 
 
 def measure_limits(target: CpuTarget, threads: int, max_buffer_bytes: int = _MAX_BUFFER_BYTES) -> Limits:
@@ -41,14 +40,13 @@ def measure_limits(target: CpuTarget, threads: int, max_buffer_bytes: int = _MAX
         max_buffer_bytes: most memory to read; a quarter of the free memory is never passed.
     """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    features = set(target.features)
     read_gbytes, buffer_bytes = _read(target, threads, min(max_buffer_bytes, free // 4))
     return Limits(
         threads=threads,
         float32_gflops=_multiply_add(target, threads),
         read_gbytes=read_gbytes,
-        bfloat16_gflops=_dot_product(target, threads, _BFLOAT16) if "avx512_bf16" in features else None,
-        int8_gops=_dot_product(target, threads, _INT8) if "avx512_vnni" in features else None,
+        bfloat16_gflops=_dot_product(target, threads, BFLOAT16),
+        int8_gops=_dot_product(target, threads, INT8),
         buffer_bytes=buffer_bytes,
     )
 
@@ -150,25 +148,16 @@ def _read(target: CpuTarget, threads: int, buffer_bytes: int) -> tuple[float, in
     return moved / 1e9 / _best_seconds(lambda: run(data, out)), moved
 
 
-@dataclass(frozen=True)
-class _Dot:
-    """A dot-product instruction: LLVM's intrinsic, its types, operations per call, and an operand of ones as int32."""
-
-    intrinsic: str
-    accumulator: str
-    operand: str
-    operations: int
-    ones: int
+_ONES = {BFLOAT16: 0x3F803F80, INT8: 0x01010101}
 
 
-_BFLOAT16 = _Dot("llvm.x86.avx512bf16.dpbf16ps.512", "<16 x float>", "<32 x bfloat>", 64, 0x3F803F80)
-_INT8 = _Dot("llvm.x86.avx512.vpdpbusd.512", "<16 x i32>", "<64 x i8>", 128, 0x01010101)
-
-
-def _dot_product(target: CpuTarget, threads: int, dot: _Dot) -> float:
-    """GFLOP/s (or GOP/s) of a dot-product instruction on 512-bit vectors."""
-    count, steps = _accumulators(target), _STEPS
-    text, words = _dot_loop(dot, count), _VECTOR_BYTES // 4
+def _dot_product(target: CpuTarget, threads: int, kind: str) -> float | None:
+    """GFLOP/s (or GOP/s) of a dot product instruction; None if the target has none of that kind."""
+    dot = find_dot(kind, target)
+    if dot is None:
+        return None
+    count, steps, words = _accumulators(target), _STEPS, dot.lanes
+    text, operations = _dot_loop(dot, count), words * (4 if kind == BFLOAT16 else 8)
 
     @T.prim_func(s_tir=True)
     def dot_product(x: T.Buffer((words,), "int32"), out: T.Buffer((threads, count, words), "int32")):
@@ -182,16 +171,16 @@ def _dot_product(target: CpuTarget, threads: int, dot: _Dot) -> float:
                 )
 
     run = _build(dot_product, target, threads)
-    x = tvm.runtime.tensor(np.full(words, dot.ones, np.int32))
+    x = tvm.runtime.tensor(np.full(words, _ONES[kind], np.int32))
     out = tvm.runtime.empty((threads, count, words), "int32")
-    return 1e-9 * dot.operations * threads * count * steps / _best_seconds(lambda: run(x, out))
+    return 1e-9 * operations * threads * count * steps / _best_seconds(lambda: run(x, out))
 
 
-def _dot_loop(dot: _Dot, count: int) -> str:
+def _dot_loop(dot: Dot, count: int) -> str:
     """LLVM IR: `steps` times, each of `count` accumulators takes the dot product of x with itself."""
-    acc, operand, each = dot.accumulator, dot.operand, range(count)
+    acc, operand, each = dot.sums, dot.operand, range(count)
     lines = [
-        f"declare {acc} @{dot.intrinsic}({acc}, {operand}, {operand})",
+        dot.declaration,
         "define void @tvm_attn_dot(ptr %x, ptr %out, i64 %steps) alwaysinline {",
         "entry:",
         f"  %v = load {operand}, ptr %x, align 4",
@@ -204,7 +193,7 @@ def _dot_loop(dot: _Dot, count: int) -> str:
         "  %done = icmp eq i64 %next, %steps",
         "  br i1 %done, label %exit, label %loop",
         "exit:",
-        *(f"  %p{i} = getelementptr i8, ptr %out, i64 {_VECTOR_BYTES * i}" for i in each),
+        *(f"  %p{i} = getelementptr i8, ptr %out, i64 {4 * dot.lanes * i}" for i in each),
         *(f"  store {acc} %b{i}, ptr %p{i}, align 4" for i in each),
         "  ret void",
         "}",

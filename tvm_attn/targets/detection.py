@@ -20,8 +20,8 @@ from tvm_attn.targets.cuda import CudaTarget
 from tvm_attn.targets.files import read_all
 from tvm_attn.targets.gpu import GpuTarget
 
-_VECTOR = re.compile(r"avx|amx|fma|f16c|bmi|gfni|vaes|vpclmul")
-"""The instruction sets of x86 that code for a processor may use beyond what all of them have."""
+_VECTOR = re.compile(r"avx|amx|fma|f16c|bmi|gfni|vaes|vpclmul|sve")
+"""The instruction sets that code for a processor may use beyond what all of its architecture, and our targets, have."""
 _ANY = re.compile(r"generic|i[3-6]86|x86-64(-v\d)?")
 """What LLVM calls a processor that it does not know."""
 

@@ -14,6 +14,7 @@ from tvm_attn.compiler.processors import unknown
 from tvm_attn.compiler.threads import export_with_threads
 from tvm_attn.config import GPT2Config
 from tvm_attn.errors import TargetError
+from tvm_attn.kernels.cpu.dot import BFLOAT16, find_dot
 from tvm_attn.model.layout import Layout
 
 
@@ -24,7 +25,7 @@ class CpuBackend(Backend):
         """See `Backend`."""
         layout = replace(super().layout(config, target, dtype, quant), fuse_layers=True, group_kernels=True)
         even = config.n_embd % 2 == 0 and config.n_inner % 2 == 0
-        if layout.weights == "bfloat16" and "avx512_bf16" in target.features and even:
+        if layout.weights == "bfloat16" and find_dot(BFLOAT16, target) and even:
             return replace(layout, weights="bfloat16_pairs")
         return layout
 

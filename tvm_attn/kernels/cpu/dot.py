@@ -1,64 +1,117 @@
-"""Dot product instructions of processors, as functions in LLVM IR that a kernel imports."""
+"""Dot product instructions of processors, as functions in LLVM IR that a kernel imports.
+
+Such a function is (acc, x word, w words) -> acc over a vector of columns: a word holds two bfloat16 values, or four bytes,
+signed in x and unsigned in w. TVM's own calls of these intrinsics fail LLVM's checks, because their types for bfloat16 and
+packed bytes are not those LLVM expects.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tvm_attn.targets import CpuTarget
 
-DOT_BFLOAT16, DOT_INT8 = "tvm_attn_dot_bfloat16", "tvm_attn_dot_int8"
-"""Functions (acc, x word, w words) -> acc over a vector of columns; a name ends in the number of columns: "_16"."""
+BFLOAT16, INT8 = "bfloat16", "int8"
+"""The kinds of dot products: of two bfloat16 values with float32 sums, of four bytes with int32 sums."""
 
-# One dot product step for 16 columns, as LLVM IR: TVM's own calls of these intrinsics fail LLVM's checks, because their
-# types for bfloat16 and packed bytes are not those LLVM expects. linkonce_odr: every kernel of a module imports them.
-DOT_STEPS = {
-    DOT_BFLOAT16: """
-define linkonce_odr <16 x float> @tvm_attn_dot_bfloat16_16(<16 x float> %acc, i32 %x, <16 x i32> %w) alwaysinline {
-  %first = insertelement <16 x i32> poison, i32 %x, i64 0
-  %spread = shufflevector <16 x i32> %first, <16 x i32> poison, <16 x i32> zeroinitializer
-  %a = bitcast <16 x i32> %spread to <32 x bfloat>
-  %b = bitcast <16 x i32> %w to <32 x bfloat>
-  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %a, <32 x bfloat> %b)
-  ret <16 x float> %sum
-}
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-""",
-    DOT_INT8: """
-define linkonce_odr <16 x i32> @tvm_attn_dot_int8_16(<16 x i32> %acc, i32 %x, <16 x i32> %w) alwaysinline {
-  %first = insertelement <16 x i32> poison, i32 %x, i64 0
-  %spread = shufflevector <16 x i32> %first, <16 x i32> poison, <16 x i32> zeroinitializer
-  %a = bitcast <16 x i32> %w to <64 x i8>
-  %b = bitcast <16 x i32> %spread to <64 x i8>
-  %sum = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %acc, <64 x i8> %a, <64 x i8> %b)
-  ret <16 x i32> %sum
-}
-declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
-""",
-}
-_FEATURES = {DOT_BFLOAT16: "avx512_bf16", DOT_INT8: "avx512_vnni"}
-# The same for 32 columns. One step for a whole strip reads its weights in memory order.
-_PAIR = """
-define linkonce_odr <32 x TYPE> @NAME_32(<32 x TYPE> %acc, i32 %x, <32 x i32> %w) alwaysinline {
-  %acc0 = shufflevector <32 x TYPE> %acc, <32 x TYPE> poison, <16 x i32> LOW
-  %acc1 = shufflevector <32 x TYPE> %acc, <32 x TYPE> poison, <16 x i32> HIGH
-  %w0 = shufflevector <32 x i32> %w, <32 x i32> poison, <16 x i32> LOW
-  %w1 = shufflevector <32 x i32> %w, <32 x i32> poison, <16 x i32> HIGH
-  %sum0 = call <16 x TYPE> @NAME_16(<16 x TYPE> %acc0, i32 %x, <16 x i32> %w0)
-  %sum1 = call <16 x TYPE> @NAME_16(<16 x TYPE> %acc1, i32 %x, <16 x i32> %w1)
-  %sum = shufflevector <16 x TYPE> %sum0, <16 x TYPE> %sum1, <32 x i32> ALL
-  ret <32 x TYPE> %sum
-}
+
+@dataclass(frozen=True)
+class Dot:
+    """A dot product instruction.
+
+    Attributes:
+        kind: `BFLOAT16` or `INT8`.
+        feature: the instruction set that has it, as Linux names it.
+        lanes: sums in a register; `CpuTarget.lanes` of the targets that use it.
+        intrinsic: LLVM's name of it.
+        signed: whether the instruction takes the bytes of w as signed. Bytes up to 127 are the same either way.
+    """
+
+    kind: str
+    feature: str
+    lanes: int
+    intrinsic: str
+    signed: bool = False
+
+    @property
+    def sums(self) -> str:
+        """LLVM's type of a register of sums."""
+        return f"<{self.lanes} x {self._sum}>"
+
+    @property
+    def operand(self) -> str:
+        """LLVM's type of a register of factors."""
+        return f"<{2 * self.lanes} x bfloat>" if self.kind == BFLOAT16 else f"<{4 * self.lanes} x i8>"
+
+    @property
+    def declaration(self) -> str:
+        """LLVM IR that declares the intrinsic."""
+        return f"declare {self.sums} @{self.intrinsic}({self.sums}, {self.operand}, {self.operand})"
+
+    def name(self, lanes: int) -> str:
+        """The function for so many columns: `lanes` or twice as many."""
+        return f"tvm_attn_dot_{self.kind}_{lanes}"
+
+    def text(self, lanes: int) -> str:
+        """LLVM IR of that function and of those that it calls."""
+        return self._step() + (self._pair() if lanes == 2 * self.lanes else "")
+
+    @property
+    def _sum(self) -> str:
+        return "float" if self.kind == BFLOAT16 else "i32"
+
+    def _step(self) -> str:
+        """One instruction. linkonce_odr: every kernel of a module imports it."""
+        words = f"<{self.lanes} x i32>"
+        # Where the signs differ, the unsigned factor comes first.
+        a, b = ("%spread", "%w") if self.kind == BFLOAT16 else ("%w", "%spread")
+        return f"""
+define linkonce_odr {self.sums} @{self.name(self.lanes)}({self.sums} %acc, i32 %x, {words} %w) alwaysinline {{
+  %first = insertelement {words} poison, i32 %x, i64 0
+  %spread = shufflevector {words} %first, {words} poison, {words} zeroinitializer
+  %a = bitcast {words} {a} to {self.operand}
+  %b = bitcast {words} {b} to {self.operand}
+  %sum = call {self.sums} @{self.intrinsic}({self.sums} %acc, {self.operand} %a, {self.operand} %b)
+  ret {self.sums} %sum
+}}
+{self.declaration}
+"""
+
+    def _pair(self) -> str:
+        """Two registers of columns. One step for a whole strip reads its weights in memory order."""
+
+        def mask(lanes: range) -> str:
+            return "<" + ", ".join(f"i32 {lane}" for lane in lanes) + ">"
+
+        n = self.lanes
+        one, two = f"<{n} x {self._sum}>", f"<{2 * n} x {self._sum}>"
+        words, all_words, step = f"<{n} x i32>", f"<{2 * n} x i32>", self.name(n)
+        low, high = f"{words} {mask(range(n))}", f"{words} {mask(range(n, 2 * n))}"
+        return f"""
+define linkonce_odr {two} @{self.name(2 * n)}({two} %acc, i32 %x, {all_words} %w) alwaysinline {{
+  %acc0 = shufflevector {two} %acc, {two} poison, {low}
+  %acc1 = shufflevector {two} %acc, {two} poison, {high}
+  %w0 = shufflevector {all_words} %w, {all_words} poison, {low}
+  %w1 = shufflevector {all_words} %w, {all_words} poison, {high}
+  %sum0 = call {one} @{step}({one} %acc0, i32 %x, {words} %w0)
+  %sum1 = call {one} @{step}({one} %acc1, i32 %x, {words} %w1)
+  %sum = shufflevector {one} %sum0, {one} %sum1, {all_words} {mask(range(2 * n))}
+  ret {two} %sum
+}}
 """
 
 
-def dot_pair(name: str) -> str:
-    """LLVM IR of the step for 32 columns, together with the step for 16 that it calls."""
+# The first that a target has is used.
+_DOTS = (
+    Dot(BFLOAT16, "avx512_bf16", 16, "llvm.x86.avx512bf16.dpbf16ps.512"),
+    Dot(INT8, "avx512_vnni", 16, "llvm.x86.avx512.vpdpbusd.512"),
+    Dot(BFLOAT16, "bf16", 4, "llvm.aarch64.neon.bfdot.v4f32.v8bf16"),
+    Dot(INT8, "i8mm", 4, "llvm.aarch64.neon.usdot.v4i32.v16i8"),
+    Dot(INT8, "asimddp", 4, "llvm.aarch64.neon.sdot.v4i32.v16i8", signed=True),
+)
 
-    def mask(lanes: range) -> str:
-        return "<" + ", ".join(f"i32 {lane}" for lane in lanes) + ">"
 
-    text = _PAIR.replace("NAME", name).replace("TYPE", "float" if name == DOT_BFLOAT16 else "i32")
-    return text.replace("LOW", mask(range(16))).replace("HIGH", mask(range(16, 32))).replace("ALL", mask(range(32)))
-
-
-def has_dot(name: str, target: CpuTarget) -> bool:
-    """Whether a target has the instruction."""
-    return target.lanes == 16 and _FEATURES[name] in target.features
+def find_dot(kind: str, target: CpuTarget) -> Dot | None:
+    """The dot product instruction of a kind that a target has; None if it has none."""
+    fitting = (dot for dot in _DOTS if dot.kind == kind and dot.feature in target.features)
+    return next((dot for dot in fitting if dot.lanes == target.lanes), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from tvm import s_tir, tirx
 
 from tvm_attn.kernels.base import largest_power
-from tvm_attn.kernels.cpu.dot import DOT_BFLOAT16, DOT_INT8, DOT_STEPS, dot_pair, has_dot
+from tvm_attn.kernels.cpu.dot import BFLOAT16, INT8, Dot, find_dot
 from tvm_attn.kernels.cpu.prefetch import AHEAD, PREFETCH_LLVM, TILES, insert_prefetches
 from tvm_attn.kernels.linear import LinearKernel, ResidualLinear
 from tvm_attn.kernels.template import Chooser, Template
@@ -18,17 +18,15 @@ from tvm_attn.storage import numpy_dtype
 from tvm_attn.targets import CpuTarget
 
 
-def _dot_step(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tuple[int, str | None, str | None]:
-    """The columns of a step, and the name and LLVM IR of its dot product (None without such an instruction)."""
+def _dot_step(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tuple[int, Dot | None]:
+    """The columns of a step, and its dot product instruction (None without one)."""
     if kernel.weights in PLAIN:
-        return 1, None, None
-    name = DOT_BFLOAT16 if kernel.weights == "bfloat16_pairs" else DOT_INT8
-    if kernel.columns % 16 or not has_dot(name, target):
-        return largest_power(kernel.columns, target.lanes), None, None
-    widths = (16, 32) if kernel.columns % 32 == 0 else (16,)
-    lanes = choose("lanes", widths, widths[-1] if kernel.rows == 1 else 16)
-    text = DOT_STEPS[name] + (dot_pair(name) if lanes == 32 else "")
-    return lanes, f"{name}_{lanes}", text
+        return 1, None
+    dot = find_dot(BFLOAT16 if kernel.weights == "bfloat16_pairs" else INT8, target)
+    if dot is None or kernel.columns % dot.lanes:
+        return largest_power(kernel.columns, target.lanes), None
+    widths = (dot.lanes, 2 * dot.lanes) if kernel.columns % (2 * dot.lanes) == 0 else (dot.lanes,)
+    return choose("lanes", widths, widths[-1] if kernel.rows == 1 else dot.lanes), dot
 
 
 def _matmul(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tirx.PrimFunc:
@@ -37,10 +35,12 @@ def _matmul(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tirx.Pr
     A task is one weight strip times a block of row groups. The block, K wide, fits half of the level-2 cache, so that
     the strip stays there too. Only the loop over a block's groups has an unknown bound, and it is the outer one.
     """
-    lanes, dot, dot_step = _dot_step(kernel, target, choose)
+    lanes, dot = _dot_step(kernel, target, choose)
     plain = kernel.weights in PLAIN or kernel.weights == "bfloat16_pairs"
     weight_shape, weight_dtype = kernel.weight_types[0]
-    schedule = s_tir.Schedule(linear(kernel, lanes, dot), enable_check=False)
+    schedule = s_tir.Schedule(
+        linear(kernel, lanes, dot.name(lanes) if dot else None, dot is not None and dot.signed), enable_check=False
+    )
     matmul, epilogue = schedule.get_child_blocks(schedule.get_sblock("root"))
     group, strip, row, column = schedule.get_loops(epilogue)
     # Powers of two, so that all kernels of a model have the same block borders.
@@ -55,8 +55,8 @@ def _matmul(kernel: LinearKernel, target: CpuTarget, choose: Chooser) -> tirx.Pr
     default = 16384 if kernel.rows > 1 or kernel.weights == "int4" else 0
     ahead = choose("prefetch_bytes", (0, 4096, 8192, 16384, 32768), default)
     has_tiles = kernel.groups is None
-    if ahead or has_tiles or dot_step:
-        text = (dot_step or "") + (PREFETCH_LLVM if ahead or has_tiles else "")
+    if ahead or has_tiles or dot:
+        text = (dot.text(lanes) if dot else "") + (PREFETCH_LLVM if ahead or has_tiles else "")
         schedule.annotate(task, "pragma_import_llvm", text)
     schedule.vectorize(column)
     schedule.unroll(row)

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 
 from tvm_attn.kernels.attention import MASKED
 from tvm_attn.kernels.base import largest_power
-from tvm_attn.kernels.cpu.dot import DOT_BFLOAT16, DOT_STEPS, has_dot
+from tvm_attn.kernels.cpu.dot import BFLOAT16, find_dot
 from tvm_attn.kernels.cpu.online_softmax import PrefillTiles, causal_mask, softmax_step
 from tvm_attn.kernels.cpu.prefill_attention_bfloat16 import prefill_attention_bfloat16
 from tvm_attn.kernels.cpu.vector import vectorize
@@ -180,9 +180,9 @@ def _prefill_attention(kernel: PrefillAttention, target: CpuTarget, choose: Choo
     key_tile = choose("key_tile", (4, 8), 8 if target.tile_columns >= 16 else 4)
     dim_tile = largest_power(kernel.head_dim, choose("dim_tile", (4, 8), 8 if target.tile_columns >= 16 else 4))
     key_block = choose("key_block", (32, 64, 128), 32 if kernel.dtype == "float32" else 64)
-    native = kernel.dtype == "bfloat16" and kernel.head_dim % 2 == 0 and has_dot(DOT_BFLOAT16, target)
+    native = find_dot(BFLOAT16, target) if kernel.dtype == "bfloat16" and kernel.head_dim % 2 == 0 else None
     tiles = PrefillTiles(query_tile, key_block, key_tile, dim_tile)
-    function = prefill_attention_bfloat16(kernel, tiles) if native else prefill_attention(kernel, tiles)
+    function = prefill_attention_bfloat16(kernel, tiles, native) if native else prefill_attention(kernel, tiles)
     schedule = s_tir.Schedule(function, enable_check=False)
     task = schedule.fuse(*schedule.get_loops(schedule.get_sblock("tile")))
     schedule.parallel(task)
@@ -191,7 +191,7 @@ def _prefill_attention(kernel: PrefillAttention, target: CpuTarget, choose: Choo
     for name in ("probabilities", "sum", "normalize"):
         schedule.vectorize(schedule.get_loops(schedule.get_sblock(name))[-1])
     if native:
-        schedule.annotate(task, "pragma_import_llvm", DOT_STEPS[DOT_BFLOAT16])
+        schedule.annotate(task, "pragma_import_llvm", native.text(native.lanes))
         schedule.vectorize(schedule.get_loops(schedule.get_sblock("pairs"))[-1])
     if kernel.dtype != "float32":
         for name in ("load_keys", "load_values"):

@@ -12,13 +12,10 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tvm_attn.kernels.attention import MASKED
-from tvm_attn.kernels.cpu.dot import DOT_BFLOAT16
+from tvm_attn.kernels.cpu.dot import Dot
 from tvm_attn.kernels.cpu.online_softmax import PrefillTiles, causal_mask, softmax_step
 from tvm_attn.kernels.prefill_attention import PrefillAttention
 from tvm_attn.kernels.unscheduled.quant import rounded_pair
-
-LANES = 16
-"""Queries per dot product step."""
 
 
 def _stored_pair(low: tirx.Expr, high: tirx.Expr) -> tirx.Expr:
@@ -27,16 +24,16 @@ def _stored_pair(low: tirx.Expr, high: tirx.Expr) -> tirx.Expr:
     return low_bits | (high_bits << T.int32(16))
 
 
-def prefill_attention_bfloat16(kernel: PrefillAttention, tiles: PrefillTiles) -> tirx.PrimFunc:
+def prefill_attention_bfloat16(kernel: PrefillAttention, tiles: PrefillTiles, dot: Dot) -> tirx.PrimFunc:
     """The function of a kernel with an even head_dim; its blocks are named as in the float32 loop.
 
-    The steps of dot products are calls of `DOT_BFLOAT16` for vectors of `LANES` queries.
+    The steps of dot products are calls of `dot` for vectors of as many queries as a register has.
     """
     heads, head_dim, context, rows = kernel.heads, kernel.head_dim, kernel.context, kernel.rows
     width, scale, half_dim, half_block = heads * head_dim, kernel.scale, head_dim // 2, tiles.key_block // 2
     query_tile, key_block, key_tile, dim_tile = tiles.queries, tiles.key_block, tiles.key_tile, tiles.dim_tile
-    dot = f"{DOT_BFLOAT16}_{LANES}"
-    vectors = query_tile // LANES
+    lanes, step = dot.lanes, dot.name(dot.lanes)
+    vectors = query_tile // lanes
     mask_scores, update_softmax = causal_mask(key_block, query_tile), softmax_step(key_block, query_tile)
 
     @T.prim_func(s_tir=True)
@@ -112,15 +109,15 @@ def prefill_attention_bfloat16(kernel: PrefillAttention, tiles: PrefillTiles) ->
                                         with T.sblock("products"):
                                             vd, vj, vi = T.axis.remap("RSS", [d, js, i])
                                             with T.init():
-                                                tile_scores[vj, T.ramp(vi * LANES, 1, LANES)] = T.broadcast(
-                                                    T.float32(0.0), LANES
+                                                tile_scores[vj, T.ramp(vi * lanes, 1, lanes)] = T.broadcast(
+                                                    T.float32(0.0), lanes
                                                 )
-                                            tile_scores[vj, T.ramp(vi * LANES, 1, LANES)] = T.call_extern(
-                                                f"float32x{LANES}",
-                                                dot,
-                                                tile_scores[vj, T.ramp(vi * LANES, 1, LANES)],
+                                            tile_scores[vj, T.ramp(vi * lanes, 1, lanes)] = T.call_extern(
+                                                f"float32x{lanes}",
+                                                step,
+                                                tile_scores[vj, T.ramp(vi * lanes, 1, lanes)],
                                                 keys[vjt * key_tile + vj, vd],
-                                                query[vd, T.ramp(vi * LANES, 1, LANES)],
+                                                query[vd, T.ramp(vi * lanes, 1, lanes)],
                                             )
                                     for js, i in T.grid(key_tile, query_tile):
                                         with T.sblock("keep_scores"):
@@ -155,12 +152,12 @@ def prefill_attention_bfloat16(kernel: PrefillAttention, tiles: PrefillTiles) ->
                                     ):
                                         with T.sblock("accumulate"):
                                             vj, vd, vi = T.axis.remap("RSS", [j, ds, i])
-                                            acc[vd, T.ramp(vi * LANES, 1, LANES)] = T.call_extern(
-                                                f"float32x{LANES}",
-                                                dot,
-                                                acc[vd, T.ramp(vi * LANES, 1, LANES)],
+                                            acc[vd, T.ramp(vi * lanes, 1, lanes)] = T.call_extern(
+                                                f"float32x{lanes}",
+                                                step,
+                                                acc[vd, T.ramp(vi * lanes, 1, lanes)],
                                                 values[vj, vdt * dim_tile + vd],
-                                                pairs[vj, T.ramp(vi * LANES, 1, LANES)],
+                                                pairs[vj, T.ramp(vi * lanes, 1, lanes)],
                                             )
                                     for ds, i in T.grid(dim_tile, query_tile):
                                         with T.sblock("keep_output"):

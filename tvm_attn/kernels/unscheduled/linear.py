@@ -19,7 +19,7 @@ from tvm_attn.kernels.weights import PLAIN, packed_types
 from tvm_attn.storage import GROUP
 
 
-def linear(kernel: LinearKernel, lanes: int = 1, dot: str | None = None) -> tirx.PrimFunc:
+def linear(kernel: LinearKernel, lanes: int = 1, dot: str | None = None, signed: bool = False) -> tirx.PrimFunc:
     """A linear layer with float32 activations: blocks "matmul" and "epilogue", in this order.
 
     The function has only the operands that the weight's format and the epilogue need.
@@ -29,6 +29,7 @@ def linear(kernel: LinearKernel, lanes: int = 1, dot: str | None = None) -> tirx
         lanes: columns that one step over words computes, a divisor of C; plain formats do not use it.
         dot: name of a function (acc, x word, w words) -> acc over `lanes` columns that the template imports, for one
             step over words; None for shifts, masks and multiplications.
+        signed: whether that function takes the bytes of w as signed too.
     """
     rows, columns, strips, k = kernel.rows, kernel.columns, kernel.strips, kernel.in_features
     n, g = strips * columns, row_groups(kernel.groups)
@@ -40,7 +41,7 @@ def linear(kernel: LinearKernel, lanes: int = 1, dot: str | None = None) -> tirx
     splits = isinstance(kernel, QKVLinear)
     width = n // 3 if splits else n
     activate = EXPRESSIONS[activation] if activation else lambda value: value
-    accumulate = _ACCUMULATE[kernel.weights](kernel, lanes, dot)
+    accumulate = _ACCUMULATE[kernel.weights](kernel, lanes, dot, signed)
     cache_slots = tirx.Var("cache_slots", "int32")
     heads, context, cache_dtype = (1, 1, "float32")
     if isinstance(kernel, QKVLinear):
@@ -101,7 +102,7 @@ def linear(kernel: LinearKernel, lanes: int = 1, dot: str | None = None) -> tirx
     return without_unused(matmul)
 
 
-def _accumulate_plain(kernel: LinearKernel, lanes: int, dot: str | None) -> Callable[..., None]:
+def _accumulate_plain(kernel: LinearKernel, lanes: int, dot: str | None, signed: bool) -> Callable[..., None]:
     rows, columns, strips, k = kernel.rows, kernel.columns, kernel.strips, kernel.in_features
 
     @T.inline
@@ -116,7 +117,7 @@ def _accumulate_plain(kernel: LinearKernel, lanes: int, dot: str | None) -> Call
     return accumulate
 
 
-def _accumulate_pairs(kernel: LinearKernel, lanes: int, dot: str | None) -> Callable[..., None]:
+def _accumulate_pairs(kernel: LinearKernel, lanes: int, dot: str | None, signed: bool) -> Callable[..., None]:
     rows, columns, strips, words = kernel.rows, kernel.columns, kernel.strips, kernel.in_features // 2
 
     def step(acc, x, w):
@@ -141,20 +142,27 @@ def _accumulate_pairs(kernel: LinearKernel, lanes: int, dot: str | None) -> Call
     return accumulate
 
 
-def _accumulate_quantized(kernel: LinearKernel, lanes: int, dot: str | None) -> Callable[..., None]:
+def _accumulate_quantized(kernel: LinearKernel, lanes: int, dot: str | None, signed: bool) -> Callable[..., None]:
     rows, columns, strips, blocks = kernel.rows, kernel.columns, kernel.strips, kernel.in_features // GROUP
     nibbles = kernel.weights == "int4"
     x_words, w_words = GROUP // 4, GROUP // 8 if nibbles else GROUP // 4
     low_nibbles = 0x0F0F0F0F
+    # Bytes q + 128 become q, which needs no correction. Nibbles q + 8 are the same signed and unsigned.
+    centred = signed and not nibbles
 
     def step(acc, x, w):
         """acc + the dot product of 4 unsigned bytes of w with 4 signed bytes of x."""
+        if centred:
+            w = w ^ spread(T.int32(-0x7F7F7F80), lanes)
         if dot:
             return T.call_extern(f"int32x{lanes}", dot, acc, x, w)
         for byte in range(4):
             signed = (x << T.int32(24 - 8 * byte)) >> T.int32(24)
             acc = acc + ((w >> spread(T.int32(8 * byte), lanes)) & spread(T.int32(255), lanes)) * spread(signed, lanes)
         return acc
+
+    def corrected(total, correction):
+        return total if centred else total - spread(correction, lanes)
 
     @T.inline
     def accumulate(x, x_scales, x_corrections, w, w_scales, acc, g):
@@ -194,8 +202,10 @@ def _accumulate_quantized(kernel: LinearKernel, lanes: int, dot: str | None) -> 
                             w[vs, vk * w_words + word, _lanes(first, lanes)],
                         )
                 acc[vg, vs, vr, _lanes(first, lanes)] = acc[vg, vs, vr, _lanes(first, lanes)] + (
-                    _to_float32(dot[_lanes(0, lanes)], lanes) * spread(x_scales[vg, vr, vk], lanes)
-                    - spread(x_corrections[vg, vr, vk], lanes)
+                    corrected(
+                        _to_float32(dot[_lanes(0, lanes)], lanes) * spread(x_scales[vg, vr, vk], lanes),
+                        x_corrections[vg, vr, vk],
+                    )
                 ) * _to_float32(w_scales[vs, vk, _lanes(first, lanes)], lanes)
 
     return accumulate
@@ -210,7 +220,7 @@ def _to_float32(value: tirx.Expr, lanes: int) -> tirx.Expr:
     return T.Cast(vector_type("float32", lanes), value)
 
 
-_ACCUMULATE: dict[str, Callable[[LinearKernel, int, str | None], Callable[..., None]]] = {
+_ACCUMULATE: dict[str, Callable[[LinearKernel, int, str | None, bool], Callable[..., None]]] = {
     "float32": _accumulate_plain,
     "float16": _accumulate_plain,
     "bfloat16": _accumulate_plain,
